@@ -1,0 +1,33 @@
+"""What every test shares: the hypothesis profile, a fixed seed, and the way to data kept beside the checkout.
+
+Helpers are imported, not injected: ``from tests.conftest import shared_data``.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A deadline would time the machine, not the code. CI draws the same examples each time, people new ones.
+settings.register_profile(
+    "ffn", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ffn")
+
+
+def shared_data(name: str) -> Path:
+    """The file ``shared/data/NAME`` in or above the checkout; skips the test where there is none."""
+    for folder in (ROOT, *ROOT.parents):
+        path = folder / "shared" / "data" / name
+        if path.exists():
+            return path
+    pytest.skip(f"shared/data/{name} is not kept beside this checkout")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
