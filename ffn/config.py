@@ -1,0 +1,205 @@
+"""Dataclasses as configuration: mappings, TOML text and `key=value` words, both ways.
+
+A configuration is a frozen dataclass whose fields are `bool`, `int`, `float`, `str`, a `Literal` of strings,
+an optional one of these, a tuple of one of these, or another such dataclass (a TOML table). TOML knows no
+null, so `None` is written and read as the string "none". Nothing here knows what is being configured.
+
+Every error is a `ValueError` of one line that starts with the dotted key it is about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+Config = TypeVar("Config")
+
+
+def from_dict(
+    cls: type[Config], mapping: Mapping[str, Any], prefix: str = "", base: Config | None = None
+) -> Config:
+    """Build `cls` from nested mappings; what is absent comes from `base`, else from the field's default.
+
+    `prefix` is the dotted name of `cls` inside the whole, for messages: `from_dict(Model, m, "model")` says
+    `model.n_layer: no such key; did you mean model.num_layers?`.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    values = {}
+    for name, value in mapping.items():
+        key = _join(prefix, name)
+        if name not in fields:
+            raise ValueError(_unknown_key(key, name, cls, prefix))
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ValueError(
+                    f"{key}: wants a table of keys such as {key}.{next(_leaves(hint))}; got {value!r}"
+                )
+            inner = getattr(base, name) if base is not None else _default(fields[name])
+            values[name] = from_dict(typing.cast(type, hint), value, key, inner)
+        else:
+            values[name] = _coerce(value, hint, key)
+    if base is not None:
+        return dataclasses.replace(base, **values)  # type: ignore[type-var]
+    for name, field in fields.items():
+        if name not in values and not _has_default(field):
+            raise ValueError(f"{_join(prefix, name)}: missing, and it has no default")
+    return cls(**values)
+
+
+def from_toml(cls: type[Config], text: str, base: Config | None = None) -> Config:
+    """Read TOML text into `cls`; see `from_dict`."""
+    try:
+        mapping = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"not TOML: {error}") from None
+    return from_dict(cls, mapping, base=base)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionaries of TOML values (None is "none", a tuple is a list); `from_dict` reads them back."""
+    out = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            out[field.name] = to_dict(value)
+        elif isinstance(value, tuple):
+            out[field.name] = list(value)
+        else:
+            out[field.name] = "none" if value is None else value
+    return out
+
+
+def to_toml(config: Any) -> str:
+    """The whole configuration as TOML text, one line a key, in the order of the fields."""
+    return "\n".join(_toml_lines(to_dict(config), "")) + "\n"
+
+
+def apply_overrides(config: Config, words: Iterable[str]) -> Config:
+    """The configuration after words such as `train.lr=0.01`, `data.path=a b.txt`, `betas=[0.9, 0.95]`."""
+    mapping: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{word}: wants key=value, as in train.steps=100")
+        *path, name = key.strip().split(".")
+        table = mapping
+        for part in path:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"{word}: {part} was given a value before")
+        table[name] = _Word(text.strip())
+    return from_dict(type(config), mapping, base=config)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Dotted key -> TOML value, for comparing configurations and listing them."""
+    return dict(_flat(to_dict(config), ""))
+
+
+_PLAIN_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+class _Word(str):
+    """A value as typed on the command line: its type is still to be read off the field."""
+
+
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    if isinstance(value, _Word):
+        value = _parse_word(value, hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), key)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_coerce(v, args[0], key) for v in value)
+    if origin is Literal:
+        if value in args:
+            return value
+        near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(str(value), args, 1))
+        raise ValueError(f"{key}: wants one of {', '.join(args)}; got {value!r}{near}")
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is hint:
+        return value
+    wanted = "a list" if origin is tuple else _PLAIN_NAMES[hint]
+    raise ValueError(f"{key}: wants {wanted}; got {value!r}")
+
+
+def _parse_word(text: str, hint: Any) -> Any:
+    if hint is str or str in typing.get_args(hint) or typing.get_origin(hint) is Literal:
+        return str(text)
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return str(text)
+
+
+def _unknown_key(key: str, name: str, cls: type, prefix: str) -> str:
+    leaves = list(_leaves(cls))
+    elsewhere = [leaf for leaf in leaves if leaf.split(".")[-1] == name]
+    longer = [leaf for leaf in leaves if leaf.startswith(name) or name.startswith(leaf + "_")]
+    near = elsewhere or longer or difflib.get_close_matches(name, leaves, 1, 0.5)
+    if near:
+        return f"{key}: no such key; did you mean {_join(prefix, near[0])}?"
+    return f"{key}: no such key; there are {', '.join(_join(prefix, leaf) for leaf in leaves)}"
+
+
+def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = _join(prefix, field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _leaves(hints[field.name], name)
+        else:
+            yield name
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, _join(prefix, name))
+        else:
+            yield _join(prefix, name), value
+
+
+def _toml_lines(table: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in table.items():
+        if not isinstance(value, dict):
+            yield f"{name} = {_toml_value(value)}"
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield f"\n[{_join(prefix, name)}]"
+            yield from _toml_lines(value, _join(prefix, name))
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return repr(value)
