@@ -1,0 +1,9 @@
+"""Measurements: ``python -m benchmarks NAME`` runs one, prints a table and keeps its rows in ``results/``.
+
+block           FeedForward beside plain torch modules
+training_step   a whole training step beside the plain GPT of ``baseline.py``
+generation      tokens a second of GPT-2 small's sizes beside transformers and the plain GPT
+shakespeare     validation loss in equal wall-clock beside nanoGPT's published CPU recipe
+
+Absolute times belong to one machine in one hour. Quote the ratios: what one table compares runs interleaved.
+"""

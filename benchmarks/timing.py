@@ -1,0 +1,63 @@
+"""How anything here is timed and counted: interleaved rounds, medians, ratios within a round, saved bytes.
+
+Candidates take turns in one process in an order shuffled anew each round, so a slow minute of the machine
+falls on all of them. A ratio is taken inside each round; its median is quoted, with a bootstrap interval.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def measure(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2, seed: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, by name."""
+    order = random.Random(seed)
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(-warmup, rounds):
+        order.shuffle(names)
+        for name in names:
+            start = time.perf_counter()
+            candidates[name]()
+            elapsed = time.perf_counter() - start
+            if round_number >= 0:
+                seconds[name].append(elapsed)
+    return {name: seconds[name] for name in candidates}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def speedup(base: list[float], other: list[float], *, draws: int = 2000) -> tuple[float, float, float]:
+    """How many times faster `other` ran than `base`: median of the rounds' ratios, 95% bootstrap interval."""
+    ratios = [b / o for b, o in zip(base, other, strict=True)]
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+
+
+def saved_bytes(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:
+    """Bytes that autograd keeps for backward: each storage once, the parameters of the model left out."""
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}  # holding the tensors keeps an address from being used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in owned)
+    del output
+    return total

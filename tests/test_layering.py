@@ -1,0 +1,116 @@
+"""The house rule, read off the imports with ``ast``: a file imports only from the layers below its own."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# From the ground up; the modules of one row never import one another. Every module has its row.
+LAYERS = [
+    ["ffn.activations"],
+    ["ffn.ops.reference", "ffn.ops.eager"],
+    ["ffn.ops.dispatch"],
+    ["ffn.ops.feed_forward"],
+    ["ffn.ops"],
+    ["ffn.nn.init"],
+    ["ffn.nn.embedding", "ffn.nn.norm", "ffn.nn.attention", "ffn.nn.feed_forward", "ffn.nn.loss"],
+    ["ffn.nn.block", "ffn.nn.head"],
+    ["ffn.nn"],
+    ["ffn.transformer"],
+    ["ffn.tokenizer", "ffn.optim", "ffn.metrics"],
+    ["ffn.data", "ffn.checkpoint", "ffn.generate"],
+    ["ffn.train"],
+    ["ffn.cli"],
+    ["ffn.__main__", "ffn"],
+]
+RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted((ROOT / "ffn").rglob("*.py"))}
+
+
+def imports(node: ast.AST, module: str) -> Iterator[tuple[str, str | None]]:
+    """(module, name taken from it) of one import statement, relative ones made absolute."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield alias.name, None
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+            anchor = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*anchor, *filter(None, [node.module])])
+        for alias in node.names:
+            yield base, alias.name
+
+
+def all_imports(module: str) -> Iterator[tuple[int, str, str | None]]:
+    """(line, module, name) of every import in the file, those inside functions too."""
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        for target, name in imports(node, module):
+            yield node.lineno, target, name  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements that run when the file is imported: no function bodies, no ``if TYPE_CHECKING``."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            yield from (grandchild for other in child.orelse for grandchild in run_at_import(other))
+            continue
+        yield child
+        yield from run_at_import(child)
+
+
+def requirements(*extras: str) -> set[str]:
+    """The import names of the core dependencies and of the extras that pyproject.toml declares."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"]]
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
+
+
+def test_the_layers_name_every_module_and_no_other() -> None:
+    assert set(RANK) == set(FILES)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_file_imports_only_from_below(module: str) -> None:
+    wrong = []
+    for line, target, name in all_imports(module):
+        if target.split(".")[0] != "ffn":
+            continue
+        submodule = f"{target}.{name}"
+        target = submodule if submodule in FILES else target
+        if RANK[target] >= RANK[module]:
+            wrong.append(f"{FILES[module].relative_to(ROOT)}:{line} imports {target}, which is not below it")
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_triton_stays_in_the_kernels(module: str) -> None:
+    if not module.startswith("ffn.ops.kernels"):
+        assert "triton" not in {target.split(".")[0] for _, target, _ in all_imports(module)}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_optional_packages_are_imported_where_they_are_used(module: str) -> None:
+    core = requirements() | {"ffn"} | set(sys.stdlib_module_names)
+    tree = ast.parse(FILES[module].read_text())
+    at_import = {target.split(".")[0] for node in run_at_import(tree) for target, _ in imports(node, module)}
+    assert at_import <= core, "at module level only the core dependencies"
+    anywhere = {target.split(".")[0] for _, target, _ in all_imports(module)}
+    assert anywhere <= core | requirements("app", "hf") | {"triton"}, "a package that no extra declares"

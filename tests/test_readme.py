@@ -1,0 +1,86 @@
+"""The README is true: its tree is the tree, its code runs, its links lead to files, CI runs its command."""
+
+import re
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = ROOT / "README.md"
+SILENT = {"__init__.py", "py.typed"}  # need no line of their own in a folder's listing
+NAME = re.compile(r"[\w.-]+(/|\.\w+)")
+
+
+def fences(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def tree_paths(block: str) -> list[PurePosixPath]:
+    """The paths a drawn tree lists: names before a gap of two spaces or a #, nested by their indentation."""
+    paths = []
+    parents: list[tuple[int, PurePosixPath]] = []
+    for line in block.splitlines():
+        body = line.lstrip(" │├└─")
+        indent = len(line) - len(body)
+        names = re.split(r"\s{2,}|\s#", body)[0].split()
+        if not names or not all(NAME.fullmatch(name) for name in names):
+            continue
+        while parents and parents[-1][0] >= indent:
+            parents.pop()
+        folder = parents[-1][1] if parents else PurePosixPath()
+        paths += [folder / name for name in names]
+        if names[-1].endswith("/"):
+            parents.append((indent, paths[-1]))
+    return paths
+
+
+def listing(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name != "__pycache__" and path.name[0] != "."}
+
+
+def the_tree() -> list[PurePosixPath]:
+    blocks = [block for block in fences("(?:text)?") if re.match(r"(ffn/|\.)\s", block)]
+    assert len(blocks) == 1, "the README draws one tree, in a fence that begins with ffn/"
+    return tree_paths(blocks[0])
+
+
+def test_every_path_of_the_tree_exists() -> None:
+    paths = the_tree()
+    assert [str(path) for path in paths if not (ROOT / path).exists()] == []
+    assert len(set(paths)) == len(paths), "a path is listed twice"
+    assert {"ffn", "benchmarks", "configs", "tests"} <= {path.parts[0] for path in paths}
+
+
+def test_every_file_is_in_the_tree() -> None:
+    paths = the_tree()
+    opened = {path.parent for path in paths if len(path.parts) > 1}
+    missing = []
+    for folder in sorted(opened):
+        listed = {path.name for path in paths if path.parent == folder}
+        missing += [str(folder / name) for name in sorted(listing(ROOT / folder) - listed - SILENT)]
+    assert missing == []
+    packages = {path.parent.relative_to(ROOT) for path in (ROOT / "ffn").rglob("*.py")}
+    assert packages <= {Path(folder) for folder in opened}, "the package is listed file by file"
+
+
+def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace, from an empty folder: a block may use what the blocks before it made."""
+    blocks = fences("python")
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for number, block in enumerate(blocks, start=1):
+        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+
+
+def test_links_lead_to_files() -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", README.read_text())
+    assert [t for t in targets if "://" not in t and not (ROOT / t).exists()] == []
+
+
+def test_the_two_commands_are_given_and_ci_runs_the_second() -> None:
+    text = README.read_text()
+    assert "pip install -c constraints.txt '.[app]' && ffn train" in text
+    assert "pip install -c constraints.txt '.[dev]' && pytest" in text
+    assert "pip install -c constraints.txt '.[dev]' && pytest" in (ROOT / ".ci" / "run").read_text()
