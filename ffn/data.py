@@ -1,0 +1,293 @@
+"""Text in, (B, T) batches of token numbers out.
+
+A corpus is a text file, a folder, a glob pattern, or "stdlib": the sources of the Python standard library on
+this machine, so that training needs no download. Tokens live in memory-mapped files under the run's folder.
+
+Nothing leaks from training into validation. One file is cut once: the first 1 - val_fraction of its
+characters train, the rest validates. Of many files whole files validate, chosen by a hash of their content,
+so identical files stand on one side and adding files moves none. (A character vocabulary is taken from both.)
+"""
+
+from __future__ import annotations
+
+import array
+import glob
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ffn.atomic import publish, sha256_file, sync_file, temporary_name, write_file
+from ffn.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+
+IGNORED = -100  # the target that no loss counts
+PIECE = 1 << 20  # characters encoded at a time, rounded up to whole lines
+NOT_STDLIB = {"test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    path: str = "stdlib"  # a text file, a folder, a glob pattern, or "stdlib"
+    tokenizer: str = "byte"  # "byte", "char", or the path of a tokenizer.json
+    val_fraction: float = 0.1  # of the characters of one file; of many files, the chance of each to validate
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"data.val_fraction: wants a number between 0 and 1; got {self.val_fraction}")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised text, cut in two. `train` and `val` are 1-D tensors over memory-mapped files."""
+
+    tokenizer: Tokenizer
+    train: Tensor
+    val: Tensor
+    val_bytes: int  # of the UTF-8 text behind `val`
+    fingerprint: str  # names tokens and split; equal fingerprints mean equal batches
+    notes: tuple[str, ...]  # what a reader should know: how many files, which were left out
+
+
+def find_files(path: str) -> list[Path]:
+    """The files of a corpus in a fixed order; ValueError where there are none."""
+    if path == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        found = [file for file in root.rglob("*.py") if not NOT_STDLIB & set(file.relative_to(root).parts)]
+    elif (root := Path(path).expanduser()).is_file():
+        return [root]
+    elif root.is_dir():
+        inside = (file for file in root.rglob("*") if file.is_file())
+        found = [file for file in inside if not _is_hidden(file.relative_to(root))]
+    else:
+        matches = glob.glob(str(root), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        found = [Path(name) for name in matches if Path(name).is_file()]
+    if not found:
+        raise ValueError(f"data.path={path}: no such file, no files in such a folder, and no files match it")
+    return sorted(found, key=Path.as_posix)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
+def read_text(path: Path) -> str:
+    """A file's text, line ends as they are; ValueError where it is not UTF-8 text."""
+    content = path.read_bytes()
+    try:
+        if b"\0" not in content:
+            return content.decode("utf-8")
+    except UnicodeDecodeError:
+        pass
+    raise ValueError(f"{path}: not UTF-8 text")
+
+
+def split_files(digests: Iterable[str], val_fraction: float) -> set[str]:
+    """Which contents validate, by their SHA-256: those below `val_fraction` of the range of the hash.
+
+    Neither side stays empty: the lowest hash validates and the highest trains. ValueError for fewer than two
+    different contents.
+    """
+    different = sorted(set(digests))
+    if len(different) < 2:
+        raise ValueError(
+            "the files of the corpus are all the same: validation would repeat training; give others"
+        )
+    val = {digest for digest in different if int(digest[:16], 16) < val_fraction * 2**64}
+    return (val | {different[0]}) - {different[-1]}
+
+
+def prepare(config: DataConfig, run: Path) -> Corpus:
+    """The corpus as tokens: from the files a former start left in `run` if they verify, else made anew.
+
+    Writes `run/tokenizer.json` and `run/data/` with train.bin, val.bin and manifest.json, the last of all.
+    Raises ValueError where there is no text, or where none of it is UTF-8.
+    """
+    manifest = _verified_manifest(config, run)
+    if manifest is None:
+        manifest = _build(config, run)
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    dtype = _dtype(tokenizer)[1]
+    train, val = (
+        torch.from_file(str(run / "data" / f"{side}.bin"), size=manifest[side]["tokens"], dtype=dtype)
+        for side in ("train", "val")
+    )
+    fingerprint = hashlib.sha256(json.dumps([manifest["train"], manifest["val"]]).encode()).hexdigest()
+    return Corpus(tokenizer, train, val, manifest["val"]["bytes"], fingerprint, tuple(manifest["notes"]))
+
+
+def _verified_manifest(config: DataConfig, run: Path) -> dict[str, Any] | None:
+    """The manifest of an earlier start, or None where anything is absent, other or damaged."""
+    try:
+        manifest = json.loads((run / "data" / "manifest.json").read_text("utf-8"))
+        sound = manifest["config"] == asdict(config) and all(
+            sha256_file(run / name) == digest for name, digest in manifest["sha256"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if sound else None
+
+
+def _build(config: DataConfig, run: Path) -> dict[str, Any]:
+    texts, notes = _open_texts(config)
+    make_tokenizer(config.tokenizer, (text for _, text in texts())).save(run / "tokenizer.json")
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    (run / "data").mkdir(exist_ok=True)
+    paths = {side: run / "data" / f"{side}.bin" for side in ("train", "val")}
+    counts = {side: {"tokens": 0, "bytes": 0} for side in paths}
+    with temporary_name(paths["train"]).open("wb") as train, temporary_name(paths["val"]).open("wb") as val:
+        files = {"train": train, "val": val}
+        for side, text in texts():
+            counts[side]["bytes"] += len(text.encode())
+            counts[side]["tokens"] += _encode(text, tokenizer, files[side])
+    for side, path in paths.items():
+        if counts[side]["tokens"] < 2:
+            what = "training" if side == "train" else "validation"
+            raise ValueError(f"data.path={config.path}: too little text, none is left for {what}")
+        sync_file(temporary_name(path))
+        publish(temporary_name(path), path)
+    names = ["tokenizer.json", "data/train.bin", "data/val.bin"]
+    digests = {name: sha256_file(run / name) for name in names}
+    manifest = {"config": asdict(config), "notes": notes, "sha256": digests}
+    for side in paths:
+        manifest[side] = {**counts[side], "sha256": digests[f"data/{side}.bin"]}
+    write_file(run / "data" / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, str]]], list[str]]:
+    """A function that goes through the corpus as (side, text), which may be called again, and notes on it."""
+    files = find_files(config.path)
+    if len(files) == 1:
+        text = read_text(files[0])
+        cut = int(len(text) * (1 - config.val_fraction))
+        return lambda: iter([("train", text[:cut]), ("val", text[cut:])]), [
+            f"1 file, {len(text):,} characters"
+        ]
+    digests, skipped = {}, []
+    for file in files:
+        try:
+            text = read_text(file)
+        except ValueError:
+            skipped.append(file.name)
+        else:
+            if text:
+                digests[file] = hashlib.sha256(text.encode()).hexdigest()
+    if not digests:
+        raise ValueError(f"data.path={config.path}: {len(files)} files, none of them UTF-8 text")
+    val = split_files(digests.values(), config.val_fraction)
+    n_val = sum(digest in val for digest in digests.values())
+    notes = [f"{len(digests) - n_val} files to train on, {n_val} to validate on"]
+    if skipped:
+        notes.append(f"left out {len(skipped)} files that are not UTF-8 text: {', '.join(skipped[:5])}")
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for file, digest in digests.items():
+            text = read_text(file)
+            yield ("val" if digest in val else "train"), text if text.endswith("\n") else text + "\n"
+
+    return texts, notes
+
+
+def _encode(text: str, tokenizer: Tokenizer, file: BinaryIO) -> int:
+    """Append the text's tokens to the file, some lines at a time; returns how many they are."""
+    typecode = _dtype(tokenizer)[0]
+    count, lines, characters = 0, [], 0
+    for line in [*text.splitlines(keepends=True), ""]:
+        lines.append(line)
+        characters += len(line)
+        if characters >= PIECE or not line:
+            tokens = array.array(typecode, tokenizer.encode("".join(lines)))
+            tokens.tofile(file)
+            count, lines, characters = count + len(tokens), [], 0
+    return count
+
+
+def _dtype(tokenizer: Tokenizer) -> tuple[str, torch.dtype]:
+    """The narrowest type that holds every token: its letter for `array`, and for torch."""
+    if tokenizer.vocab_size <= 1 << 8:
+        return "B", torch.uint8
+    if tokenizer.vocab_size <= 1 << 16:
+        return "H", torch.uint16
+    return "i", torch.int32
+
+
+class Batches:
+    """Shuffled training batches. Batch i is a pure function of (tokens, window, batch_size, seed, i).
+
+    Each epoch cuts the tokens into windows without overlap, from a random offset on, and visits them all in
+    a random order; so a position in the data is one number. `batches(i)` gives tokens and targets (B, T),
+    int64, the targets one token later.
+    """
+
+    def __init__(self, tokens: Tensor, window: int, batch_size: int, seed: int) -> None:
+        if len(tokens) < window + 1:
+            raise ValueError(
+                f"the training text has {len(tokens)} tokens where a window of {window} wants at least "
+                f"{window + 1}: give more text or a smaller model.max_seq_len"
+            )
+        self.tokens, self.window, self.batch_size, self.seed = tokens, window, batch_size, seed
+        self.windows_per_epoch = max(1, (len(tokens) - window) // window)
+        self._epoch = (-1, torch.empty(0, dtype=torch.int64))
+
+    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+        first = index * self.batch_size
+        starts = [self._start(number) for number in range(first, first + self.batch_size)]
+        return gather(self.tokens, starts, self.window)
+
+    def _start(self, number: int) -> int:
+        epoch, place = divmod(number, self.windows_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._starts(epoch))
+        return int(self._epoch[1][place])
+
+    def _starts(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+        offsets = min(self.window, len(self.tokens) - self.windows_per_epoch * self.window)
+        offset = torch.randint(offsets, (), generator=generator)
+        return offset + self.window * torch.randperm(self.windows_per_epoch, generator=generator)
+
+
+def validation_batches(
+    tokens: Tensor, window: int, batch_size: int, limit: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Full windows over all the tokens: each but the first is a target exactly once.
+
+    The last window reaches back to be full, with what was scored before as `IGNORED` targets; only a text
+    shorter than one window gives a shorter one. `limit` > 0 takes that many batches, evenly spread.
+    """
+    predicted = len(tokens) - 1
+    if predicted < 1:
+        raise ValueError(f"the validation text has {len(tokens)} tokens; at least 2 are wanted")
+    window = min(window, predicted)
+    starts = list(range(0, predicted - window + 1, window))
+    rest = predicted - len(starts) * window
+    if rest:
+        starts.append(predicted - window)
+    chosen = range(0, len(starts), batch_size)
+    if 0 < limit < len(chosen):
+        chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
+    for first in chosen:
+        inputs, targets = gather(tokens, starts[first : first + batch_size], window)
+        if rest and first + batch_size >= len(starts):
+            targets[-1, : window - rest] = IGNORED
+        yield inputs, targets
+
+
+def gather(tokens: Tensor, starts: list[int], window: int) -> tuple[Tensor, Tensor]:
+    """The windows at `starts` and the same one token later: two (B, T) of int64."""
+    rows = torch.stack([tokens[start : start + window + 1] for start in starts]).to(torch.int64)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def derive_seed(seed: int, *labels: str | int) -> int:
+    """A 63-bit seed for one purpose, from the run's seed and what it is for."""
+    name = "/".join(str(label) for label in (seed, *labels))
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1

@@ -1,0 +1,173 @@
+"""Text to token numbers and back: bytes, characters, or a Hugging Face `tokenizer.json`.
+
+    tokenizer = CharTokenizer.from_texts(["hello"])
+    tokenizer.decode(tokenizer.encode("hello")) == "hello"
+
+`save` writes one JSON file, `load_tokenizer` reads it, and a bare `tokenizer.json` of Hugging Face as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from ffn.atomic import write_file
+
+
+class Tokenizer(Protocol):
+    """What data, training and generation ask of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V: token numbers run from 0 to V - 1."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The token numbers of a text."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token numbers."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as one JSON file."""
+        ...
+
+
+class ByteTokenizer:
+    """One token for each byte of the UTF-8 text; V = 256. Any text at all can be encoded."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of the text as numbers."""
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the bytes; bytes that are not UTF-8 become U+FFFD."""
+        return bytes(ids).decode(errors="replace")
+
+    def save(self, path: str | Path) -> None:
+        """Write `{"kind": "byte"}`."""
+        _write(path, {"kind": "byte"})
+
+
+class CharTokenizer:
+    """One token for each character of a vocabulary, numbered in the order of the code points.
+
+    Raises ValueError where a text holds a character outside the vocabulary.
+    """
+
+    def __init__(self, vocabulary: Iterable[str]) -> None:
+        self.vocabulary = "".join(sorted(set(vocabulary)))
+        self._numbers = {character: number for number, character in enumerate(self.vocabulary)}
+        if not self.vocabulary:
+            raise ValueError("CharTokenizer wants at least one character; the text is empty")
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str]) -> CharTokenizer:
+        """The characters that occur in any of the texts."""
+        found: set[str] = set()
+        for text in texts:
+            found.update(text)
+        return cls(found)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of different characters."""
+        return len(self.vocabulary)
+
+    def encode(self, text: str) -> list[int]:
+        """The numbers of the characters."""
+        numbers = self._numbers
+        try:
+            return [numbers[character] for character in text]
+        except KeyError as error:
+            character = error.args[0]
+            raise ValueError(
+                f"character {character!r} (U+{ord(character):04X}) at {text.index(character)} is not one of "
+                f"the {self.vocab_size} of this tokenizer; data.tokenizer=byte encodes any text"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The characters of the numbers; ValueError for a number outside the vocabulary."""
+        numbers = list(ids)
+        wrong = [number for number in numbers if not 0 <= number < self.vocab_size]
+        if wrong:
+            raise ValueError(f"token {wrong[0]} is not among the {self.vocab_size} of this tokenizer")
+        return "".join(self.vocabulary[number] for number in numbers)
+
+    def save(self, path: str | Path) -> None:
+        """Write the vocabulary."""
+        _write(path, {"kind": "char", "vocabulary": self.vocabulary})
+
+
+class HFTokenizer:
+    """A Hugging Face fast tokenizer, from the text of its `tokenizer.json`. Wants the package `tokenizers`.
+
+    No special tokens are added: a corpus is a stream, and a prompt goes on in it.
+    """
+
+    def __init__(self, specification: str) -> None:
+        try:
+            from tokenizers import Tokenizer as FastTokenizer
+        except ImportError:
+            raise ImportError(
+                "a tokenizer.json wants the package tokenizers: pip install 'ffn[hf]'"
+            ) from None
+        try:
+            self._tokenizer = FastTokenizer.from_str(specification)
+        except Exception as error:  # noqa: BLE001 - the package raises bare Exception
+            raise ValueError(f"not a tokenizer.json of Hugging Face: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, added tokens included; one more than the largest number, should the numbers have gaps."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The token numbers of a text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token numbers, special tokens left out."""
+        return self._tokenizer.decode(list(ids))
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole specification."""
+        _write(path, {"kind": "hf", "tokenizer": json.loads(self._tokenizer.to_str())})
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read what `save` wrote, or a Hugging Face `tokenizer.json`; ValueError for a file that is neither."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such tokenizer file")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        kind = content.get("kind", "hf" if "model" in content else None)
+        if kind == "byte":
+            return ByteTokenizer()
+        if kind == "char":
+            return CharTokenizer(content["vocabulary"])
+        if kind == "hf":
+            return HFTokenizer(json.dumps(content.get("tokenizer", content)))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path}: neither a tokenizer that ffn saved nor a tokenizer.json of Hugging Face")
+
+
+def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer for a corpus: "byte", "char" (all characters of the texts), or the path of its file."""
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "char":
+        return CharTokenizer.from_texts(texts)
+    return load_tokenizer(name)
+
+
+def _write(path: str | Path, content: dict[str, Any]) -> None:
+    write_file(Path(path), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
