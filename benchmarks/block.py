@@ -6,7 +6,6 @@ python -m benchmarks block --cases 768/3072 --tokens 512 --modes float32 --round
 `error` is the largest deviation from the textbook in float64 with dropout off, over the largest output.
 """
 
-import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.report import publish
+from benchmarks.report import arguments, publish
 from benchmarks.timing import measure, quartiles, saved_bytes, speedup
 
 MODES = ("float32", "autocast", "bfloat16")  # autocast: float32 weights and input under bfloat16 autocast
@@ -152,7 +151,7 @@ def run_case(case: Case, work: str, names: list[str], rounds: int) -> list[dict]
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks block", description=__doc__)
+    parser = arguments("block", __doc__)
     parser.add_argument("--cases", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))

@@ -6,14 +6,13 @@ python -m benchmarks generation --dtypes float32 --rounds 2 --new-tokens 16
 Beside ffn's generate: transformers' GPT-2 with its cache, and the plain GPT, which has none.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.baseline import GPT
-from benchmarks.report import publish
+from benchmarks.report import arguments, publish
 from benchmarks.timing import measure, quartiles, speedup
 
 VOCAB, DIM, LAYERS, HEADS, WINDOW = 50257, 768, 12, 12, 1024
@@ -102,7 +101,7 @@ def run_dtype(name: str, rounds: int, prompt_tokens: int, new_tokens: int) -> li
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks generation", description=__doc__)
+    parser = arguments("generation", __doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=128)

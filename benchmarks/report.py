@@ -1,5 +1,6 @@
-"""Rows out: a Markdown table for the eye, JSON lines with machine, versions and commit for the record."""
+"""Options in, rows out: a Markdown table to read, JSON lines with machine, version and commit to keep."""
 
+import argparse
 import json
 import os
 import platform
@@ -50,6 +51,14 @@ def table(rows: list[dict], columns: list[str]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of one benchmark, its module's docstring shown as written."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        f"python -m benchmarks {name}", description=description, formatter_class=raw
+    )
 
 
 def publish(name: str, rows: list[dict], columns: list[str], folder: Path = RESULTS) -> None:

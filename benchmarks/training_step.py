@@ -6,7 +6,6 @@ python -m benchmarks training_step --shapes tiny --rounds 5
 Dropout sits where nanoGPT has it: embeddings, attention weights, and the outputs of attention and MLP.
 """
 
-import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baseline import GPT
-from benchmarks.report import publish
+from benchmarks.report import arguments, publish
 from benchmarks.timing import measure, quartiles, saved_bytes, speedup
 
 COLUMNS = ["shape", "batch", "mode", "dropout", "implementation", "parameters"]
@@ -109,7 +108,7 @@ def run_case(shape_name: str, dropout: float, mode: str, rounds: int) -> list[di
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks training_step", description=__doc__)
+    parser = arguments("training_step", __doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--modes", nargs="+", choices=("float32", "autocast"), default=["float32"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])

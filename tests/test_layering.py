@@ -58,8 +58,8 @@ def imports(node: ast.AST, module: str) -> Iterator[tuple[str, str | None]]:
 def all_imports(module: str) -> Iterator[tuple[int, str, str | None]]:
     """(line, module, name) of every import in the file, those inside functions too."""
     for node in ast.walk(ast.parse(FILES[module].read_text())):
-        for target, name in imports(node, module):
-            yield node.lineno, target, name  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((node.lineno, *found) for found in imports(node, module))
 
 
 def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
