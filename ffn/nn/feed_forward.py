@@ -1,0 +1,173 @@
+"""The block: FeedForward holds the weights and calls `ffn.ops.feed_forward`."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+
+from ffn import activations, ops
+from ffn.nn.init import check_init, init_linear
+from ffn.ops import dispatch
+from ffn.ops.feed_forward import check_options
+
+
+def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
+    """8/3 dim rounded up to a multiple: the width that gives a gated block a plain 4 dim block's parameters.
+
+    >>> gated_hidden_dim(4096)
+    11008
+
+    Source: Shazeer 2020, section 2.
+    """
+    return -(-8 * dim // (3 * multiple_of)) * multiple_of
+
+
+class FeedForward(nn.Module):
+    """The position-wise feed-forward block of the transformer.
+
+        plain   y = down_proj(dropout(act(up_proj(x))))
+        gated   y = down_proj(dropout(act(gate_proj(x)) * up_proj(x)))
+
+    Args:
+        dim: width D of the input.
+        hidden_dim: width H between the products, used as it is. Left out: 4 dim, or gated_hidden_dim(dim).
+        dropout: probability to drop a hidden value while training; its mask is rebuilt in backward.
+        out_dim: width O of the output; dim if left out.
+        activation: a name (plain: relu leaky_relu relu2 gelu gelu_tanh quick_gelu silu sigmoid tanh mish
+            softplus identity; gated: glu bilinear reglu geglu geglu_tanh swiglu), a Hugging Face spelling of
+            one, a torch.nn activation (class or instance), or any callable, which runs under plain autograd.
+        bias: whether the Linears have one.
+        out_dropout: probability to drop an output value while training.
+        save: "preact" keeps x and the preactivations for backward, D + H elements a token (D + 2H gated);
+            "input" keeps x alone and repeats the first product.
+        chunk_tokens: with save="input", how many tokens at a time.
+        backend: "auto", "eager" or "reference"; see `explain`.
+        init: torch, xavier, he, gpt2, depth_scaled or zero_out; see `ffn.nn.init`.
+
+    Shape:
+        x (..., D) -> (..., O); any leading shape, in the weights' dtype and device (or under autocast).
+
+    Raises:
+        ValueError, TypeError: options or inputs that do not fit, in one line.
+
+    The children are plain `nn.Linear`s named gate_proj (when gated), up_proj and down_proj. While all are plain,
+    their weights go to the op; once one is replaced, hooked, parametrized or quantized, the children are called.
+
+    >>> FeedForward(512, 2048, 0.1)(torch.randn(2, 7, 512)).shape
+    torch.Size([2, 7, 512])
+
+    Sources: Vaswani et al. 2017, section 3.3; Shazeer 2020.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int | None = None,
+        dropout: float = 0.0,
+        *,
+        out_dim: int | None = None,
+        activation="gelu",
+        bias: bool = True,
+        out_dropout: float = 0.0,
+        save: str = "preact",
+        chunk_tokens: int | None = None,
+        backend: str = "auto",
+        init: str = "torch",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        row = activations.resolve(activation)
+        check_options(dropout, save, chunk_tokens)
+        check_options(out_dropout, save, chunk_tokens)
+        dispatch.check_backend(backend)
+        check_init(init)
+        self.dim, self.out_dim = dim, dim if out_dim is None else out_dim
+        self.hidden_dim = hidden_dim or (gated_hidden_dim(dim) if row.gated else 4 * dim)
+        self.dropout, self.out_dropout = dropout, out_dropout
+        self.save, self.chunk_tokens, self.backend, self.init = save, chunk_tokens, backend, init
+        self.activation = row.name
+        self.act = None if row.formula else row.forward  # a callable of the user's; a module is registered
+        linear = {"bias": bias, "device": device, "dtype": dtype}
+        self.gate_proj = nn.Linear(dim, self.hidden_dim, **linear) if row.gated else None
+        self.up_proj = nn.Linear(dim, self.hidden_dim, **linear)
+        self.down_proj = nn.Linear(self.hidden_dim, self.out_dim, **linear)
+        if init != "torch":  # nn.Linear has done that one
+            self.reset_parameters()
+
+    def reset_parameters(
+        self, *, num_layers: int = 1, layer: int = 0, generator: torch.Generator | None = None
+    ) -> None:
+        """Draw the weights anew as `init` says, for layer number `layer` of `num_layers`."""
+        for linear in self._linears():
+            residual = linear is self.down_proj
+            init_linear(linear, self.init, residual=residual, num_layers=num_layers, layer=layer, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        if self._reason_to_call_children(x) is None:
+            y = self._fused(x, p)
+        else:
+            y = self._through_children(x, p)
+        return ops.dropout(y, self.out_dropout, self.training)
+
+    def _fused(self, x: Tensor, p: float) -> Tensor:
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        return ops.feed_forward(
+            x, up.weight, down.weight, None if gate is None else gate.weight,
+            up.bias, down.bias, None if gate is None else gate.bias,
+            activation=self.activation, dropout=p, save=self.save, chunk_tokens=self.chunk_tokens,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def _through_children(self, x: Tensor, p: float) -> Tensor:
+        act = self.act or activations.TABLE[self.activation]
+        pre = self.up_proj(x)
+        h = act(pre) if self.gate_proj is None else act(self.gate_proj(x)) * pre
+        return self.down_proj(ops.dropout(h, p))
+
+    def _linears(self) -> list[nn.Linear]:
+        return [linear for linear in (self.gate_proj, self.up_proj, self.down_proj) if linear is not None]
+
+    def _reason_to_call_children(self, x: Tensor) -> str | None:
+        """Asked at each call, since an adapter, hook or quantized weight may have arrived since the last."""
+        if self.act is not None:
+            return f"{self.activation} is not in the table of activations"
+        if type(x) not in (Tensor, nn.Parameter):
+            return f"the input is a {type(x).__name__}"
+        for linear in self._linears():
+            if not _is_plain(linear):
+                return f"{linear} is not a plain nn.Linear: replaced, hooked, parametrized or another kind of weight"
+        return None
+
+    def explain(self, x: Tensor) -> str:
+        """One line: which path and backend x would take, why, and what a token keeps for backward."""
+        reason = self._reason_to_call_children(x)
+        if reason is not None:
+            return f"children: {reason}"
+        choice = dispatch.choose(self.backend, x)
+        if choice.backend == "reference":
+            return f"reference: {choice.reason}"
+        kept = len(self._linears()) - 1 if self.save == "preact" else 0
+        elements = self.dim + kept * self.hidden_dim
+        return f"{choice.backend}: {choice.reason}; keeps {elements} elements a token for backward"
+
+    def extra_repr(self) -> str:
+        name = self.activation if self.act is None else f"{self.activation} (under plain autograd)"
+        parts = [f"{self.dim} -> {self.hidden_dim} -> {self.out_dim}", f"activation={name}"]
+        plain = {"dropout": 0.0, "out_dropout": 0.0, "save": "preact", "chunk_tokens": None, "backend": "auto",
+                 "init": "torch"}  # fmt: skip
+        parts += [f"{key}={getattr(self, key)}" for key, value in plain.items() if getattr(self, key) != value]
+        return ", ".join(parts)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling this Linear does nothing but F.linear with two plain parameters."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and (linear.bias is None or type(linear.bias) is nn.Parameter)
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not (linear._backward_hooks or linear._backward_pre_hooks)
+        and "forward" not in linear.__dict__
+        and not has_global_hooks()
+    )

@@ -1,0 +1,121 @@
+"""Dropout whose mask is a pure function of (seed, row, column), so that backward rebuilds it from a seed.
+
+Each 32-bit word decides two neighbouring columns by 16 bits each, so p is met to within 2**-17 and the scale
+1 / (1 - p) uses the p that is really applied. A word is the sum of a row key and a column key (splitmix64 of
+the seed and the index) put through a multiply-xorshift mixer: eleven cheap integer passes over half as many
+words as elements, kept in cache by walking the rows in blocks. On the CPU that is several times faster than
+drawing from torch's generator, needs no state, and gives a chunk of rows the mask it has within the whole.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ffn.ops import library
+
+_BLOCK = 1 << 17  # elements a block: its words stay in a core's L2 cache
+_LEVELS = 1 << 16
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A new seed from torch's generator of that device: int64, shape (1,)."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _threshold(p: float) -> int:
+    return min(round(p * _LEVELS), _LEVELS - 1)
+
+
+def scale(p: float) -> float:
+    """What kept elements are multiplied with: one over the share that is really kept."""
+    return _LEVELS / (_LEVELS - _threshold(p))
+
+
+def _keys(seed: Tensor, start: int, count: int, stream: int) -> Tensor:
+    """splitmix64 (Steele, Lea, Flood 2014) of seed and index; its low 32 bits, int32, shape (count,)."""
+    z = torch.arange(start, start + count, dtype=torch.int64, device=seed.device)
+    z = (z * 2 + stream) * -7046029254386353131 + seed
+    z = (z ^ (z >> 30)) * -4658895280553007687
+    z = (z ^ (z >> 27)) * -7723592293110705685
+    return (z ^ (z >> 31)).to(torch.int32)
+
+
+def _mix_(w: Tensor) -> Tensor:
+    """Multiply-xorshift with the lowbias32 constants, in place. Only the last shift must be a logical one."""
+    w.bitwise_xor_(w >> 15).mul_(0x21F0AAAD)
+    w.bitwise_xor_(w >> 15).mul_(0x735A2D97)
+    return w.bitwise_xor_((w >> 16).bitwise_and_(0xFFFF))
+
+
+def keep_blocks(seed: Tensor, rows: int, cols: int, p: float, row_start: int = 0) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, last row + 1, what is kept: bool (rows of the block, cols)), block after block."""
+    row_keys = _keys(seed, row_start, rows, stream=0)
+    col_keys = _keys(seed, 0, (cols + 1) // 2, stream=1)
+    step = max(1, _BLOCK // max(cols, 1)) if seed.device.type == "cpu" else max(rows, 1)
+    for i in range(0, rows, step):
+        words = _mix_(row_keys[i : i + step, None] + col_keys)
+        yield i, min(i + step, rows), (words.view(torch.int16) >= _threshold(p) - _LEVELS // 2)[:, :cols]
+
+
+def drop_(tensors: tuple[Tensor, ...], seed: Tensor, p: float, row_start: int = 0) -> None:
+    """Drop the same elements of every tensor (rows, cols), scaling the kept ones, in place."""
+    rows, cols = tensors[0].shape
+    for i, j, keep in keep_blocks(seed, rows, cols, p, row_start):
+        for t in tensors:
+            t[i:j].mul_(keep).mul_(scale(p))
+
+
+def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_start: int = 0) -> Tensor:
+    """The factors 0 or scale(p) themselves: (rows, cols)."""
+    ones = torch.ones(rows, cols, dtype=dtype, device=seed.device)
+    drop_((ones,), seed, p, row_start)
+    return ones
+
+
+def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    y = x.clone(memory_format=torch.contiguous_format)
+    drop_((y.view(-1, x.shape[-1]),), seed, p)
+    return y
+
+
+library.define("drop(Tensor x, Tensor seed, float p) -> Tensor", _drop,
+               fake=lambda x, seed, p: torch.empty(x.shape, dtype=x.dtype, device=x.device))  # fmt: skip
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, seed: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.p = p
+        return torch.ops.ffn.drop(x, seed, p)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (seed,) = ctx.saved_tensors
+        return _Dropout.apply(grads[0], seed, ctx.p), None, None
+
+
+def check_probability(name: str, p: float) -> None:
+    """Raise ValueError unless 0 <= p < 1."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name}={p}: want a probability in [0, 1)")
+
+
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """Zero elements with probability p and scale the others by 1 / (1 - p), saving 8 bytes for backward.
+
+    Args:
+        x: (..., D), any floating dtype.
+        p: in [0, 1); met to within 2**-17.
+        training: False returns x itself.
+
+    Source: Srivastava et al. 2014.
+    """
+    check_probability("p", p)
+    if not training or p == 0.0 or x.numel() == 0:
+        return x
+    if library.needs_textbook() or type(x) not in (Tensor, nn.Parameter):
+        return nn.functional.dropout(x, p)
+    x = x if x.ndim else x.view(1)
+    return _Dropout.apply(x, draw_seed(x.device), p)

@@ -1,0 +1,240 @@
+"""The op: check, choose, call; and the autograd rule, once, over any backend.
+
+Backward needs x, the weights and the preactivations, and rebuilds the rest: h is one cheap pass over the
+preactivations, the dropout mask a function of a seed. With h = act(pre) of width H and y = h down^T:
+
+    dh    = dy down            ddown = dy^T h
+    dpre  = dh * act'(pre)     dup   = dpre^T x         dx = dpre up
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ffn import activations
+from ffn.activations import Activation
+from ffn.ops import dispatch, eager, library, reference
+from ffn.ops.dropout import check_probability, draw_seed, noise
+
+SAVES = ("preact", "input")
+
+
+class Plan(NamedTuple):
+    """What the rule must know besides tensors."""
+
+    activation: str
+    p: float
+    save: str
+    chunk_tokens: int | None
+    onednn: bool
+
+
+def feed_forward(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    *,
+    activation: str | Activation = "gelu",
+    dropout: float = 0.0,
+    save: str = "preact",
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The feed-forward block: down(drop(act(up x))), or down(drop(act(gate x) * up x)) when gated.
+
+    Args:
+        x: (..., D), float64, float32, bfloat16 or float16; any strides, any leading shape, zero tokens too.
+        up, gate: (H, D). down: (O, H). up_bias, gate_bias: (H). down_bias: (O). All of x's dtype and device,
+            unless autocast is on, which casts them all.
+        activation: a row of `ffn.activations.TABLE`; gate is wanted when, and only when, the row is gated.
+        dropout: probability to drop a hidden value; met to within 2**-17.
+        save: what is kept for backward, a token. "preact": x and the preactivations, D + H elements when
+            plain and D + 2H when gated. "input": x alone, D; backward repeats the first product.
+        chunk_tokens: with save="input", so many tokens at a time, so that no (N, H) tensor exists at all.
+        backend: "auto", "eager" or "reference" (the textbook under plain autograd).
+
+    Returns:
+        (..., O), in x's dtype (autocast's where it is on).
+
+    Raises:
+        ValueError: shapes, devices, or options that do not fit together. TypeError: dtypes that differ.
+
+    Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
+    """
+    row = activations.resolve(activation)
+    weights = (up, down, gate, up_bias, down_bias, gate_bias)
+    check_options(dropout, save, chunk_tokens)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, *weights = (None if t is None else t.to(dtype) for t in (x, *weights))
+    _check_tensors(row, x, *weights)
+    choice = dispatch.choose(backend, x)
+    if choice.backend == "reference" or row.formula is None or library.needs_textbook():
+        return _textbook(row, dropout, x, *weights)
+    rows = x.reshape(-1, x.shape[-1])
+    seed = draw_seed(x.device) if dropout > 0.0 else None
+    plan = Plan(row.name, dropout, save, chunk_tokens, choice.onednn)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+        y = FeedForwardRule.apply(rows, seed, *weights, plan)
+    else:
+        with _products(plan):
+            y, _, _ = _forward(plan, rows, seed, *weights)
+    return y.view(*x.shape[:-1], down.shape[0])
+
+
+def check_options(p: float, save: str, chunk_tokens: int | None) -> None:
+    """Raise ValueError for a probability, `save` or `chunk_tokens` that make no sense."""
+    check_probability("dropout", p)
+    if save not in SAVES:
+        raise ValueError(f"save={save!r}: want one of {', '.join(SAVES)}")
+    if chunk_tokens is not None and (save != "input" or chunk_tokens < 1):
+        raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want a positive number and save='input'")
+
+
+def _check_tensors(row: Activation, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *biases) -> None:
+    """Raise one line that shows the shapes, dtypes or devices, the rule and what came instead."""
+    names = ("up", "down", "gate", "up_bias", "down_bias", "gate_bias")
+    given = {name: t for name, t in zip(names, (up, down, gate, *biases), strict=True) if t is not None}
+    H, D = up.shape if up.ndim == 2 else (None, None)
+    O = down.shape[0] if down.ndim == 2 else None
+    want = {"up": (H, D), "gate": (H, D), "down": (O, H), "up_bias": (H,), "down_bias": (O,), "gate_bias": (H,)}
+    fits = None not in (D, O) and x.ndim > 0 and x.shape[-1] == D and row.gated == (gate is not None)
+    if not fits or any(tuple(t.shape) != want[name] for name, t in given.items()):
+        needed = [name for name in names if name in given or (name == "gate" and row.gated)]
+        rule = ", ".join(f"{name} {_shape(want[name])}" for name in needed if name != "gate" or row.gated)
+        got = ", ".join(f"{name} {_shape(t.shape)}" for name, t in given.items())
+        raise ValueError(
+            f"feed_forward(activation={row.name!r}) wants x (..., {'D' if D is None else D}), {rule}; "
+            f"got x {_shape(x.shape)}, {got}"
+        )
+    if not x.is_floating_point() or any(t.dtype != x.dtype for t in given.values()):
+        got = ", ".join(f"{name} {str(t.dtype)[6:]}" for name, t in given.items())
+        raise TypeError(f"feed_forward wants one floating dtype; got x {str(x.dtype)[6:]}, {got}; "
+                        "cast one side with .to(dtype), or use torch.autocast")  # fmt: skip
+    if any(t.device != x.device for t in given.values()):
+        got = ", ".join(f"{name} {t.device}" for name, t in given.items())
+        raise ValueError(f"feed_forward wants one device; got x {x.device}, {got}; move one side with .to(device)")
+
+
+def _shape(shape) -> str:
+    letters = ("?" if n is None else str(n) for n in shape)
+    return f"({', '.join(letters)})"
+
+
+def _textbook(row, p, x, up, down, gate, up_bias, down_bias, gate_bias, factors=None) -> Tensor:
+    if p > 0.0:
+        factors = F.dropout(x.new_ones(*x.shape[:-1], up.shape[0]), p)
+    return reference.feed_forward(x, up, down, gate, up_bias, down_bias, gate_bias, activation=row, noise=factors)
+
+
+def _products(plan: Plan):
+    return eager.onednn_float32() if plan.onednn else nullcontext()
+
+
+def _chunks(plan: Plan, tokens: int) -> list[slice]:
+    step = plan.chunk_tokens or max(tokens, 1)
+    return [slice(i, min(i + step, tokens)) for i in range(0, max(tokens, 1), step)]
+
+
+def _forward(plan: Plan, x, seed, up, down, gate, up_bias, down_bias, gate_bias):
+    """(y, pre, pre_gate); the preactivations are those of the last chunk, the only one unless chunked."""
+    row = activations.TABLE[plan.activation]
+    ys, pre, pre_gate = [], None, None
+    for rows in _chunks(plan, x.shape[0]):
+        pre, pre_gate = eager.linear_pre(x[rows], up, up_bias, gate, gate_bias)
+        h = eager.activate(pre, pre_gate, row, seed, plan.p, rows.start)
+        ys.append(F.linear(h, down, down_bias))
+    return (ys[0] if len(ys) == 1 else torch.cat(ys)), pre, pre_gate
+
+
+class FeedForwardRule(torch.autograd.Function):
+    """The rule over tokens x (N, D); `feed_forward` explains the rest."""
+
+    @staticmethod
+    def forward(ctx, x, seed, up, down, gate, up_bias, down_bias, gate_bias, plan: Plan):
+        with _products(plan):
+            y, pre, pre_gate = _forward(plan, x, seed, up, down, gate, up_bias, down_bias, gate_bias)
+        if plan.save == "input":
+            pre = pre_gate = None
+        ctx.save_for_backward(x, seed, up, down, gate, up_bias, down_bias, gate_bias, pre, pre_gate)
+        ctx.plan = plan
+        return y
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (dy,) = grads
+        x, seed, up, down, gate, up_bias, down_bias, gate_bias, pre, pre_gate = ctx.saved_tensors
+        weights = (up, down, gate, up_bias, down_bias, gate_bias)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return _differentiable_backward(ctx, dy, x, seed, weights)
+        with _products(ctx.plan):
+            return _backward(ctx.plan, ctx.needs_input_grad, dy, x, seed, weights, pre, pre_gate)
+
+
+def _backward(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate):
+    """The gradients of (x, seed, *weights, plan), in chunks of tokens where the plan says so."""
+    chunks = _chunks(plan, x.shape[0])
+    if len(chunks) == 1:
+        dx, *dweights = _backward_chunk(plan, needs, dy, x, seed, weights, pre, pre_gate, 0)
+        return dx, None, *dweights, None
+    dx = torch.empty_like(x) if needs[0] else None
+    wide = torch.promote_types(x.dtype, torch.float32)  # many half-precision parts are summed in float32
+    sums: list[Tensor | None] = [None] * len(weights)
+    for rows in chunks:
+        dx_c, *parts = _backward_chunk(plan, needs, dy[rows], x[rows], seed, weights, None, None, rows.start)
+        if dx is not None:
+            dx[rows] = dx_c
+        for k, part in enumerate(parts):
+            if part is not None:
+                sums[k] = part.to(wide) if sums[k] is None else sums[k].add_(part)
+    return dx, None, *(None if total is None else total.to(x.dtype) for total in sums), None
+
+
+def _backward_chunk(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate, row_start: int):
+    """The gradients of (x, *weights) that are asked for, over tokens x (N, D)."""
+    up, down, gate, up_bias, _, gate_bias = weights
+    need_x, _, need_up, need_down, need_gate, need_up_bias, need_down_bias, need_gate_bias, _ = needs
+    row = activations.TABLE[plan.activation]
+    dx = dup = dgate = ddown = None
+    dpre = dpre_gate = h = None
+    into_hidden = need_x or need_up or need_gate or need_up_bias or need_gate_bias
+    if plan.save == "input" and (into_hidden or need_down):
+        pre, pre_gate = eager.linear_pre(x, up, up_bias, gate, gate_bias)
+    if into_hidden:
+        dpre, dpre_gate, h = eager.linear_dact(dy, down, pre, pre_gate, row, seed, plan.p, row_start)
+    elif need_down:
+        h = eager.activate(pre, pre_gate, row, seed, plan.p, row_start)
+    if need_down:
+        ddown = dy.t() @ h
+    del h
+    if need_x:
+        dx = dpre @ up if gate is None else (dpre @ up).addmm_(dpre_gate, gate)
+    if need_up:
+        dup = dpre.t() @ x
+    if need_gate:
+        dgate = dpre_gate.t() @ x
+    dup_bias = dpre.sum(0) if need_up_bias else None
+    ddown_bias = dy.sum(0) if need_down_bias else None
+    dgate_bias = dpre_gate.sum(0) if need_gate_bias else None
+    return dx, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias
+
+
+def _differentiable_backward(ctx, dy, x, seed, weights):
+    """The same gradients through the textbook, so that they can be differentiated again."""
+    plan = ctx.plan
+    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-1])
+    inputs = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how x and the weights arose
+    up = inputs[1]
+    factors = None if seed is None else noise(seed, x.shape[0], up.shape[0], plan.p, x.dtype)
+    y = _textbook(activations.TABLE[plan.activation], 0.0, *inputs, factors)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    dx, *dweights = (next(found) if need else None for need in needs)
+    return dx, None, *dweights, None

@@ -1,0 +1,29 @@
+"""How the ops are registered with torch, and when a transform must see plain torch instead."""
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("ffn", "DEF")
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> None:
+    """Register `ffn::name` with one implementation for all devices and its shape rule.
+
+    Autograd stays outside, in an autograd.Function: a call costs a few microseconds that way, several times
+    less than with torch.library.custom_op.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ffn::{name}", fake, lib=_library)
+
+
+def needs_textbook() -> bool:
+    """Whether torch.func, forward-mode differentiation or torch.export is at work: they want plain torch ops."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
