@@ -168,4 +168,4 @@ def main(argv: list[str]) -> None:
                     for dropout in options.dropout if work == "training" else [0.0]:
                         case = Case(name, tokens, mode, dropout)
                         rows += run_case(case, work, options.implementations, options.rounds)
-    publish("block", rows, COLUMNS)
+    publish("block", rows, COLUMNS, options.results)

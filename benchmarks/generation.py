@@ -24,7 +24,8 @@ Built = tuple[nn.Module, Run]
 def build_transformers(dtype: torch.dtype, prompt: Tensor, new_tokens: int) -> Built:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config()).to(dtype).eval()
+    config = GPT2Config(vocab_size=VOCAB, n_embd=DIM, n_layer=LAYERS, n_head=HEADS, n_positions=WINDOW)
+    model = GPT2LMHeadModel(config).to(dtype).eval()
     mask = torch.ones_like(prompt)
 
     def run() -> int:
@@ -82,7 +83,7 @@ def run_dtype(name: str, rounds: int, prompt_tokens: int, new_tokens: int) -> li
         row = {"dtype": name, "implementation": implementation}
         try:
             model, run = build(getattr(torch, name), prompt, new_tokens)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             rows.append(row | {"tokens_per_s": str(error)})
             continue
         made = run()
@@ -110,4 +111,4 @@ def main(argv: list[str]) -> None:
     rows = []
     for name in options.dtypes:
         rows += run_dtype(name, options.rounds, options.prompt_tokens, options.new_tokens)
-    publish("generation", rows, COLUMNS)
+    publish("generation", rows, COLUMNS, options.results)

@@ -55,13 +55,16 @@ def table(rows: list[dict], columns: list[str]) -> str:
 
 def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
     """The parser of one benchmark, its module's docstring shown as written."""
-    raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        f"python -m benchmarks {name}", description=description, formatter_class=raw
+    parser = argparse.ArgumentParser(
+        f"python -m benchmarks {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that keeps the rows")
+    return parser
 
 
-def publish(name: str, rows: list[dict], columns: list[str], folder: Path = RESULTS) -> None:
+def publish(name: str, rows: list[dict], columns: list[str], folder: Path) -> None:
     """Print the table and append the rows to FOLDER/NAME.jsonl."""
     facts = machine()
     print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}\n")

@@ -119,4 +119,4 @@ def main(argv: list[str]) -> None:
         for mode in options.modes:
             for dropout in options.dropout:
                 rows += run_case(shape, dropout, mode, options.rounds)
-    publish("training_step", rows, COLUMNS)
+    publish("training_step", rows, COLUMNS, options.results)
