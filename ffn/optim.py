@@ -1,0 +1,153 @@
+"""AdamW and Muon over the usual parameter groups, learning-rate schedules, and the L1 penalty.
+
+One step with the schedule's factor f in [0, 1] and a group's learning rate η = f·lr:
+
+    AdamW   p ← p - η·λ₂·p, then Adam's step of size η               Loshchilov & Hutter, arXiv:1711.05101
+    Muon    p ← p - η·λ₂·p - η·√max(1, rows/columns)·O               Jordan, kellerjordan.github.io/posts/muon
+            where O is the momentum of the gradient, orthogonalised  (`torch.optim.Muon`)
+    L1      p ← sign(p)·max(|p| - η·λ₁, 0), after either             the proximal step of λ₁·|p|: exact zeros
+
+λ₂ (`weight_decay`) and λ₁ (`l1`) act on matrices only, never on embeddings, norms and biases. Muon takes the
+matrices inside the blocks, AdamW everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def lr_factor(step: int, steps: int, schedule: Schedule, warmup: int = 0, floor: float = 0.0) -> float:
+    """The share of the learning rate that step `step` of 0 .. steps - 1 uses.
+
+    It rises linearly over the first `warmup` steps, (step + 1) / warmup, and then stays 1 or falls from 1 to
+    `floor`, which the step after the last would have: linearly, or along half a cosine.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    match schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - (1.0 - floor) * progress
+        case "cosine":
+            return floor + (1.0 - floor) * (1.0 + math.cos(math.pi * progress)) / 2
+    raise ValueError(f"schedule wants constant, linear or cosine; got {schedule!r}")
+
+
+def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The trainable parameters by name, in three groups: block_matrices, other_matrices and rest.
+
+    A matrix is a parameter of two or more dimensions outside `nn.Embedding`; one of two dimensions inside
+    `model.blocks` is a block's. A head tied to the embedding counts as the embedding.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[str, dict[str, nn.Parameter]] = {"block_matrices": {}, "other_matrices": {}, "rest": {}}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or id(parameter) in embeddings:
+            groups["rest"][name] = parameter
+        elif parameter.ndim == 2 and name.startswith("blocks."):
+            groups["block_matrices"][name] = parameter
+        else:
+            groups["other_matrices"][name] = parameter
+    return groups
+
+
+class ScheduledOptimizer:
+    """The optimizers of one model, stepped together.
+
+    `optimizer="adamw"` steps everything with `lr`; `"muon"` steps the block matrices with `muon_lr` instead.
+    `betas` are AdamW's, `momentum` is Muon's. ValueError for a model without block matrices under "muon".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Literal["adamw", "muon"] = "adamw",
+        *,
+        lr: float = 1e-3,
+        muon_lr: float = 0.02,
+        weight_decay: float = 0.0,
+        l1: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        momentum: float = 0.95,
+    ) -> None:
+        groups = parameter_groups(model)
+        self._names = {id(p): name for group in groups.values() for name, p in group.items()}
+        self._l1 = l1
+        blocks, others, rest = (list(group.values()) for group in groups.values())
+        matrices = others if optimizer == "muon" else blocks + others
+        adamw_groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        adamw_groups = [group for group in adamw_groups if group["params"]]
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if adamw_groups:
+            # fused: on two CPU cores 0.7 ms for 2 M parameters where foreach takes 13 and a loop 3
+            self._optimizers.append(torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, fused=True))
+        if optimizer == "muon":
+            if not blocks:
+                raise ValueError(
+                    "Muon wants matrices inside model.blocks and there are none; use optimizer=adamw"
+                )
+            self._optimizers.append(
+                torch.optim.Muon(blocks, lr=muon_lr, weight_decay=weight_decay, momentum=momentum)
+            )
+        self._groups = [group for each in self._optimizers for group in each.param_groups]
+        self._decayed = {id(p) for p in blocks + others}
+        self._lrs = [group["lr"] for group in self._groups]
+
+    def step(self, factor: float = 1.0) -> None:
+        """Update the weights from their gradients, every learning rate times `factor`."""
+        for group, lr in zip(self._groups, self._lrs, strict=True):
+            group["lr"] = lr * factor
+        for optimizer in self._optimizers:
+            optimizer.step()
+        if self._l1:
+            self._shrink()
+
+    @torch.no_grad()
+    def _shrink(self) -> None:
+        for group in self._groups:
+            for parameter in group["params"]:
+                if id(parameter) in self._decayed:
+                    shrunk = nn.functional.softshrink(parameter, group["lr"] * self._l1)
+                    parameter.copy_(shrunk)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, as `parameter name/state name` -> tensor."""
+        return {
+            f"{self._names[id(parameter)]}/{key}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave; ValueError for a parameter that is not trained here."""
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            parameter, _, key = name.rpartition("/")
+            states.setdefault(parameter, {})[key] = tensor
+        unknown = sorted(set(states) - set(self._names.values()))
+        if unknown:
+            raise ValueError(f"optimizer state for {', '.join(unknown)}, which the model does not train")
+        for optimizer in self._optimizers:
+            content = optimizer.state_dict()
+            names = [self._names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            content["state"] = {i: states[name] for i, name in enumerate(names) if name in states}
+            optimizer.load_state_dict(content)
