@@ -1,0 +1,198 @@
+"""Attention: the tokens of a sequence look at one another; multi-head or grouped-query, causal or not."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffn import ops
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention of Q query heads over G key/value heads of C channels.
+
+        y = o_proj(softmax(q k^T / sqrt(C)) v)        q, k, v = q_proj(x), k_proj(x), v_proj(x)
+
+    Args:
+        dim: D. num_heads: Q. num_kv_heads: G, which divides Q; Q if left out. head_dim: C; D / Q if left out.
+        causal: whether a token sees only itself and what came before.
+        dropout: probability to drop an attention weight, out_dropout an output value, while training.
+        qkv_bias, out_bias: whether q, k and v, and the output, have a bias.
+        qk_norm: builds a norm over the C channels of each query and key head, e.g. torch.nn.RMSNorm.
+
+    Shape:
+        x (B, T, D) -> (B, T, D). rotary: the tables of `ffn.nn.embedding.rotary_tables`.
+        mask: bool, broadcast to (B, 1, T, S), True where a token may look; it replaces the causal rule.
+        cache: the keys and values of what came before; x continues it, and S = cache.length + T.
+
+    On the CPU the scores are always computed in float32, whose kernels are several times faster there than
+    bfloat16's, above all backward and for one query.
+
+    Raises:
+        ValueError: widths that do not divide.
+
+    Sources: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Henry et al. 2020 (q/k norm).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        causal: bool = True,
+        dropout: float = 0.0,
+        out_dropout: float = 0.0,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        check_heads(dim, num_heads, num_kv_heads, head_dim)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.head_dim = head_dim or dim // num_heads
+        self.causal, self.dropout, self.out_dropout = causal, dropout, out_dropout
+        wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, wide, bias=qkv_bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(dim, narrow, bias=qkv_bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(dim, narrow, bias=qkv_bias, device=device, dtype=dtype)
+        self.o_proj = nn.Linear(wide, dim, bias=out_bias, device=device, dtype=dtype)
+        self.q_norm = qk_norm(self.head_dim) if qk_norm is not None else None
+        self.k_norm = qk_norm(self.head_dim) if qk_norm is not None else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: "LayerCache | None" = None,
+    ) -> Tensor:
+        device = x.device.type
+        autocast = not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        if autocast:
+            x = x.to(torch.get_autocast_dtype(device))  # once, rather than in each of the three products
+        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            y_BQTC = self._attend(q, k, v, mask)
+        y = self.o_proj(rearrange(y_BQTC, "B Q T C -> B T (Q C)").to(x.dtype))
+        return ops.dropout(y, self.out_dropout, self.training)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        x = x.float() if half and x.device.type == "cpu" else x
+        return rearrange(x, "B T (Q C) -> B T Q C", C=self.head_dim)
+
+    def _attend(self, q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
+        T, S = q_BQTC.shape[2], k_BGSC.shape[2]
+        causal = self.causal and mask is None and T > 1
+        p = self.dropout if self.training else 0.0
+        if p > 0.0 and q_BQTC.device.type == "cpu":
+            mask = causal_mask(T, S, q_BQTC.device) if causal else mask
+            return attend_and_drop(q_BQTC, k_BGSC, v_BGSC, mask, p)
+        if causal and S > T:  # torch's flag would align the first query with the first key
+            causal, mask = False, causal_mask(T, S, q_BQTC.device)
+        gqa = self.num_kv_heads != self.num_heads
+        return F.scaled_dot_product_attention(q_BQTC, k_BGSC, v_BGSC, mask, p, causal, enable_gqa=gqa)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"causal={self.causal}, dropout={self.dropout}, out_dropout={self.out_dropout}"
+        )
+
+
+class LayerCache:
+    """The keys and values (B, G, S, C) of one layer, for S up to `capacity`.
+
+    The memory is taken once, at the first `append`, in the shape, dtype and device of what comes. It is
+    written in place, so that nothing can be differentiated through it.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.memory: Tensor | None = None  # (2, B, G, capacity, C)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in k and v (B, G, T, C); return all keys and values so far, (B, G, S, C), as views.
+
+        Raises:
+            ValueError: more than the capacity.
+        """
+        start, self.length = self.length, self.length + k.shape[2]
+        if self.length > self.capacity:
+            raise ValueError(
+                f"a cache of {self.capacity} positions got {self.length}; give it a larger capacity"
+            )
+        if self.memory is None:
+            self.memory = k.new_empty(2, *k.shape[:2], self.capacity, k.shape[3])
+        self.memory[0, :, :, start : self.length] = k
+        self.memory[1, :, :, start : self.length] = v
+        return self.memory[0, :, :, : self.length], self.memory[1, :, :, : self.length]
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Turn each pair of channels (i, i + C/2) of x (B, T, Q, C) by its angle; see `rotary_tables`."""
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, swapped, signed_sin).to(x.dtype)
+
+
+def causal_mask(T: int, S: int, device) -> Tensor:
+    """bool (T, S): True where the query, one of the last T of S positions, does not come before the key."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def padding_mask(real: Tensor, T: int, causal: bool) -> Tensor:
+    """The mask (B, 1, T, S) for the last T of S positions when only some keys are real tokens.
+
+    A position may always look at itself, so that what is computed for padding is finite.
+
+    Args:
+        real: bool (B, S), True at tokens, False at padding.
+    """
+    S = real.shape[1]
+    allowed = real[:, None, None, :].expand(-1, 1, T, S)
+    if T == 1:
+        return allowed
+    if causal:
+        allowed = allowed & causal_mask(T, S, real.device)
+    itself = torch.ones(T, S, dtype=torch.bool, device=real.device)
+    return allowed | (itself.tril(S - T) & itself.triu(S - T))
+
+
+def attend_and_drop(q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v with dropout on the weights, its mask rebuilt in backward from a seed.
+
+    For the CPU, where torch takes the same road with a slower dropout that keeps its mask.
+    """
+    repeats = q_BQTC.shape[1] // k_BGSC.shape[1]
+    if repeats > 1:
+        k_BGSC, v_BGSC = (t.repeat_interleave(repeats, 1) for t in (k_BGSC, v_BGSC))
+    scores_BQTS = (q_BQTC * q_BQTC.shape[-1] ** -0.5) @ k_BGSC.mT
+    if mask is not None:
+        scores_BQTS = scores_BQTS.masked_fill(~mask, -torch.inf)
+    return ops.dropout(scores_BQTS.softmax(-1), p) @ v_BGSC
+
+
+def check_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:
+    """Raise ValueError unless dim splits into heads and the heads into groups."""
+    if head_dim is None and dim % num_heads:
+        raise ValueError(
+            f"dim={dim} does not split into num_heads={num_heads} heads; choose a divisor, or a head_dim"
+        )
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}; choose a divisor of it"
+        )

@@ -1,0 +1,81 @@
+"""The norms: torch's own modules, and for RMSNorm a rule with which the CPU trains several times faster."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffn.ops import library
+
+NORMS = ("rmsnorm", "layernorm")
+
+
+def build_norm(name: str, dim: int, eps: float = 1e-5, *, device=None, dtype=None) -> nn.Module:
+    """A norm over the last dimension D = dim, with a weight (and a bias for layernorm).
+
+    Raises:
+        ValueError: the name is not one of NORMS.
+
+    Sources: Ba et al. 2016 (layernorm); Zhang, Sennrich 2019 (rmsnorm).
+    """
+    if name not in NORMS:
+        raise ValueError(f"norm={name!r}: no such norm; choose one of {', '.join(NORMS)}")
+    norm = RMSNorm if name == "rmsnorm" else nn.LayerNorm
+    return norm(dim, eps=eps, device=device, dtype=dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm over one dimension, y = x / sqrt(mean(x^2) + eps) * weight, through `rms_norm`."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, *, device=None, dtype=None):
+        super().__init__(dim, eps=eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; saves x and one number a row for backward.
+
+    Args:
+        x: (..., D) of any floating dtype. weight: (D).
+        eps: added to the mean; None is the machine epsilon of x's dtype.
+
+    Returns:
+        (..., D) in x's dtype.
+    """
+    plain = (torch.float32, torch.float64)
+    if (
+        x.device.type == "cpu"  # elsewhere torch has a fused kernel, and a compiler writes its own
+        and x.dtype == weight.dtype
+        and x.dtype in plain
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not library.needs_textbook()
+    ):
+        return RMSNormRule.apply(x, weight, torch.finfo(x.dtype).eps if eps is None else eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+class RMSNormRule(torch.autograd.Function):
+    """r = 1 / sqrt(mean(x^2) + eps), n = x r, y = n w; dw = sum(dy n), dx = r (dy w - n mean(dy w n))."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        r = square.mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        ctx.eps = eps
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (dy,) = grads
+        x, weight, r = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the differentiable formula
+            y = F.rms_norm(x, weight.shape, weight, ctx.eps)
+            dx, dweight = torch.autograd.grad(y, (x, weight), dy, create_graph=True)
+            return dx, dweight, None
+        n = x * r
+        dyn = (dy * n).view(-1, x.shape[-1])
+        mean = torch.mv(dyn, weight).view(r.shape).mul_(-1.0 / x.shape[-1])
+        return n.mul_(mean).addcmul_(dy, weight).mul_(r), dyn.sum(0), None
