@@ -1,0 +1,132 @@
+"""The loss: cross entropy straight from hidden states; the logits of a large vocabulary never all exist."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LOGITS_PER_CHUNK = 1 << 24  # 64 MiB in float32; products over a few hundred tokens already run at full speed
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """F.cross_entropy(hidden weight^T, targets), in nats, averaged over the targets that count.
+
+    When all logits fit one chunk it is just that. Otherwise the tokens are taken a chunk at a time and each
+    chunk's logits are turned into its part of the gradients before they are dropped: what is kept for
+    backward are the gradients themselves, N D + V D elements, where plain torch keeps N V and more. No
+    product is computed twice. The chunked form cannot be differentiated a second time.
+
+    Args:
+        hidden: (..., D). weight: (V, D), of hidden's dtype unless autocast is on.
+        targets: (...) int64, 0 <= target < V or ignore_index.
+        ignore_index: targets that do not count.
+        label_smoothing: share of each target spread evenly over the vocabulary.
+        chunk_tokens: tokens a chunk; left out, as many as make 2^24 logits.
+
+    Returns:
+        a scalar, float32 (float64 for float64); nan when no target counts, as in torch.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: the derivation is F.cross_entropy's; Hsu et al. 2024 keep gradients instead of logits likewise.
+    """
+    if targets.shape != hidden.shape[:-1] or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"linear_cross_entropy wants hidden (..., D), weight (V, D), targets (...); got hidden "
+            f"{tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+        )
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    V = weight.shape[0]
+    step = chunk_tokens or max(1, LOGITS_PER_CHUNK // V)
+    if hidden.shape[0] <= step:
+        logits = _wide(F.linear(hidden, weight))
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    grad = torch.is_grad_enabled()
+    wants = (grad and hidden.requires_grad, grad and weight.requires_grad)
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, ignore_index, label_smoothing, step, wants)[0]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The rule over hidden (N, D), weight (V, D), targets (N); returns the loss, 1 / M and both gradients.
+
+    With p the softmax of a token's logits z, e the smoothing and M the number of targets that count:
+        loss = sum(logsumexp z - (1 - e) z_target - e mean z) / M        dz = (p - (1 - e) onehot - e / V) / M
+    The division by M waits for backward.
+    """
+
+    @staticmethod
+    def forward(hidden, weight, targets, ignore_index, smoothing, step, wants):
+        counts = targets != ignore_index
+        targets = torch.where(counts, targets, 0)
+        share = _wide(hidden.new_ones(())) / counts.sum()
+        dhidden = torch.empty_like(hidden) if wants[0] else None
+        dweight = torch.zeros_like(weight, dtype=share.dtype) if wants[1] else None
+        loss = torch.zeros_like(share)
+        for i in range(0, hidden.shape[0], step):
+            rows = slice(i, i + step)
+            target, count = targets[rows, None], counts[rows, None]
+            z = _wide(hidden[rows] @ weight.t())
+            lse = z.logsumexp(-1, keepdim=True)
+            loss += _each(z, lse, target, smoothing).mul_(count).sum()
+            if not any(wants):
+                continue
+            dlogits = _dlogits_(z, lse, target, smoothing).mul_(count).to(hidden.dtype)
+            if dhidden is not None:
+                dhidden[rows] = dlogits @ weight
+            if dweight is not None:
+                _accumulate(dweight, dlogits, hidden[rows])
+        return loss * share, share, dhidden, dweight
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, share, dhidden, dweight = output
+        ctx.mark_non_differentiable(*(t for t in (share, dhidden, dweight) if t is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(share, dhidden, dweight)
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        share, dhidden, dweight = ctx.saved_tensors
+        scale = grads[0] * share  # after the products: float16 could not hold gradients this small
+        dhidden = None if dhidden is None else dhidden * scale.to(dhidden.dtype)
+        dweight = None if dweight is None else (dweight * scale).to(ctx.dtype)
+        return dhidden, dweight, None, None, None, None, None
+
+
+def _each(z: Tensor, lse: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """The loss of each token, (n, 1), from its logits z (n, V)."""
+    each = lse - (1.0 - smoothing) * z.gather(1, target)
+    return each - smoothing * z.mean(-1, keepdim=True) if smoothing > 0.0 else each
+
+
+def _dlogits_(z: Tensor, lse: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """The gradient of `_each` to z (n, V), written over z."""
+    dz = z.sub_(lse).exp_()
+    if smoothing > 0.0:
+        dz.sub_(smoothing / z.shape[1])
+    return dz.scatter_add_(1, target, dz.new_full(target.shape, smoothing - 1.0))
+
+
+def _accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    """total += dlogits^T hidden, which the product itself can do when the dtypes agree."""
+    if total.dtype == dlogits.dtype:
+        total.addmm_(dlogits.t(), hidden)
+    else:
+        total.add_(dlogits.t() @ hidden)
