@@ -1,0 +1,218 @@
+"""Generation: tokens in, more tokens out; greedy or sampled, one prompt or many, whole or streamed."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ffn.nn.attention import LayerCache
+from ffn.transformer import Transformer
+
+Stop = Iterable[int | Sequence[int]]
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Stop = (),
+    seed: int | None = None,
+    cache: bool = True,
+) -> list[list[int]]:
+    """Continue each prompt; the new tokens alone are returned, one list a prompt.
+
+    Args:
+        model: a causal Transformer; put in eval mode meanwhile, its training flags restored after.
+        prompts: token lists of any lengths, or an integer tensor (B, T).
+        max_new_tokens: how many at most; the longest prompt and they must fit config.max_seq_len.
+        temperature: logits are divided by it; 0 is greedy, the most likely token each time.
+        top_k: draw from the k most likely tokens only.
+        top_p: draw from the fewest most likely tokens whose probability adds up to p.
+        stop: token ids, or sequences of them, after which a row is finished; they are its last tokens.
+        seed: row i draws from its own generator, seeded with seed + i, so that it gets what its prompt alone
+            would get with that seed. None: different each time. torch's global generator is never used.
+        cache: False computes every position again for every token: slow, and the oracle of the cache.
+
+    Raises:
+        ValueError, TypeError: a prompt that is empty or too long, or an option out of range.
+
+    >>> model = Transformer(TransformerConfig(vocab_size=65, dim=64, num_layers=2, num_heads=4))
+    >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 10)]
+    [10, 10]
+
+    Sources: Fan et al. 2018 (top-k); Holtzman et al. 2020 (top-p).
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in _continue(model, prompts, max_new_tokens, sampling, stop, seed, cache):
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def stream(
+    model: Transformer,
+    prompt: Sequence[int] | Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Stop = (),
+    seed: int | None = None,
+    cache: bool = True,
+) -> Iterator[int]:
+    """The tokens of `generate(model, [prompt], ...)[0]`, each as soon as it is known.
+
+    The arguments are checked at the call. The model is in eval mode from the first token until the iterator
+    ends or is closed.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    steps = _continue(model, [prompt], max_new_tokens, sampling, stop, seed, cache)
+    return (token for (token,) in steps if token is not None)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; see `generate` for the fields."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if not self.temperature >= 0.0:
+            raise ValueError(f"temperature={self.temperature}: want 0 (greedy) or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: want a positive number of tokens, or None")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p}: want a probability in (0, 1], or None")
+
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Token ids (B) from logits (B, V), one uniform number in [0, 1) a row (B) deciding."""
+        logits = logits.float()
+        if self.temperature == 0.0:
+            return logits.argmax(-1)
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        ids = None
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits, ids = logits.topk(self.top_k)
+        elif self.top_p is not None:
+            logits, ids = logits.sort(descending=True)
+        probabilities = logits.softmax(-1)
+        if self.top_p is not None:
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+        cumulative = probabilities.cumsum(-1)
+        drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+        return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
+
+
+def _continue(
+    model: Transformer, prompts, max_new_tokens: int, sampling: Sampling, stop: Stop, seed, cache: bool
+):
+    """Check the arguments and return the iterator of `_steps`."""
+    endings = [(s,) if isinstance(s, int) else tuple(s) for s in stop]
+    if () in endings:
+        raise ValueError("stop holds an empty sequence, which would end every row at once; leave it out")
+    if not model.config.causal:
+        raise ValueError("generate wants a causal Transformer; this one has config.causal=False")
+    rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in prompts]
+    for i, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {i} is empty; give at least one token to start from")
+        if len(row) + max_new_tokens > model.config.max_seq_len:
+            raise ValueError(
+                f"prompt {i} has {len(row)} tokens, which with max_new_tokens={max_new_tokens} is more than "
+                f"max_seq_len={model.config.max_seq_len}; keep the last "
+                f"{max(0, model.config.max_seq_len - max_new_tokens)} tokens or ask for fewer"
+            )
+    return _steps(model, rows, max_new_tokens, sampling, endings, seed, cache)
+
+
+def _steps(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    endings,
+    seed,
+    cache: bool,
+) -> Iterator[list[int | None]]:
+    """One list a step: each row's new token, None once the row is finished."""
+    draws = _draws(len(prompts), max_new_tokens, seed).to(model.embedding.weight.device)
+    recent: list[tuple[int, ...]] = [()] * len(prompts)
+    longest = max(map(len, endings), default=0)
+    unfinished = [True] * len(prompts)
+    with _decoding(model):
+        sequences = _Sequences(model, prompts, max_new_tokens, cache)
+        for step in range(max_new_tokens):
+            if not any(unfinished):
+                return
+            chosen = sequences.extend(sampling, draws[step])
+            yield [token if live else None for token, live in zip(chosen, unfinished, strict=True)]
+            if endings:
+                recent = [(*r, t)[-longest:] for r, t in zip(recent, chosen, strict=True)]
+                ended = [any(r[-len(e) :] == e for e in endings) for r in recent]
+                unfinished = [live and not end for live, end in zip(unfinished, ended, strict=True)]
+
+
+@contextmanager
+def _decoding(model: Transformer):
+    """Eval mode for as long as tokens are wanted; the one place to give the linears a form for decoding."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Sequences:
+    """The rows so far, padded on the left so that they all grow at the same column."""
+
+    def __init__(self, model: Transformer, prompts: list[list[int]], max_new_tokens: int, cache: bool):
+        self.model = model
+        device = model.embedding.weight.device
+        lengths = [len(row) for row in prompts]
+        self.length = max(lengths, default=0)
+        total = self.length + max_new_tokens
+        self.tokens = torch.zeros(len(prompts), total, dtype=torch.int64, device=device)
+        self.real: Tensor | None = None
+        for i, row in enumerate(prompts):
+            self.tokens[i, self.length - len(row) : self.length] = torch.tensor(row, device=device)
+        if any(n < self.length for n in lengths):
+            columns = torch.arange(total, device=device)
+            self.real = columns >= self.length - torch.tensor(lengths, device=device)[:, None]
+        self.cache = [LayerCache(total) for _ in model.blocks] if cache else None
+
+    @torch.inference_mode()
+    def extend(self, sampling: Sampling, uniform: Tensor) -> list[int]:
+        """Choose one more token a row, and take it in."""
+        start = self.cache[0].length if self.cache else 0
+        real = None if self.real is None else self.real[:, : self.length]
+        hidden = self.model.hidden(self.tokens[:, start : self.length], cache=self.cache, attention_mask=real)
+        chosen = sampling.choose(self.model.logits(hidden[:, -1]), uniform)
+        self.tokens[:, self.length] = chosen
+        self.length += 1
+        return chosen.tolist()
+
+
+def _draws(rows: int, steps: int, seed: int | None) -> Tensor:
+    """Uniform numbers in [0, 1), (steps, rows), on the CPU so that a seed means the same on every device."""
+    generators = [torch.Generator() for _ in range(rows)]
+    for i, generator in enumerate(generators):
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed + i)
+    draws = [torch.rand(steps, 1, generator=generator) for generator in generators]
+    return torch.cat(draws, 1) if draws else torch.empty(steps, 0)
