@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 
 def build_torch(shape: Shape, dropout: float) -> nn.Module:
-    return GPT(*shape[:5], dropout=dropout, bias=False)
+    return GPT(*shape[:5], dropout=dropout)
 
 
 def build_ffn(shape: Shape, dropout: float) -> nn.Module:
@@ -61,6 +61,8 @@ def build_ffn(shape: Shape, dropout: float) -> nn.Module:
         hidden_dim=4 * shape.dim,
         max_seq_len=shape.max_seq_len,
         activation="gelu",
+        bias=True,
+        attention_bias=True,
         position="learned",
         norm="layernorm",
         dropout=dropout,
