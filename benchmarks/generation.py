@@ -43,7 +43,8 @@ def build_transformers(dtype: torch.dtype, prompt: Tensor, new_tokens: int) -> B
 
 
 def build_ffn(dtype: torch.dtype, prompt: Tensor, new_tokens: int) -> Built:
-    from ffn import Transformer, TransformerConfig, generate
+    from ffn import Transformer, TransformerConfig
+    from ffn.generate import generate
 
     config = TransformerConfig(
         vocab_size=VOCAB,

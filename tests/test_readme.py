@@ -12,8 +12,18 @@ SILENT = {"__init__.py", "py.typed"}  # need no line of their own in a folder's 
 NAME = re.compile(r"[\w.-]+(/|\.\w+)")
 
 
-def fences(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+def fences(*languages: str) -> list[str]:
+    """The fenced blocks in any of these languages, in order; "" is a fence that names none."""
+    blocks: list[tuple[str, list[str]]] = []
+    inside = False
+    for line in README.read_text().splitlines():
+        if line.startswith("```"):
+            inside = not inside
+            if inside:
+                blocks.append((line[3:].strip(), []))
+        elif inside:
+            blocks[-1][1].append(line)
+    return ["\n".join(lines) for language, lines in blocks if language in languages]
 
 
 def tree_paths(block: str) -> list[PurePosixPath]:
@@ -40,7 +50,7 @@ def listing(folder: Path) -> set[str]:
 
 
 def the_tree() -> list[PurePosixPath]:
-    blocks = [block for block in fences("(?:text)?") if re.match(r"(ffn/|\.)\s", block)]
+    blocks = [block for block in fences("", "text") if re.match(r"(ffn/|\.$)", block, re.MULTILINE)]
     assert len(blocks) == 1, "the README draws one tree, in a fence that begins with ffn/"
     return tree_paths(blocks[0])
 
