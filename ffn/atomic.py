@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -52,6 +54,22 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     path.replace(doomed)
     shutil.rmtree(doomed)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for one process; ValueError where another does. A process that ends lets go."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{folder}: another process is using this folder") from None
+        yield
 
 
 def sha256_file(path: Path) -> str:

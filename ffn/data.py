@@ -104,13 +104,13 @@ def split_files(digests: Iterable[str], val_fraction: float) -> set[str]:
     return (val | {different[0]}) - {different[-1]}
 
 
-def prepare(config: DataConfig, run: Path) -> Corpus:
-    """The corpus as tokens: from the files a former start left in `run` if they verify, else made anew.
+def prepare(config: DataConfig, run: Path, reuse: bool = False) -> Corpus:
+    """The corpus as tokens: made anew, or with `reuse` those of an earlier start in `run`, if they verify.
 
     Writes `run/tokenizer.json` and `run/data/` with train.bin, val.bin and manifest.json, the last of all.
     Raises ValueError where there is no text, or where none of it is UTF-8.
     """
-    manifest = _verified_manifest(config, run)
+    manifest = _verified_manifest(config, run) if reuse else None
     if manifest is None:
         manifest = _build(config, run)
     tokenizer = load_tokenizer(run / "tokenizer.json")

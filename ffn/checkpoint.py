@@ -1,0 +1,263 @@
+"""Models and training states on disk: safetensors and JSON, never pickle; whole and verified, or refused.
+
+    RUN/tokenizer.json
+    RUN/checkpoints/step-000400/model.safetensors      weights; in the header the TransformerConfig as TOML
+                                optimizer.safetensors  optimizer state and random generators
+                                state.json             progress, identity of the run, SHA-256 of the files
+
+A checkpoint is written under another name, flushed and renamed, so a process killed at any moment, or a full
+disk, leaves those that were there. What is truncated, altered or of another run is refused with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ffn import tokenizer
+from ffn.atomic import publish, remove_folder, sha256_file, sync_file, temporary_name, write_file
+from ffn.optim import ScheduledOptimizer
+from ffn.transformer import Transformer, TransformerConfig
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+Report = Callable[[str], None]
+
+
+def save_model(path: str | Path, model: Transformer) -> None:
+    """Write `path/model.safetensors`: the weights, and the config in the header. Atomic; `load` reads it."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = temporary_name(folder / MODEL)
+    try:
+        _write_tensors(partial, _tensors(model), {"config": model.config.to_toml()})
+        publish(partial, folder / MODEL)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
+    """The model of a run's folder (its best checkpoint, else its last), of a checkpoint, or of `save_model`.
+
+    In eval mode, in the dtype it was saved in. ValueError says what is absent, damaged or foreign.
+    """
+    file = find_model(path)
+    tensors, metadata = _read_tensors(file)
+    if "config" not in metadata:
+        raise ValueError(f"{file}: not a model of ffn, its header holds no config")
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    model = Transformer(TransformerConfig.from_toml(metadata["config"]), device="meta", dtype=dtype)
+    _check(file, tensors, _tensors(model))
+    model.to_empty(device=device)
+    _copy(tensors, _tensors(model))
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path) -> tokenizer.Tokenizer:
+    """The tokenizer of a run's folder, of a checkpoint within one, or in a file."""
+    path = Path(path)
+    for candidate in (path, path / "tokenizer.json", path.parent.parent / "tokenizer.json"):
+        if candidate.is_file():
+            return tokenizer.load_tokenizer(candidate)
+    raise ValueError(f"{path}: no tokenizer.json there")
+
+
+def find_model(path: str | Path, report: Report = warnings.warn) -> Path:
+    """The model file that `load` reads; refused checkpoints on the way are reported."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if (path / MODEL).is_file():
+        return path / MODEL
+    newest = newest_checkpoint(path, {}, report)
+    if newest is None:
+        raise ValueError(f"{path}: neither a run of ffn with a good checkpoint nor a folder with {MODEL}")
+    best = path / "checkpoints" / (newest[1].get("best") or newest[0].name)
+    try:
+        read_state(best)
+    except ValueError as error:
+        report(f"{error}; using {newest[0].name} in its place")
+        best = newest[0]
+    return best / MODEL
+
+
+def save_checkpoint(
+    run: Path, step: int, model: Transformer, optimizer: ScheduledOptimizer, state: Mapping[str, Any]
+) -> Path:
+    """Write everything that training goes on from after `step` steps; OSError leaves what was there."""
+    final = checkpoint_path(run, step)
+    final.parent.mkdir(exist_ok=True)
+    partial = temporary_name(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        save_model(partial, model)
+        tensors = {f"optimizer/{name}": tensor for name, tensor in optimizer.state_tensors().items()}
+        _write_tensors(partial / OPTIMIZER, tensors | _random_state(), {})
+        files = {
+            name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+            for name in (MODEL, OPTIMIZER)
+        }
+        content = {"format": FORMAT, "step": step, **state, "files": files}
+        write_file(partial / STATE, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
+        if final.exists():  # one that was refused, or the work since was lost
+            remove_folder(final)
+        publish(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, good or not, the oldest first."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(
+    run: Path, identity: Mapping[str, str], report: Report
+) -> tuple[Path, dict[str, Any]] | None:
+    """The last good checkpoint and its state; those refused are reported by name and reason."""
+    for path in reversed(list_checkpoints(run)):
+        try:
+            return path, read_state(path, identity)
+        except ValueError as error:
+            report(str(error))
+    return None
+
+
+def read_state(path: Path, identity: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The state of a checkpoint, every byte of which is verified; ValueError names it and says why not.
+
+    `identity` is what the state has to hold besides: the fingerprints of the config and of the data.
+    """
+    refuse = f"checkpoint {path.name} refused: "
+    try:
+        state = json.loads((path / STATE).read_text("utf-8"))
+        digest, files, form = state.pop("sha256"), state["files"], state["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{refuse}{STATE} is absent or damaged") from None
+    if form != FORMAT:
+        raise ValueError(f"{refuse}its format is {form}, this version reads {FORMAT}")
+    if digest != _digest(state):
+        raise ValueError(f"{refuse}{STATE} was altered")
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{refuse}{name} is absent")
+        if file.stat().st_size != facts["bytes"]:
+            raise ValueError(f"{refuse}{name} has {file.stat().st_size} bytes in place of {facts['bytes']}")
+        if sha256_file(file) != facts["sha256"]:
+            raise ValueError(f"{refuse}{name} was altered (its SHA-256 is another)")
+    for what, value in (identity or {}).items():
+        if state.get(what) != value:
+            raise ValueError(f"{refuse}it belongs to another run, its {what} is another")
+    return state
+
+
+def restore(path: Path, model: nn.Module, optimizer: ScheduledOptimizer) -> None:
+    """Put weights, optimizer and random generators back; nothing changes where anything misfits."""
+    tensors, _ = _read_tensors(path / MODEL)
+    _check(path / MODEL, tensors, _tensors(model))
+    rest, _ = _read_tensors(path / OPTIMIZER)
+    optimizer.load_state_tensors(
+        {n.removeprefix("optimizer/"): t for n, t in rest.items() if n.startswith("opt")}
+    )
+    _copy(tensors, _tensors(model))
+    _set_random_state(rest)
+
+
+def prune(run: Path, step: int, keep: int, best: str | None) -> None:
+    """Delete the checkpoints up to `step` but the last `keep` and the best, and what a kill left behind."""
+    for leftover in (run / "checkpoints").glob(".*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    past = [path for path in list_checkpoints(run) if int(path.name[5:]) <= step]
+    for path in past[:-keep]:
+        if path.name != best:
+            remove_folder(path)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; of names that share one tensor (a tied head), the first."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _check(file: Path, tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+    def say(tensor: Tensor) -> str:
+        return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+    wrong = [f"missing {name}" for name in model if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in model]
+    wrong += [
+        f"{name} is {say(tensors[name])}, the model wants {say(wanted)}"
+        for name, wanted in model.items()
+        if name in tensors and say(tensors[name]) != say(wanted)
+    ]
+    if wrong:
+        raise ValueError(f"{file}: other weights than the model's: {'; '.join(wrong)}")
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        model[name].copy_(tensor)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    # At most one entry of metadata: the order of more is not fixed, and equal weights shall be equal files.
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    sync_file(path)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from None
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states |= {f"random/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        states["random/mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def _set_random_state(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["random/cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"random/cuda{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random/cuda{i}"], i)
+    if torch.backends.mps.is_available() and "random/mps" in tensors:
+        torch.mps.set_rng_state(tensors["random/mps"])
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

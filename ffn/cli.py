@@ -1,0 +1,178 @@
+"""The door: `ffn train | generate | eval | info | doctor`. Arguments in, calls out, one line when it failed.
+
+Exit codes: 0 done; 1 stopped by what happened (a full disk, a loss that is not finite); 2 asked for what
+cannot be; 130 interrupted, and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ffn import checkpoint, recipe
+from ffn.cost import flops_per_token, render_table
+from ffn.data import prepare
+from ffn.device import choose_device, choose_precision
+from ffn.generate import stream
+from ffn.ops.dispatch import choose
+from ffn.report import printable
+from ffn.steps import evaluate
+from ffn.tokenizer import Tokenizer
+from ffn.train import train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sample shall not stop a run for want of a character
+    try:
+        return arguments.command(arguments)
+    except BrokenPipeError:  # the reader of our output has left; say nothing more, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, ImportError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        if arguments.debug:
+            raise
+        print(f"ffn: {error or 'interrupted'}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        return 1 if isinstance(error, OSError | FloatingPointError) else 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ffn", description="Train a Transformer on text and use it.", allow_abbrev=False
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    add = commands.add_parser("train", help="train, or go on where the same command was interrupted")
+    add.add_argument(
+        "words", nargs="*", metavar="CONFIG key=value", help="a TOML file, then keys such as train.steps=100"
+    )
+    add.set_defaults(command=_train)
+
+    add = commands.add_parser("generate", help="continue a prompt with a trained model")
+    add.add_argument("run", help="the folder of a run")
+    add.add_argument("--prompt", default="\n", help="what to continue (default: a line end)")
+    add.add_argument("--tokens", type=int, help="how many at most (default: what the window holds)")
+    add.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
+    )
+    add.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
+    add.add_argument("--top-p", type=float, help="draw among the likeliest tokens that hold this probability")
+    add.add_argument("--seed", type=int, help="for the same text each time")
+    add.add_argument("--device", default="auto")
+    add.set_defaults(command=_generate)
+
+    add = commands.add_parser("eval", help="the loss over the whole validation text of a run")
+    add.add_argument("run", help="the folder of a run")
+    add.add_argument("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
+    add.add_argument("--device", default="auto")
+    add.set_defaults(command=_eval)
+
+    add = commands.add_parser("info", help="parameters and operations of a model, part by part")
+    add.add_argument(
+        "words", nargs="*", metavar="CONFIG|RUN key=value", help="as for train, or the folder of a run"
+    )
+    add.set_defaults(command=_info)
+
+    add = commands.add_parser("doctor", help="versions, devices, and what would run")
+    add.set_defaults(command=_doctor)
+    return parser
+
+
+def _config(words: Sequence[str]) -> recipe.TrainConfig:
+    """The configuration of `[CONFIG|RUN] [key=value ...]`."""
+    file = None
+    if words and "=" not in words[0]:
+        file, words = Path(words[0]), words[1:]
+        if file.is_dir():
+            file = file / "config.toml"
+    return recipe.read_config(file, words)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    summary = train(_config(arguments.words), lambda text: print(text, flush=True))
+    return 130 if summary["stopped"] == "interrupted" else 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    device, _ = choose_device(arguments.device)
+    model = checkpoint.load(arguments.run, device)
+    tokenizer = checkpoint.load_tokenizer(arguments.run)
+    prompt = tokenizer.encode(arguments.prompt)
+    left = model.config.max_seq_len - len(prompt)
+    tokens = stream(
+        model,
+        prompt,
+        left if arguments.tokens is None else arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    print(arguments.prompt, end="")
+    _print_stream(tokens, tokenizer)
+    return 0
+
+
+def _print_stream(tokens, tokenizer: Tokenizer) -> None:
+    """Print text as it comes; a character whose bytes are still incomplete waits for the rest."""
+    ids: list[int] = []
+    printed = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(printable(text[len(printed) :]), end="", flush=True)
+            printed = text
+    print(printable(tokenizer.decode(ids)[len(printed) :]))
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    run = Path(arguments.run)
+    device, _ = choose_device(arguments.device)
+    model = checkpoint.load(run, device)
+    corpus = prepare(_config([str(run)]).data, run, reuse=True)
+    loss = evaluate(model, corpus.val, batch_size=arguments.batch_size)
+    per_byte = loss * len(corpus.val) / corpus.val_bytes
+    print(f"model        {checkpoint.find_model(run)}")
+    size = f"{len(corpus.val):,} tokens, {corpus.val_bytes:,} bytes"
+    print(f"validation   {size}, in windows of {model.config.max_seq_len}")
+    print(f"loss         {loss:.4f} nats a token, {per_byte:.4f} nats a byte")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    model = _config(arguments.words).model
+    print(render_table(model))
+    print(f"training a token costs {flops_per_token(model, training=True):,} FLOPs")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    versions = ["ffn", "torch", "einops", "safetensors", "tokenizers", "tqdm", "matplotlib", "triton"]
+    print(f"python       {platform.python_version()} on {platform.platform()}")
+    for name in versions:
+        try:
+            print(f"{name:12} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name:12} not installed")
+    device, why = choose_device("auto")
+    precision, why_precision = choose_precision("auto", device)
+    print(f"device       {device} ({why})")
+    print(f"precision    {precision} ({why_precision})")
+    for dtype in (torch.float32, torch.bfloat16):
+        choice = choose("auto", torch.empty(0, dtype=dtype, device=device))
+        print(f"feed-forward {choice.backend} in {str(dtype)[6:]} ({choice.reason})")
+    return 0

@@ -1,0 +1,54 @@
+"""Where a model runs and in what precision, and why: for the commands, which say it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def choose_device(name: str) -> tuple[torch.device, str]:
+    """The device, and why: "auto" takes cuda, then mps, then cpu. ValueError for one that is not here."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"CUDA is available: {torch.cuda.get_device_name()}"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "no CUDA, and Metal is available"
+        return torch.device("cpu"), f"neither CUDA nor Metal is available; {torch.get_num_threads()} threads"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name}: no such device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available():
+            built = "finds no CUDA device" if torch.version.cuda else "is built without CUDA"
+            raise ValueError(
+                f"device={name}: this torch {torch.__version__} {built}; use device=auto or device=cpu"
+            )
+        if (device.index or 0) >= count:
+            raise ValueError(f"device={name}: there are {count} CUDA devices, the last is cuda:{count - 1}")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={name}: Metal is not available here; use device=auto or device=cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise ValueError(f"device={name}: ffn runs on cpu, cuda and mps")
+    return device, "as asked"
+
+
+def choose_precision(name: Precision, device: torch.device) -> tuple[Precision, str]:
+    """float32 or bfloat16 (autocast) for "auto" or by name, and why."""
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", "this GPU multiplies bfloat16 natively"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16", "this CPU multiplies bfloat16 natively"
+    return "float32", "no native bfloat16 products here"
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
+    """The context of a forward pass: products in bfloat16 when that is the precision, else nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,0 +1,162 @@
+"""Everything a training run is, in one configuration: `TrainConfig`, and how the folder of a run keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ffn.atomic import write_file
+from ffn.checkpoint import list_checkpoints
+from ffn.config import apply_overrides, flatten, from_toml, to_toml
+from ffn.data import Corpus, DataConfig, prepare
+from ffn.device import Precision
+from ffn.optim import Schedule
+from ffn.tokenizer import Tokenizer
+from ffn.transformer import TransformerConfig
+
+WHERE = ("out", "device")  # say where a run takes place, and do not change what it computes
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to train. A step sees `accumulate` batches of `batch_size` windows of model.max_seq_len tokens."""
+
+    steps: int = 400
+    batch_size: int = 32
+    accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = 3e-3  # of AdamW: everything, or with muon what is not a matrix of a block
+    muon_lr: float = 0.02
+    betas: tuple[float, ...] = (0.9, 0.95)
+    momentum: float = 0.95  # of Muon
+    weight_decay: float = 0.0  # decoupled L2 penalty on matrices, a share of the learning rate
+    l1: float = 0.0  # proximal L1 penalty on matrices, likewise
+    schedule: Schedule = "linear"
+    warmup: int = 20  # steps
+    lr_floor: float = 0.0  # where a decaying schedule ends, as a share of the learning rate
+    clip: float = 1.0  # the largest gradient norm; 0 for any
+    precision: Precision = "auto"
+    compile: bool = False  # the blocks, through torch.compile
+    seed: int = 1337
+    eval_every: int = 100  # steps
+    eval_batches: int = 0  # of the validation text, evenly spread; 0 for all of it
+    patience: int = 0  # evaluations without a better validation loss before stopping; 0 to go on
+    checkpoint_every: int = 100  # steps; a better validation loss makes one too
+    keep: int = 2  # checkpoints besides the best
+    log_every: int = 10  # steps
+    sample_tokens: int = 200  # of text generated at each evaluation
+    sample_prompt: str = "\n"
+    sample_temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "eval_every",
+            "checkpoint_every",
+            "keep",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}: wants 1 or more; got {getattr(self, name)}")
+        for name in ("lr", "muon_lr", "weight_decay", "l1", "clip", "warmup", "patience", "eval_batches"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"train.{name}: wants 0 or more; got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas: wants two numbers in [0, 1); got {list(self.betas)}")
+
+
+def _default_model() -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=256, dim=192, num_layers=4, num_heads=6, max_seq_len=256, qk_norm=True, init="zero_out"
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run is; the defaults train a small decoder of bytes on Python's standard library."""
+
+    out: str = "runs/stdlib"
+    device: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TransformerConfig = field(default_factory=_default_model)  # its vocab_size is the tokenizer's
+    train: LoopConfig = field(default_factory=LoopConfig)
+
+
+def read_config(file: str | Path | None, words: Iterable[str] = ()) -> TrainConfig:
+    """The defaults, then a TOML file, then words such as `train.steps=100`; ValueError says what is wrong."""
+    config = TrainConfig()
+    if file is not None:
+        try:
+            text = Path(file).read_text("utf-8")
+        except OSError as error:
+            raise ValueError(f"{file}: cannot read this config: {error.strerror}") from None
+        try:
+            config = from_toml(TrainConfig, text, base=config)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    return apply_overrides(config, words)
+
+
+def _resolve(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """With the tokenizer's vocabulary; ValueError where the model was given another one."""
+    size = tokenizer.vocab_size
+    if config.model.vocab_size not in (size, _default_model().vocab_size):
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer} has {size} "
+            "entries and decides; leave model.vocab_size out"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """The SHA-256 of what a run computes."""
+    keys = {key: value for key, value in flatten(config).items() if key not in WHERE}
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+
+
+def open_run(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConfig, Corpus]:
+    """The resolved config, written to the run's folder, and the corpus.
+
+    A run with checkpoints keeps the tokens it began with. ValueError, and nothing is touched, where the
+    folder holds a run of another configuration or other things.
+    """
+    run = Path(config.out)
+    file = run / "config.toml"
+    goes_on = file.exists() and bool(list_checkpoints(run))
+    if goes_on:
+        _refuse_other(config, file)
+    elif not file.exists():
+        if any(not path.name.startswith(".") for path in run.iterdir()):
+            raise ValueError(f"out={run}: the folder holds other files; give a new one or that of a run")
+        write_file(file, to_toml(config))
+    corpus = prepare(config.data, run, reuse=goes_on)
+    config = _resolve(config, corpus.tokenizer)
+    write_file(file, to_toml(config))
+    for note in corpus.notes:
+        say(f"data         {note}")
+    sizes = f"{len(corpus.train):,} to train on, {len(corpus.val):,} to validate on"
+    say(f"tokens       {sizes}, of {corpus.tokenizer.vocab_size} kinds")
+    return config, corpus
+
+
+def _refuse_other(config: TrainConfig, file: Path) -> None:
+    """ValueError with the keys that differ where the run whose config is in `file` is another one."""
+    here, there = flatten(config), flatten(from_toml(TrainConfig, file.read_text("utf-8")))
+    ignored = {*WHERE, "model.vocab_size"}  # the last follows from the others
+    differing = [
+        f"{key}={here[key]} where the run has {there[key]}"
+        for key in here
+        if key not in ignored and here[key] != there[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"{file.parent} holds a run of another configuration: {', '.join(differing)}; "
+            "to start a new run give another folder: out=..."
+        )

@@ -1,0 +1,304 @@
+"""Training a Transformer on text, from one configuration to a folder that holds everything.
+
+    train(TrainConfig(out="runs/mine", data=DataConfig(path="book.txt")))
+
+Called again with the same configuration it goes on from the last good checkpoint of that folder. On the same
+machine and versions it ends with the same weights and metrics.csv, bit for bit, as a run that was never
+interrupted: batch and learning rate depend on the step alone, and all other state is in the checkpoint. (On
+CUDA that holds as far as its kernels are deterministic.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffn import checkpoint
+from ffn.atomic import exclusive, write_file
+from ffn.data import Batches, Corpus, derive_seed
+from ffn.device import Precision, autocast, choose_device, choose_precision
+from ffn.generate import generate
+from ffn.optim import ScheduledOptimizer, lr_factor
+from ffn.recipe import TrainConfig, fingerprint, open_run
+from ffn.report import Log, Screen, closing_lines
+from ffn.steps import accumulate_gradients, evaluate, evaluating
+from ffn.transformer import Transformer
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with weights, optimizer and random state, all that the next step depends on."""
+
+    step: int = 0
+    train_seconds: float = 0.0  # of steps: compilation counted; evaluation, sampling and saving not
+    val_loss: float | None = None
+    best_loss: float | None = None
+    best: str | None = None  # the name of the checkpoint
+    stale: int = 0  # evaluations since the best
+    stopped: str = ""  # "", "finished" or "early"
+
+
+def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
+    """Train to the end, or on from the last good checkpoint in `config.out`; returns what summary.json holds.
+
+    Raises ValueError for a configuration, corpus or folder that will not do, FloatingPointError when the loss
+    or the gradient is no longer finite, OSError when nothing more can be written. Ctrl-C saves and returns;
+    "stopped" is then "interrupted".
+    """
+    run = Path(config.out)
+    device, why = choose_device(config.device)
+    precision, why_precision = choose_precision(config.train.precision, device)
+    run.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(exclusive(run))
+        say(f"device       {device} ({why})")
+        say(f"precision    {precision} ({why_precision})")
+        config, corpus = open_run(config, say)
+        trainer = Trainer(config, corpus, device, precision, say)
+        trainer.start()
+        stack.callback(trainer.log.close)
+        interrupted = stack.enter_context(_interrupts(say))
+        trainer.loop(interrupted)
+        return trainer.finish(
+            "interrupted" if interrupted() and not trainer.at.stopped else trainer.at.stopped
+        )
+
+
+class Trainer:
+    """One run in progress: `start`, `loop`, `finish`."""
+
+    def __init__(
+        self, config: TrainConfig, corpus: Corpus, device: torch.device, precision: Precision, say: Say
+    ) -> None:
+        loop = config.train
+        self.config, self.corpus, self.device = config, corpus, device
+        self.precision: Precision = precision
+        self.run, self.say, self.at = Path(config.out), say, Progress()
+        window = config.model.max_seq_len
+        self.batches = Batches(corpus.train, window, loop.batch_size, derive_seed(loop.seed, "data"))
+        self.tokens_per_step = loop.batch_size * loop.accumulate * window
+        torch.manual_seed(loop.seed)
+        self.model = Transformer(config.model, device=device)
+        self.optimizer = ScheduledOptimizer(
+            self.model,
+            loop.optimizer,
+            lr=loop.lr,
+            muon_lr=loop.muon_lr,
+            weight_decay=loop.weight_decay,
+            l1=loop.l1,
+            betas=(loop.betas[0], loop.betas[1]),
+            momentum=loop.momentum,
+        )
+        if loop.compile:
+            for block in self.model.blocks:
+                block.compile()
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint of this run has to agree with."""
+        return {"config": fingerprint(self.config), "data": self.corpus.fingerprint}
+
+    def start(self) -> None:
+        """Begin, or go on from the last good checkpoint."""
+        newest = checkpoint.newest_checkpoint(self.run, self.identity, self.say)
+        sizes = None
+        if newest is not None:
+            path, state = newest
+            checkpoint.restore(path, self.model, self.optimizer)
+            self.at, sizes = Progress(**state["progress"]), state["logs"]
+            self.say(f"{'finished before' if self.at.stopped else 'going on    '} {path}")
+            here = self._environment()
+            changed = [f"{k} {v}, now {here[k]}" for k, v in state["environment"].items() if here[k] != v]
+            if changed and not self.at.stopped:
+                self.say(f"not the same to the last bit from here on: it was {'; '.join(changed)}")
+        elif checkpoint.list_checkpoints(self.run):
+            raise ValueError(
+                f"no checkpoint in {self.run} is good; to start anew give another folder: out=..."
+            )
+        self.log = Log(self.run, sizes)
+
+    def loop(self, interrupted: Callable[[], bool]) -> None:
+        """Step until the end, an early stop, or an interruption."""
+        loop, at = self.config.train, self.at
+        if at.stopped:
+            return
+        screen = Screen(self.say, loop.steps, at.step)
+        self.model.train()
+        stop = False
+        try:
+            while not at.stopped and not stop:
+                loss, norm, seconds = self._timed_step()
+                speed = self.tokens_per_step / seconds
+                screen.step(loss, speed)
+                evaluated = at.step % loop.eval_every == 0 or at.step == loop.steps
+                improved = evaluated and self._evaluate()
+                if evaluated or at.step % loop.log_every == 0:
+                    self._log(loss, norm, speed, evaluated)
+                    left = (loop.steps - at.step) * at.train_seconds / at.step
+                    screen.line(at.step, loss, at.val_loss if evaluated else None, speed, left)
+                if evaluated and loop.sample_tokens:
+                    text = self._sample()
+                    self.log.sample(at.step, text)
+                    screen.sample(text)
+                stop = interrupted()
+                if improved or at.stopped or stop or at.step % loop.checkpoint_every == 0:
+                    self._save()
+        except OSError as error:
+            raise OSError(
+                f"after step {at.step}: {error}; {self._kept()}, from which the same command goes on"
+            ) from error
+        finally:
+            screen.close()
+
+    def _timed_step(self) -> tuple[float, float, float]:
+        start = time.perf_counter()
+        loss, norm = self._step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        self.at.step += 1
+        self.at.train_seconds += seconds
+        return loss, norm, seconds
+
+    def _step(self) -> tuple[float, float]:
+        loop, step = self.config.train, self.at.step
+        batches = [self.batches(step * loop.accumulate + i) for i in range(loop.accumulate)]
+        loss = accumulate_gradients(self.model, batches, self.precision)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), loop.clip or math.inf))
+        for what, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"step {step + 1}: the {what} is {value}; stopped before the update, {self._kept()}; "
+                    "a lower train.lr or train.muon_lr, or a longer train.warmup, may help"
+                )
+        self.optimizer.step(lr_factor(step, loop.steps, loop.schedule, loop.warmup, loop.lr_floor))
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def _evaluate(self) -> bool:
+        """Validation loss and early stopping; whether the loss is the best so far."""
+        loop, at = self.config.train, self.at
+        at.val_loss = evaluate(
+            self.model,
+            self.corpus.val,
+            batch_size=loop.batch_size,
+            limit=loop.eval_batches,
+            precision=self.precision,
+        )
+        improved = at.best_loss is None or at.val_loss < at.best_loss
+        if improved:
+            at.best_loss, at.best, at.stale = (
+                at.val_loss,
+                checkpoint.checkpoint_path(self.run, at.step).name,
+                0,
+            )
+        else:
+            at.stale += 1
+        if at.step == loop.steps:
+            at.stopped = "finished"
+        elif loop.patience and at.stale >= loop.patience:
+            at.stopped = "early"
+        return improved
+
+    def _sample(self) -> str:
+        loop, window = self.config.train, self.config.model.max_seq_len
+        prompt = self.corpus.tokenizer.encode(loop.sample_prompt)[: window - 1]
+        with evaluating(self.model), autocast(self.device, self.precision):
+            new = generate(
+                self.model,
+                [prompt],
+                min(loop.sample_tokens, window - len(prompt)),
+                temperature=loop.sample_temperature,
+                seed=loop.seed,
+            )
+        return loop.sample_prompt + self.corpus.tokenizer.decode(new[0])
+
+    def _log(self, loss: float, norm: float, speed: float, evaluated: bool) -> None:
+        loop, at = self.config.train, self.at
+        factor = lr_factor(at.step - 1, loop.steps, loop.schedule, loop.warmup, loop.lr_floor)
+        self.log.metrics(
+            step=at.step,
+            tokens=at.step * self.tokens_per_step,
+            lr=factor * (loop.muon_lr if loop.optimizer == "muon" else loop.lr),
+            train_loss=loss,
+            val_loss=at.val_loss if evaluated else None,
+            grad_norm=norm,
+        )
+        self.log.timing(step=at.step, train_seconds=at.train_seconds, tokens_per_second=speed)
+
+    def _save(self) -> None:
+        state = {
+            **self.identity,
+            "best": self.at.best,
+            "progress": dataclasses.asdict(self.at),
+            "logs": self.log.sizes(),
+            "environment": self._environment(),
+        }
+        checkpoint.save_checkpoint(self.run, self.at.step, self.model, self.optimizer, state)
+        checkpoint.prune(self.run, self.at.step, self.config.train.keep, self.at.best)
+
+    def _kept(self) -> str:
+        good = checkpoint.list_checkpoints(self.run)
+        return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+
+    def _environment(self) -> dict[str, str]:
+        where = {"device": self.device.type, "threads": str(torch.get_num_threads())}
+        return {"torch": torch.__version__, "precision": self.precision, **where}
+
+    def finish(self, stopped: str) -> dict[str, Any]:
+        """Write summary.json and loss.png, and say what there is and how to go on."""
+        at, run = self.at, self.run
+        summary = {
+            "stopped": stopped,
+            "steps": at.step,
+            "tokens": at.step * self.tokens_per_step,
+            "train_seconds": at.train_seconds,
+            "val_loss": at.val_loss,
+            "best_val_loss": at.best_loss,
+            "best_checkpoint": at.best,
+            "last_checkpoint": checkpoint.list_checkpoints(run)[-1].name,
+            "parameters": self.model.num_parameters(),
+            **self._environment(),
+        }
+        self.log.sizes()
+        write_file(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+        for line in closing_lines(run, summary):
+            self.say(line)
+        return summary
+
+
+@contextmanager
+def _interrupts(say: Say) -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C or SIGTERM only makes the function say True; a second one acts as usual."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield lambda: False
+        return
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+        say("stopping after this step; once more stops at once")
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
