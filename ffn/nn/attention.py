@@ -101,7 +101,7 @@ class Attention(nn.Module):
         p = self.dropout if self.training else 0.0
         if p > 0.0 and q_BQTC.device.type == "cpu":
             mask = causal_mask(T, S, q_BQTC.device) if causal else mask
-            return attend_and_drop(q_BQTC, k_BGSC, v_BGSC, mask, p)
+            return attend_in_full(q_BQTC, k_BGSC, v_BGSC, mask, p)
         if causal and S > T:  # torch's flag would align the first query with the first key
             causal, mask = False, causal_mask(T, S, q_BQTC.device)
         gqa = self.num_kv_heads != self.num_heads
@@ -172,18 +172,22 @@ def padding_mask(real: Tensor, T: int, causal: bool) -> Tensor:
     return allowed | (itself.tril(S - T) & itself.triu(S - T))
 
 
-def attend_and_drop(q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v with dropout on the weights, its mask rebuilt in backward from a seed.
+def attend_in_full(q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v from the whole matrix of scores, with dropout on the weights.
 
-    For the CPU, where torch takes the same road with a slower dropout that keeps its mask.
+    For the CPU, where torch's fused attention knows no dropout: it takes this road too, with a slower dropout
+    that keeps its mask.
     """
-    repeats = q_BQTC.shape[1] // k_BGSC.shape[1]
-    if repeats > 1:
-        k_BGSC, v_BGSC = (t.repeat_interleave(repeats, 1) for t in (k_BGSC, v_BGSC))
-    scores_BQTS = (q_BQTC * q_BQTC.shape[-1] ** -0.5) @ k_BGSC.mT
+    B, Q, T, C = q_BQTC.shape
+    if k_BGSC.shape[1] != Q:
+        k_BGSC, v_BGSC = (t.repeat_interleave(Q // t.shape[1], 1) for t in (k_BGSC, v_BGSC))
+    q, k, v = (t.flatten(0, 1) for t in (q_BQTC, k_BGSC, v_BGSC))
+    shift = q.new_zeros(())
     if mask is not None:
-        scores_BQTS = scores_BQTS.masked_fill(~mask, -torch.inf)
-    return ops.dropout(scores_BQTS.softmax(-1), p) @ v_BGSC
+        shift = q.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        shift = shift.expand(B, Q, T, -1).flatten(0, 1) if shift.ndim == 4 else shift
+    weights = torch.baddbmm(shift, q, k.mT, alpha=C**-0.5).softmax(-1)
+    return torch.bmm(ops.dropout(weights, p), v).unflatten(0, (B, Q))
 
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:

@@ -76,6 +76,6 @@ class RMSNormRule(torch.autograd.Function):
             dx, dweight = torch.autograd.grad(y, (x, weight), dy, create_graph=True)
             return dx, dweight, None
         n = x * r
-        dyn = (dy * n).view(-1, x.shape[-1])
+        dyn = (dy * n).reshape(-1, x.shape[-1])
         mean = torch.mv(dyn, weight).view(r.shape).mul_(-1.0 / x.shape[-1])
         return n.mul_(mean).addcmul_(dy, weight).mul_(r), dyn.sum(0), None
