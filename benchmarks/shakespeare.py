@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--ffn", nargs="*", default=[], metavar="KEY=VALUE", help="more words for ffn train")
     options = parser.parse_args(argv)
-    text = options.text.read_text()
+    text = options.text.read_text("utf-8")
     rows = [
         run_baseline(text, options.steps, options.seed),
         run_ffn(options.text.resolve(), text, options.ffn),

@@ -59,7 +59,7 @@ def imports(node: ast.AST, module: str) -> Iterator[tuple[str, str | None]]:
 
 def all_imports(module: str) -> Iterator[tuple[int, str, str | None]]:
     """(line, module, name) of every import in the file, those inside functions too."""
-    for node in ast.walk(ast.parse(FILES[module].read_text())):
+    for node in ast.walk(ast.parse(FILES[module].read_text("utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from ((node.lineno, *found) for found in imports(node, module))
 
@@ -78,7 +78,7 @@ def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 def requirements(*extras: str) -> set[str]:
     """The import names of the core dependencies and of the extras that pyproject.toml declares."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     lines = [*project["dependencies"]]
     for extra in extras:
         lines += project["optional-dependencies"][extra]
@@ -111,7 +111,7 @@ def test_triton_stays_in_the_kernels(module: str) -> None:
 @pytest.mark.parametrize("module", FILES)
 def test_optional_packages_are_imported_where_they_are_used(module: str) -> None:
     core = requirements() | {"ffn"} | set(sys.stdlib_module_names)
-    tree = ast.parse(FILES[module].read_text())
+    tree = ast.parse(FILES[module].read_text("utf-8"))
     at_import = {target.split(".")[0] for node in run_at_import(tree) for target, _ in imports(node, module)}
     assert at_import <= core, "at module level only the core dependencies"
     anywhere = {target.split(".")[0] for _, target, _ in all_imports(module)}

@@ -16,7 +16,7 @@ def fences(*languages: str) -> list[str]:
     """The fenced blocks in any of these languages, in order; "" is a fence that names none."""
     blocks: list[tuple[str, list[str]]] = []
     inside = False
-    for line in README.read_text().splitlines():
+    for line in README.read_text("utf-8").splitlines():
         if line.startswith("```"):
             inside = not inside
             if inside:
@@ -85,12 +85,12 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_links_lead_to_files() -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)", README.read_text())
+    targets = re.findall(r"\]\(([^)#\s]+)", README.read_text("utf-8"))
     assert [t for t in targets if "://" not in t and not (ROOT / t).exists()] == []
 
 
 def test_the_two_commands_are_given_and_ci_runs_the_second() -> None:
-    text = README.read_text()
+    text = README.read_text("utf-8")
     assert "pip install -c constraints.txt '.[app]' && ffn train" in text
     assert "pip install -c constraints.txt '.[dev]' && pytest" in text
-    assert "pip install -c constraints.txt '.[dev]' && pytest" in (ROOT / ".ci" / "run").read_text()
+    assert "pip install -c constraints.txt '.[dev]' && pytest" in (ROOT / ".ci" / "run").read_text("utf-8")
