@@ -1,0 +1,220 @@
+"""Attention by its laws (who sees whom, what permuting does) and against the formula written out."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ffn.nn.attention import Attention, LayerCache, attend_in_full, causal_mask, padding_mask, rotate
+from ffn.nn.embedding import rotary_tables
+
+F64 = torch.float64
+build = partial(Attention, dtype=F64)
+
+
+def written_out(attention: Attention, x: Tensor, allowed: Tensor | None = None, rotary=None) -> Tensor:
+    """One head at a time, one query at a time."""
+    B, T, _ = x.shape
+    Q, G, C = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    q = attention.q_proj(x).view(B, T, Q, C)
+    k = attention.k_proj(x).view(B, T, G, C)
+    v = attention.v_proj(x).view(B, T, G, C)
+    if attention.q_norm is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    if rotary is not None:
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+    heads = torch.zeros(B, T, Q, C, dtype=x.dtype)
+    for b in range(B):
+        for h in range(Q):
+            g = h * G // Q
+            for t in range(T):
+                scores = k[b, :, g] @ q[b, t, h] / math.sqrt(C)
+                if allowed is not None:
+                    scores = scores.masked_fill(~allowed[t], -torch.inf)
+                heads[b, t, h] = scores.softmax(0) @ v[b, :, g]
+    return attention.o_proj(heads.reshape(B, T, Q * C))
+
+
+@pytest.mark.parametrize("groups", [None, 4, 2, 1])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("norm", [None, partial(nn.RMSNorm, dtype=F64)], ids=["plain", "qk_norm"])
+def test_formula(groups: int | None, causal: bool, norm) -> None:
+    attention = build(12, 4, groups, 6, causal=causal, qkv_bias=True, out_bias=True, qk_norm=norm)
+    x = torch.randn(2, 5, 12, dtype=F64)
+    rotary = rotary_tables(torch.arange(5), 6)
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril() if causal else None
+    torch.testing.assert_close(attention(x, rotary), written_out(attention, x, allowed, rotary))
+    torch.testing.assert_close(attention(x), written_out(attention, x, allowed))
+
+
+def test_a_token_sees_nothing_of_the_future() -> None:
+    attention = build(8, 2)
+    x = torch.randn(1, 6, 8, dtype=F64)
+    changed = x.clone()
+    changed[:, 3] += 1.0
+    before, after = attention(x), attention(changed)
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert (before[:, 3:] != after[:, 3:]).any(-1).all()
+
+
+def test_without_order_tokens_can_be_permuted() -> None:
+    attention = build(8, 2, causal=False)
+    x = torch.randn(2, 6, 8, dtype=F64)
+    order = torch.randperm(6)
+    torch.testing.assert_close(attention(x[:, order]), attention(x)[:, order])
+
+
+def test_grouped_queries_are_repeated_heads() -> None:
+    grouped, full = build(12, 6, 2), build(12, 6)
+    C = grouped.head_dim
+    full.load_state_dict(
+        {
+            name: weight.view(2, C, 12).repeat_interleave(3, 0).flatten(0, 1)
+            if weight.shape[0] == 2 * C
+            else weight
+            for name, weight in grouped.state_dict().items()
+        }
+    )
+    x = torch.randn(2, 5, 12, dtype=F64)
+    torch.testing.assert_close(grouped(x), full(x))
+
+
+def test_rotary_attention_does_not_move_with_the_window() -> None:
+    attention = build(16, 2)
+    x = torch.randn(1, 5, 16, dtype=F64)
+    at = [attention(x, rotary_tables(torch.arange(start, start + 5), 8)) for start in (0, 40)]
+    torch.testing.assert_close(at[0], at[1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_continues_where_it_stopped() -> None:
+    attention = build(8, 4, 2)
+    x = torch.randn(2, 7, 8, dtype=F64)
+    tables = rotary_tables(torch.arange(7), 2)
+    whole = attention(x, tables)
+    cache, parts = LayerCache(7), []
+    with torch.no_grad():
+        for start, end in ((0, 3), (3, 4), (4, 7)):
+            rotary = tuple(table[start:end] for table in tables)
+            parts.append(attention(x[:, start:end], rotary, cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), whole.detach())
+    assert cache.length == 7
+
+
+def test_the_cache_takes_its_memory_once() -> None:
+    cache = LayerCache(4)
+    k = torch.randn(2, 3, 2, 5)
+    keys, values = cache.append(k, k + 1)
+    memory = cache.memory
+    assert memory is not None
+    assert memory.shape == (2, 2, 3, 4, 5)
+    keys, values = cache.append(k + 2, k + 3)
+    assert cache.memory is memory
+    assert keys.data_ptr() == memory.data_ptr()
+    assert torch.equal(keys, torch.cat((k, k + 2), 2))
+    assert torch.equal(values, torch.cat((k + 1, k + 3), 2))
+    with pytest.raises(ValueError, match="a cache of 4 positions got 6; give it a larger capacity"):
+        cache.append(k, k)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_is_not_looked_at(causal: bool) -> None:
+    attention = build(8, 2, causal=causal)
+    x = torch.randn(1, 6, 8, dtype=F64)
+    real = torch.tensor([[False, False, True, True, True, True]])
+    y = attention(x, mask=padding_mask(real, 6, causal))
+    torch.testing.assert_close(y[:, 2:], attention(x[:, 2:]))
+    assert y.isfinite().all()
+
+
+def test_masks() -> None:
+    assert causal_mask(2, 4, "cpu").tolist() == [[True, True, True, False], [True, True, True, True]]
+    real = torch.tensor([[False, True, True]])
+    assert padding_mask(real, 1, True).tolist() == [[[[False, True, True]]]]
+    assert padding_mask(real, 3, True)[0, 0].tolist() == [
+        [True, False, False],
+        [False, True, False],
+        [False, True, True],
+    ]
+    assert padding_mask(real, 2, False)[0, 0].tolist() == [[False, True, True], [False, True, True]]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("masked", [None, "causal", "padding"])
+def test_the_scores_in_full_are_the_same_attention(groups: int, masked: str | None) -> None:
+    q = torch.randn(2, 4, 5, 6, dtype=F64, requires_grad=True)
+    k, v = torch.randn(2, 2, groups, 5, 6, dtype=F64)
+    mask = {"causal": causal_mask(5, 5, "cpu"), None: None}.get(masked)
+    if masked == "padding":
+        mask = padding_mask(torch.tensor([[False, True, True, True, True], [True] * 5]), 5, True)
+    ours = attend_in_full(q, k, v, mask, 0.0)
+    theirs = nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=groups == 1)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.square().sum(), q), torch.autograd.grad(theirs.square().sum(), q)
+    )
+
+
+def test_attention_dropout_keeps_the_mean_and_stops_in_eval() -> None:
+    attention = build(8, 2, dropout=0.5)
+    x = torch.randn(1, 4, 8, dtype=F64)
+    expected = build(8, 2)
+    expected.load_state_dict(attention.state_dict())
+    draws = torch.stack([attention(x) for _ in range(3000)]).detach()
+    assert draws.std(0).max() > 0.05
+    torch.testing.assert_close(draws.mean(0), expected(x).detach(), atol=0.05, rtol=0.0)
+    assert torch.equal(attention.eval()(x), expected(x))
+
+
+def test_output_dropout() -> None:
+    attention = build(64, 2, out_dropout=0.5)
+    x = torch.randn(1, 16, 64, dtype=F64)
+    assert 0.4 < (attention(x) == 0).double().mean() < 0.6
+    assert not (attention.eval()(x) == 0).any()
+
+
+def test_autocast_attends_in_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    fused = nn.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, *args, **kwargs) -> Tensor:
+        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
+        return fused(q, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    attention = Attention(8, 2, qk_norm=nn.RMSNorm)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(x, rotary_tables(torch.arange(3), 4))
+    y.float().sum().backward()
+    half = Attention(8, 2, dtype=torch.bfloat16)
+    assert half(x.detach().bfloat16()).dtype == y.dtype == torch.bfloat16
+    assert seen == [(torch.float32, False)] * 2
+    assert x.grad is not None
+    assert attention.q_proj.weight.grad is not None
+    torch.testing.assert_close(
+        y.float(), attention(x, rotary_tables(torch.arange(3), 4)), atol=0.03, rtol=0.03
+    )
+
+
+def test_names_and_shapes_of_the_weights() -> None:
+    norm = partial(nn.RMSNorm, device="meta")
+    attention = Attention(12, 4, 2, 5, qkv_bias=True, qk_norm=norm, device="meta")
+    shapes = {name: tuple(p.shape) for name, p in attention.named_parameters()}
+    assert shapes == {
+        "q_proj.weight": (20, 12), "q_proj.bias": (20,),
+        "k_proj.weight": (10, 12), "k_proj.bias": (10,),
+        "v_proj.weight": (10, 12), "v_proj.bias": (10,),
+        "o_proj.weight": (12, 20),
+        "q_norm.weight": (5,), "k_norm.weight": (5,),
+    }  # fmt: skip
+    assert all(type(m) is nn.Linear for name, m in attention.named_children() if name.endswith("proj"))
+    assert attention(torch.empty(2, 3, 12, device="meta")).shape == (2, 3, 12)
+
+
+def test_widths_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="dim=10 does not split into num_heads=4 heads; choose a divisor"):
+        Attention(10, 4)
+    with pytest.raises(ValueError, match="num_heads=4 is no multiple of num_kv_heads=3; choose a divisor"):
+        Attention(8, 4, 3)
