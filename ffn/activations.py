@@ -92,7 +92,7 @@ class Activation:
     name: how users ask for it.
     formula: x -> (value, slope), both of x's shape; None for a callable that is not in the table.
     forward: torch's own x -> value; None where the formula serves.
-    backward: torch's own (grad of value, x) -> grad of x, an ATen overload packet; None as above.
+    backward: torch's own (dvalue, x, grad_input=where to write) -> grad of x, an ATen op; None as above.
     gated: whether the block multiplies the value with a second product, up.
     """
 
@@ -109,18 +109,18 @@ class Activation:
         assert self.formula is not None
         return self.formula(_widen(x))[0].to(x.dtype)
 
-    def grad(self, dvalue: Tensor, x: Tensor) -> Tensor:
-        """The gradient of x from that of the value, dvalue * slope(x); half precision computes in float32."""
+    def grad_(self, dvalue: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x, dvalue * slope(x), written over dvalue; half precision computes in float32."""
         if self.backward is not None:
-            return self.backward(dvalue, x)
+            return self.backward(dvalue, x, grad_input=dvalue)
         assert self.formula is not None
-        return (dvalue * self.formula(_widen(x))[1]).to(x.dtype)
+        return dvalue.copy_(self.formula(_widen(x))[1].mul_(dvalue))
 
 
 _aten = torch.ops.aten
 
 PLAIN = [
-    Activation("identity", identity, torch.clone, backward=lambda dvalue, x: dvalue),
+    Activation("identity", identity, torch.clone, lambda dvalue, x, grad_input: dvalue),
     Activation("relu", relu, F.relu, partial(_aten.threshold_backward, threshold=0)),
     Activation("leaky_relu", leaky_relu, F.leaky_relu,
                partial(_aten.leaky_relu_backward, negative_slope=0.01, self_is_result=False)),
@@ -132,7 +132,7 @@ PLAIN = [
     Activation("silu", silu, F.silu, _aten.silu_backward),
     Activation("sigmoid", sigmoid, torch.sigmoid),
     Activation("tanh", tanh, torch.tanh),
-    Activation("mish", mish, F.mish, _aten.mish_backward),
+    Activation("mish", mish, F.mish, lambda dvalue, x, grad_input: _aten.mish_backward(dvalue, x)),
     Activation("softplus", softplus, F.softplus, partial(_aten.softplus_backward, beta=1, threshold=20)),
 ]  # fmt: skip
 GATES = {"glu": "sigmoid", "bilinear": "identity", "reglu": "relu", "geglu": "gelu",

@@ -108,7 +108,7 @@ class FeedForward(nn.Module):
             y = self._fused(x, p)
         else:
             y = self._through_children(x, p)
-        return ops.dropout(y, self.out_dropout, self.training)
+        return ops.dropout(y, self.out_dropout) if self.training and self.out_dropout else y
 
     def _fused(self, x: Tensor, p: float) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
@@ -134,6 +134,8 @@ class FeedForward(nn.Module):
             return f"{self.activation} is not in the table of activations"
         if type(x) not in (Tensor, nn.Parameter):
             return f"the input is a {type(x).__name__}"
+        if has_global_hooks():
+            return "a hook is registered for all modules"
         for linear in self._linears():
             if not _is_plain(linear):
                 return f"{linear} is not a plain nn.Linear: replaced, hooked, parametrized or another kind of weight"
@@ -162,12 +164,12 @@ class FeedForward(nn.Module):
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether calling this Linear does nothing but F.linear with two plain parameters."""
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return False
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and (linear.bias is None or type(linear.bias) is nn.Parameter)
+        type(weight) is nn.Parameter
+        and (bias is None or type(bias) is nn.Parameter)
         and not (linear._forward_hooks or linear._forward_pre_hooks)
         and not (linear._backward_hooks or linear._backward_pre_hooks)
-        and "forward" not in linear.__dict__
-        and not has_global_hooks()
     )

@@ -13,11 +13,15 @@ BACKENDS = ("auto", "eager", "reference")
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs and why. onednn: float32 products go to oneDNN."""
+    """What runs and why.
+
+    onednn: products with a bias go straight to oneDNN. float32_in_onednn: so do all float32 products.
+    """
 
     backend: str
     reason: str
     onednn: bool = False
+    float32_in_onednn: bool = False
 
 
 @cache
@@ -31,18 +35,33 @@ def _cpu_vendor() -> str:
 
 
 @cache
-def onednn_beats_mkl() -> bool:
-    """Whether float32 products are faster in oneDNN and remain float32 there.
+def _has_onednn_linear() -> bool:
+    x = torch.ones(1, 1)
+    try:
+        return bool(torch.ops.mkldnn._linear_pointwise.default(x, x, None, "none", [], "") == 1)
+    except (AttributeError, RuntimeError):  # a private op of torch, absent from some builds
+        return False
+
+
+@cache
+def float32_faster_in_onednn() -> bool:
+    """Whether float32 products are faster in oneDNN than in MKL, and remain float32 there.
 
     MKL serves AMD's processors poorly. With AMX tiles, and off x86, the same setting would round to bfloat16.
     """
     return (
         "AMD" in _cpu_vendor()
-        and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and not torch.cpu._is_amx_tile_supported()
         and hasattr(torch.backends.mkldnn, "matmul")
+        and _has_onednn_linear()
     )
+
+
+@cache
+def bfloat16_in_onednn() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware, through oneDNN."""
+    return _has_onednn_linear() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_backend(backend: str) -> None:
@@ -56,10 +75,15 @@ def _choose(backend: str, device: str, dtype: torch.dtype) -> Choice:
     check_backend(backend)
     if backend == "reference":
         return Choice("reference", "asked for by name: the textbook, with plain autograd")
-    asked = "asked for by name" if backend == "eager" else f"torch ops serve {device} {str(dtype)[6:]}"
-    onednn = device == "cpu" and dtype == torch.float32 and onednn_beats_mkl()
-    products = "; float32 products in oneDNN, faster than MKL on this processor" if onednn else ""
-    return Choice("eager", asked + products, onednn)
+    reason = "asked for by name" if backend == "eager" else f"torch ops serve {device} {str(dtype)[6:]}"
+    if device == "cpu" and dtype == torch.float32 and float32_faster_in_onednn():
+        return Choice("eager", f"{reason}, products in oneDNN, faster than MKL on this processor", True, True)
+    if device == "cpu" and dtype == torch.bfloat16 and bfloat16_in_onednn():
+        return Choice("eager", f"{reason}, products in oneDNN", True)
+    return Choice("eager", reason)
+
+
+_COMPILED = {name: Choice("reference" if name == "reference" else "eager", "compiled") for name in BACKENDS}
 
 
 def choose(backend: str, x: Tensor) -> Choice:
@@ -68,6 +92,6 @@ def choose(backend: str, x: Tensor) -> Choice:
     Raises:
         ValueError: no backend of that name.
     """
-    if torch.compiler.is_compiling():  # the compiler owns the products; nothing to ask
-        return Choice("reference" if backend == "reference" else "eager", "compiled")
+    if torch.compiler.is_compiling():  # the compiler owns the products
+        return _COMPILED[backend]
     return _choose(backend, x.device.type, x.dtype)

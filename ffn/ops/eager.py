@@ -18,11 +18,21 @@ from ffn.ops import library
 from ffn.ops.dropout import drop_
 
 
-@contextmanager
-def onednn_float32() -> Iterator[None]:
-    """Send float32 products on the CPU to oneDNN instead of MKL.
+_WORTH_ONEDNN = 1 << 22  # multiply-adds; smaller products are over before its set-up is
 
-    The setting permits bfloat16 inside the product, which oneDNN uses only where the CPU has the tiles for it;
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
+    """x (N, in) -> (N, out). oneDNN adds the bias within the product, where F.linear writes it out before."""
+    if onednn and bias is not None and x.shape[0] * weight.numel() >= _WORTH_ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@contextmanager
+def float32_in_onednn() -> Iterator[None]:
+    """Send plain float32 products on the CPU to oneDNN instead of MKL.
+
+    The setting permits bfloat16 within a product, which oneDNN uses only where the CPU has the tiles for it;
     dispatch asks for it only where float32 stays float32.
     """
     matmul = torch.backends.mkldnn.matmul
@@ -35,22 +45,30 @@ def onednn_float32() -> Iterator[None]:
 
 
 def linear_pre(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None
+    x: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None, onednn: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(pre, pre_gate), each (N, H): the first product."""
-    return F.linear(x, up, up_bias), None if gate is None else F.linear(x, gate, gate_bias)
+    pre = linear(x, up, up_bias, onednn)
+    return pre, None if gate is None else linear(x, gate, gate_bias, onednn)
 
 
 def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
-    activation: Activation, seed: Tensor | None, p: float, row_start: int,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """(dpre, dpre_gate, h), each (N, H): the gradients of the preactivations, and h rebuilt from them."""
-    dh = dy @ down
+    activation: Activation, seed: Tensor | None, p: float, row_start: int, need_down: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dpre, dpre_gate, ddown), dpre and dpre_gate (N, H), ddown (O, H): back through the second product."""
     if torch.compiler.is_compiling():
-        dpre, dgate, h = torch.ops.ffn.dactivate(dh, pre, pre_gate, seed, activation.name, p, row_start)
-        return dpre, (None if pre_gate is None else dgate), h
-    return _dactivate_(dh, pre, pre_gate, activation, seed, p, row_start)
+        dpre, dgate, h = torch.ops.ffn.dactivate(dy @ down, pre, pre_gate, seed, activation.name, p, row_start)
+        return dpre, (None if pre_gate is None else dgate), (dy.t() @ h if need_down else None)
+    if seed is not None:  # one mask for both h and dh
+        dh = dy @ down
+        dpre, dgate, h = _dactivate_(dh, pre, pre_gate, activation, seed, p, row_start)
+        return dpre, dgate, (dy.t() @ h if need_down else None)
+    value = activation(pre if pre_gate is None else pre_gate)
+    h = value if pre_gate is None else value * pre
+    ddown = dy.t() @ h if need_down else None
+    dh = torch.mm(dy, down, out=h)  # h is done with
+    return *_through(activation, dh, value, pre, pre_gate), ddown
 
 
 def activate(
@@ -70,15 +88,21 @@ def _activate(pre, pre_gate, activation, seed, p, row_start) -> Tensor:
 
 
 def _dactivate_(dh, pre, pre_gate, activation, seed, p, row_start) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Overwrites dh, which is the backward's own."""
+    """(dpre, dpre_gate, h); overwrites dh, which is the backward's own."""
     value = activation(pre if pre_gate is None else pre_gate)
     h = value if pre_gate is None else value * pre
     if seed is not None:
         drop_((h, dh), seed, p, row_start)
+    dpre, dgate = _through(activation, dh, value, pre, pre_gate)
+    return dpre, dgate, h
+
+
+def _through(activation, dh, value, pre, pre_gate) -> tuple[Tensor, Tensor | None]:
+    """(dpre, dpre_gate), written over dh and, when gated, over value."""
     if pre_gate is None:
-        return activation.grad(dh, pre), None, h
+        return activation.grad_(dh, pre), None
     dpre = value.mul_(dh)
-    return dpre, activation.grad(dh.mul_(pre), pre_gate), h
+    return dpre, activation.grad_(dh.mul_(pre), pre_gate)
 
 
 def _activate_op(pre, pre_gate, seed, activation, p, row_start):

@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     p: float
     save: str
     chunk_tokens: int | None
-    onednn: bool
+    choice: dispatch.Choice
 
 
 def feed_forward(
@@ -69,24 +69,24 @@ def feed_forward(
     Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
     """
     row = activations.resolve(activation)
-    weights = (up, down, gate, up_bias, down_bias, gate_bias)
     check_options(dropout, save, chunk_tokens)
+    weights = (up, down, gate, up_bias, down_bias, gate_bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, *weights = (None if t is None else t.to(dtype) for t in (x, *weights))
-    _check_tensors(row, x, *weights)
+    if not _fits(row, x, *weights):
+        _explain_misfit(row, x, *weights)
     choice = dispatch.choose(backend, x)
     if choice.backend == "reference" or row.formula is None or library.needs_textbook():
         return _textbook(row, dropout, x, *weights)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     seed = draw_seed(x.device) if dropout > 0.0 else None
-    plan = Plan(row.name, dropout, save, chunk_tokens, choice.onednn)
+    plan = Plan(row.name, dropout, save, chunk_tokens, choice)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
         y = FeedForwardRule.apply(rows, seed, *weights, plan)
     else:
-        with _products(plan):
-            y, _, _ = _forward(plan, rows, seed, *weights)
-    return y.view(*x.shape[:-1], down.shape[0])
+        y, _, _ = _forward(plan, rows, seed, *weights)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], down.shape[0])
 
 
 def check_options(p: float, save: str, chunk_tokens: int | None) -> None:
@@ -98,34 +98,47 @@ def check_options(p: float, save: str, chunk_tokens: int | None) -> None:
         raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want a positive number and save='input'")
 
 
-def _check_tensors(row: Activation, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *biases) -> None:
-    """Raise one line that shows the shapes, dtypes or devices, the rule and what came instead."""
-    names = ("up", "down", "gate", "up_bias", "down_bias", "gate_bias")
-    given = {name: t for name, t in zip(names, (up, down, gate, *biases), strict=True) if t is not None}
-    H, D = up.shape if up.ndim == 2 else (None, None)
-    O = down.shape[0] if down.ndim == 2 else None
-    want = {"up": (H, D), "gate": (H, D), "down": (O, H), "up_bias": (H,), "down_bias": (O,), "gate_bias": (H,)}
-    fits = None not in (D, O) and x.ndim > 0 and x.shape[-1] == D and row.gated == (gate is not None)
-    if not fits or any(tuple(t.shape) != want[name] for name, t in given.items()):
-        needed = [name for name in names if name in given or (name == "gate" and row.gated)]
-        rule = ", ".join(f"{name} {_shape(want[name])}" for name in needed if name != "gate" or row.gated)
-        got = ", ".join(f"{name} {_shape(t.shape)}" for name, t in given.items())
-        raise ValueError(
-            f"feed_forward(activation={row.name!r}) wants x (..., {'D' if D is None else D}), {rule}; "
-            f"got x {_shape(x.shape)}, {got}"
-        )
+def _fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> bool:
+    """Whether shapes, dtypes and devices go together; asked at each call, so it is quick."""
+    if up.ndim != 2 or down.ndim != 2 or x.ndim == 0 or row.gated != (gate is not None):
+        return False
+    H, D = up.shape
+    if x.shape[-1] != D or down.shape[1] != H or not x.is_floating_point():
+        return False
+    if gate is not None and gate.shape != up.shape:
+        return False
+    for bias, width in ((up_bias, H), (down_bias, down.shape[0]), (gate_bias, H)):
+        if bias is not None and (bias.ndim != 1 or bias.shape[0] != width):
+            return False
+    dtype, device = x.dtype, x.device
+    given = (up, down, gate, up_bias, down_bias, gate_bias)
+    return all(t is None or (t.dtype == dtype and t.device == device) for t in given)
+
+
+def _explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias):
+    """Raise one line: the rule, what came instead, and the remedy."""
+    given = {"gate": gate, "up": up, "down": down, "gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    given = {name: t for name, t in given.items() if t is not None}
+    H, D = up.shape if up.ndim == 2 else ("H", "D")
+    O = down.shape[0] if down.ndim == 2 else "O"
+    want = {"gate": (H, D), "up": (H, D), "down": (O, H), "gate_bias": (H,), "up_bias": (H,), "down_bias": (O,)}
+    want = {name: shape for name, shape in want.items() if name in given and (name != "gate" or row.gated)}
+    want |= {"gate": (H, D)} if row.gated else {}
+    got = {"x": x, **given}
+    fits = x.ndim > 0 and x.shape[-1] == D and want.keys() == given.keys()
+    if not fits or any(tuple(given[name].shape) != shape for name, shape in want.items()):
+        rule = ", ".join(f"{name} {_shape(shape)}" for name, shape in want.items())
+        came = ", ".join(f"{name} {_shape(t.shape)}" for name, t in got.items())
+        raise ValueError(f"feed_forward(activation={row.name!r}) wants x (..., {D}), {rule}; got {came}")
     if not x.is_floating_point() or any(t.dtype != x.dtype for t in given.values()):
-        got = ", ".join(f"{name} {str(t.dtype)[6:]}" for name, t in given.items())
-        raise TypeError(f"feed_forward wants one floating dtype; got x {str(x.dtype)[6:]}, {got}; "
-                        "cast one side with .to(dtype), or use torch.autocast")  # fmt: skip
-    if any(t.device != x.device for t in given.values()):
-        got = ", ".join(f"{name} {t.device}" for name, t in given.items())
-        raise ValueError(f"feed_forward wants one device; got x {x.device}, {got}; move one side with .to(device)")
+        came = ", ".join(f"{name} {str(t.dtype)[6:]}" for name, t in got.items())
+        raise TypeError(f"feed_forward wants one floating dtype; got {came}; cast with .to(dtype) or use autocast")
+    came = ", ".join(f"{name} {t.device}" for name, t in got.items())
+    raise ValueError(f"feed_forward wants one device; got {came}; move one side with .to(device)")
 
 
 def _shape(shape) -> str:
-    letters = ("?" if n is None else str(n) for n in shape)
-    return f"({', '.join(letters)})"
+    return f"({', '.join(map(str, shape))})"
 
 
 def _textbook(row, p, x, up, down, gate, up_bias, down_bias, gate_bias, factors=None) -> Tensor:
@@ -135,11 +148,13 @@ def _textbook(row, p, x, up, down, gate, up_bias, down_bias, gate_bias, factors=
 
 
 def _products(plan: Plan):
-    return eager.onednn_float32() if plan.onednn else nullcontext()
+    return eager.float32_in_onednn() if plan.choice.float32_in_onednn else nullcontext()
 
 
 def _chunks(plan: Plan, tokens: int) -> list[slice]:
-    step = plan.chunk_tokens or max(tokens, 1)
+    if plan.chunk_tokens is None:
+        return [slice(0, tokens)]
+    step = plan.chunk_tokens
     return [slice(i, min(i + step, tokens)) for i in range(0, max(tokens, 1), step)]
 
 
@@ -147,10 +162,11 @@ def _forward(plan: Plan, x, seed, up, down, gate, up_bias, down_bias, gate_bias)
     """(y, pre, pre_gate); the preactivations are those of the last chunk, the only one unless chunked."""
     row = activations.TABLE[plan.activation]
     ys, pre, pre_gate = [], None, None
-    for rows in _chunks(plan, x.shape[0]):
-        pre, pre_gate = eager.linear_pre(x[rows], up, up_bias, gate, gate_bias)
+    chunks = _chunks(plan, x.shape[0])
+    for rows in chunks:
+        pre, pre_gate = eager.linear_pre(x[rows] if len(chunks) > 1 else x, up, up_bias, gate, gate_bias, plan.choice.onednn)
         h = eager.activate(pre, pre_gate, row, seed, plan.p, rows.start)
-        ys.append(F.linear(h, down, down_bias))
+        ys.append(eager.linear(h, down, down_bias, plan.choice.onednn))
     return (ys[0] if len(ys) == 1 else torch.cat(ys)), pre, pre_gate
 
 
@@ -159,8 +175,7 @@ class FeedForwardRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, seed, up, down, gate, up_bias, down_bias, gate_bias, plan: Plan):
-        with _products(plan):
-            y, pre, pre_gate = _forward(plan, x, seed, up, down, gate, up_bias, down_bias, gate_bias)
+        y, pre, pre_gate = _forward(plan, x, seed, up, down, gate, up_bias, down_bias, gate_bias)
         if plan.save == "input":
             pre = pre_gate = None
         ctx.save_for_backward(x, seed, up, down, gate, up_bias, down_bias, gate_bias, pre, pre_gate)
@@ -202,18 +217,16 @@ def _backward_chunk(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate, row_
     up, down, gate, up_bias, _, gate_bias = weights
     need_x, _, need_up, need_down, need_gate, need_up_bias, need_down_bias, need_gate_bias, _ = needs
     row = activations.TABLE[plan.activation]
-    dx = dup = dgate = ddown = None
-    dpre = dpre_gate = h = None
+    dx = dup = dgate = ddown = dpre = dpre_gate = None
     into_hidden = need_x or need_up or need_gate or need_up_bias or need_gate_bias
     if plan.save == "input" and (into_hidden or need_down):
-        pre, pre_gate = eager.linear_pre(x, up, up_bias, gate, gate_bias)
+        pre, pre_gate = eager.linear_pre(x, up, up_bias, gate, gate_bias, plan.choice.onednn)
     if into_hidden:
-        dpre, dpre_gate, h = eager.linear_dact(dy, down, pre, pre_gate, row, seed, plan.p, row_start)
+        dpre, dpre_gate, ddown = eager.linear_dact(
+            dy, down, pre, pre_gate, row, seed, plan.p, row_start, need_down
+        )  # fmt: skip
     elif need_down:
-        h = eager.activate(pre, pre_gate, row, seed, plan.p, row_start)
-    if need_down:
-        ddown = dy.t() @ h
-    del h
+        ddown = dy.t() @ eager.activate(pre, pre_gate, row, seed, plan.p, row_start)
     if need_x:
         dx = dpre @ up if gate is None else (dpre @ up).addmm_(dpre_gate, gate)
     if need_up:
