@@ -284,7 +284,7 @@ def validation_batches(
 def gather(tokens: Tensor, starts: list[int], window: int) -> tuple[Tensor, Tensor]:
     """The windows at `starts` and the same one token later: two (B, T) of int64."""
     rows = torch.stack([tokens[start : start + window + 1] for start in starts]).to(torch.int64)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return rows[:, :-1].clone(), rows[:, 1:].clone()  # of one row both would be views of the same memory
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:

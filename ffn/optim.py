@@ -14,7 +14,7 @@ matrices inside the blocks, AdamW everything else.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +102,16 @@ class ScheduledOptimizer:
             self._optimizers.append(
                 torch.optim.Muon(blocks, lr=muon_lr, weight_decay=weight_decay, momentum=momentum)
             )
-        self._groups = [group for each in self._optimizers for group in each.param_groups]
         self._decayed = {id(p) for p in blocks + others}
-        self._lrs = [group["lr"] for group in self._groups]
+        self._lrs = [group["lr"] for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Asked for each time: torch makes new ones when it loads a state."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def step(self, factor: float = 1.0) -> None:
         """Update the weights from their gradients, every learning rate times `factor`."""
-        for group, lr in zip(self._groups, self._lrs, strict=True):
+        for group, lr in zip(self._groups(), self._lrs, strict=True):
             group["lr"] = lr * factor
         for optimizer in self._optimizers:
             optimizer.step()
@@ -117,11 +120,10 @@ class ScheduledOptimizer:
 
     @torch.no_grad()
     def _shrink(self) -> None:
-        for group in self._groups:
+        for group in self._groups():
             for parameter in group["params"]:
                 if id(parameter) in self._decayed:
-                    shrunk = nn.functional.softshrink(parameter, group["lr"] * self._l1)
-                    parameter.copy_(shrunk)
+                    parameter.copy_(nn.functional.softshrink(parameter, group["lr"] * self._l1))
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

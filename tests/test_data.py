@@ -1,0 +1,226 @@
+"""Data: nothing leaks, nothing is lost, and batch i is a function of i."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ffn import data
+from ffn.data import Batches, DataConfig, find_files, gather, prepare, split_files, validation_batches
+
+NAMES = st.lists(st.integers(0, 30), min_size=2, max_size=40)
+
+
+def digests_of(contents: list[int]) -> list[str]:
+    import hashlib
+
+    return [hashlib.sha256(str(content).encode()).hexdigest() for content in contents]
+
+
+def text_of(tokens: torch.Tensor) -> str:
+    return bytes(tokens.tolist()).decode()
+
+
+@given(NAMES.filter(lambda contents: len(set(contents)) > 1), st.floats(0.01, 0.99))
+def test_many_files_split_by_content(contents: list[int], fraction: float) -> None:
+    digests = digests_of(contents)
+    val = split_files(digests, fraction)
+    assert val < set(digests)
+    assert val
+    assert split_files(reversed(digests), fraction) == val, "the order of the files does not matter"
+    more = split_files([*digests, *digests_of([99])], fraction)
+    assert len((more ^ val) - {digests_of([99])[0]}) <= 1, (
+        "a new file moves at most one that filled an empty side"
+    )
+
+
+def test_equal_files_only_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match="all the same"):
+        split_files(digests_of([1, 1]), 0.5)
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=20),
+    st.floats(0.1, 0.9),
+)
+def test_one_file_is_cut_once(tmp_path_factory: pytest.TempPathFactory, text: str, fraction: float) -> None:
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "text.txt").write_bytes(text.encode())
+    corpus = prepare(DataConfig(str(folder / "text.txt"), val_fraction=fraction), folder)
+    cut = int(len(text) * (1 - fraction))
+    assert text_of(corpus.train) == text[:cut]
+    assert text_of(corpus.val) == text[cut:]
+    assert corpus.val_bytes == len(text[cut:].encode())
+
+
+def test_files_of_a_folder_stand_whole_on_one_side(tmp_path: Path) -> None:
+    texts = {f"text {i} ".encode() * 5 for i in range(40)}
+    for i, text in enumerate([*texts, *texts]):  # each text twice
+        folder = tmp_path / "corpus" / f"d{i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.txt").write_bytes(text)
+    (tmp_path / "corpus" / "picture.bin").write_bytes(b"\x00\x01")
+    (tmp_path / "corpus" / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "corpus" / ".hidden").write_bytes(b"hidden")
+    corpus = prepare(DataConfig(str(tmp_path / "corpus"), val_fraction=0.3), tmp_path)
+    train, val = (set(text_of(side).encode().splitlines()) for side in (corpus.train, corpus.val))
+    assert train | val == texts
+    assert not train & val
+    assert len(corpus.train) + len(corpus.val) == sum(2 * (len(text) + 1) for text in texts)
+    assert corpus.notes[1] == "left out 2 files that are not UTF-8 text: latin.txt, picture.bin"
+
+
+def test_encoding_in_pieces_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text("zwölf\r\nBoxkämpfer\n\n  jagen\u2028Viktor" * 9)
+    config = DataConfig(str(tmp_path / "text.txt"), tokenizer="char")
+    whole = prepare(config, tmp_path)
+    monkeypatch.setattr(data, "PIECE", 7)
+    pieces = prepare(config, tmp_path)
+    assert torch.equal(whole.train, pieces.train)
+    assert whole.fingerprint == pieces.fingerprint
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(256, torch.uint8), (257, torch.uint16), (65_537, torch.int32)])
+def test_tokens_take_the_narrowest_type(size: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    alphabet = "".join(chr(c) for c in range(1, size + 2049) if not 0xD800 <= c < 0xE000)[:size]
+    (tmp_path / "text.txt").write_bytes((alphabet * 2).encode())
+    corpus = prepare(DataConfig(str(tmp_path / "text.txt"), tokenizer="char", val_fraction=0.5), tmp_path)
+    assert corpus.train.dtype == dtype
+    assert torch.equal(corpus.train.long(), torch.arange(size))
+    tokens, targets = Batches(corpus.train, 4, 2, 0)(0)
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+
+
+def test_the_cache_is_used_only_when_it_verifies(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one " * 50)
+    config = DataConfig(str(text))
+    first = prepare(config, tmp_path)
+    text.write_text("two " * 50)
+    assert text_of(prepare(config, tmp_path, reuse=True).train) == text_of(first.train), (
+        "the run keeps its tokens"
+    )
+    damaged = (tmp_path / "data" / "train.bin").read_bytes()
+    (tmp_path / "data" / "train.bin").write_bytes(b"X" + damaged[1:])
+    again = prepare(config, tmp_path, reuse=True)
+    assert text_of(again.train).startswith("two ")
+    assert again.fingerprint != first.fingerprint
+    assert (
+        text_of(prepare(DataConfig(str(text), val_fraction=0.5), tmp_path, reuse=True).train) == "two " * 25
+    )
+    text.write_text("six " * 50)
+    assert text_of(prepare(config, tmp_path).train).startswith("six "), "a new start reads the file"
+
+
+def test_the_standard_library_is_a_corpus() -> None:
+    files = find_files("stdlib")
+    names = {file.name for file in files}
+    assert {"argparse.py", "random.py"} <= names
+    assert not {part for file in files for part in file.parts} & {"site-packages", "idlelib", "__pycache__"}
+    assert files == sorted(files, key=Path.as_posix)
+
+
+def test_files_folders_and_patterns(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.md", "sub/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [f.name for f in find_files(str(tmp_path))] == ["a.txt", "b.md", "c.txt"]
+    assert [f.name for f in find_files(str(tmp_path / "**" / "*.txt"))] == ["a.txt", "c.txt"]
+    assert find_files(str(tmp_path / "b.md")) == [tmp_path / "b.md"]
+    with pytest.raises(
+        ValueError, match=r"\*.rst: no such file, no files in such a folder, and no files match"
+    ):
+        find_files(str(tmp_path / "*.rst"))
+
+
+def test_texts_that_will_not_do_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"text.txt: not UTF-8 text"):
+        prepare(DataConfig(str(tmp_path / "text.txt")), tmp_path)
+    (tmp_path / "text.txt").write_text("ab")
+    with pytest.raises(ValueError, match="too little text, none is left for training"):
+        prepare(DataConfig(str(tmp_path / "text.txt")), tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name in "ab":
+        (tmp_path / "bin" / name).write_bytes(b"\0")
+    with pytest.raises(ValueError, match="2 files, none of them UTF-8 text"):
+        prepare(DataConfig(str(tmp_path / "bin")), tmp_path)
+    with pytest.raises(ValueError, match="5 tokens where a window of 8 wants at least 9"):
+        Batches(torch.zeros(5, dtype=torch.uint8), 8, 1, 0)
+    with pytest.raises(ValueError, match=r"data.val_fraction: wants a number between 0 and 1; got 1"):
+        DataConfig(val_fraction=1)
+
+
+SIZES = {
+    "n": st.integers(2, 200),
+    "window": st.integers(1, 20),
+    "batch": st.integers(1, 5),
+    "seed": st.integers(0, 9),
+}
+
+
+@given(**SIZES, index=st.integers(0, 500))
+def test_a_batch_depends_on_seed_and_index_alone(
+    n: int, window: int, batch: int, seed: int, index: int
+) -> None:
+    window = min(window, n - 1)
+    tokens = torch.arange(n, dtype=torch.int32)
+    in_order = Batches(tokens, window, batch, seed)
+    for i in range(index % 7):
+        in_order(i)
+    x, y = in_order(index)
+    again = Batches(tokens, window, batch, seed)(index)
+    assert torch.equal(x, again[0])
+    assert torch.equal(y, again[1])
+    assert torch.equal(y, x + 1), "targets are the next tokens"
+    assert x.shape == (batch, window)
+    assert x.dtype == torch.int64
+
+
+@given(**SIZES)
+def test_an_epoch_visits_each_window_once(n: int, window: int, batch: int, seed: int) -> None:
+    window = min(window, n - 1)
+    batches = Batches(torch.arange(n, dtype=torch.int32), window, 1, seed)
+    count = batches.windows_per_epoch
+    for epoch in range(3):
+        seen = torch.cat([batches(epoch * count + i)[0] for i in range(count)]).flatten()
+        assert len(seen.unique()) == len(seen) == count * window, "windows do not overlap"
+        assert int(seen.max()) - int(seen.min()) == len(seen) - 1, "and leave no gap"
+        assert len(seen) > n - 1 - 2 * window, "but at the ends"
+
+
+def test_epochs_and_seeds_differ() -> None:
+    tokens = torch.arange(1000, dtype=torch.int32)
+    batches = Batches(tokens, 10, 99, seed=1)
+    assert not torch.equal(batches(0)[0], batches(1)[0])
+    assert not torch.equal(batches(0)[0], Batches(tokens, 10, 99, seed=2)(0)[0])
+
+
+@given(**{k: SIZES[k] for k in ("n", "window", "batch")})
+def test_validation_scores_each_token_once_in_full_windows(n: int, window: int, batch: int) -> None:
+    tokens = torch.arange(n, dtype=torch.int32)
+    scored = []
+    for x, y in validation_batches(tokens, window, batch):
+        assert x.shape == (len(x), min(window, n - 1))
+        counted = y != data.IGNORED
+        assert torch.equal(y[counted], x[counted] + 1)
+        scored += y[counted].tolist()
+    assert sorted(scored) == list(range(1, n))
+
+
+def test_a_limited_validation_is_spread_evenly() -> None:
+    tokens = torch.arange(101, dtype=torch.int32)
+    starts = [int(x[0, 0]) for x, _ in validation_batches(tokens, 10, 2, limit=2)]
+    assert starts == [0, 40]
+    assert len(list(validation_batches(tokens, 10, 2, limit=50))) == 5
+
+
+def test_gather_takes_windows_and_the_next_tokens() -> None:
+    x, y = gather(torch.arange(10, dtype=torch.uint8), [0, 6], 3)
+    assert x.tolist() == [[0, 1, 2], [6, 7, 8]]
+    assert y.tolist() == [[1, 2, 3], [7, 8, 9]]
+    x, y = gather(torch.arange(10, dtype=torch.uint8), [0], 3)
+    y.zero_()
+    assert x.tolist() == [[0, 1, 2]], "inputs and targets are two tensors"

@@ -1,0 +1,161 @@
+"""Optimizers: schedules against closed forms, groups by name, penalties by formula, state both ways."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ffn.optim import ScheduledOptimizer, lr_factor, parameter_groups
+from ffn.transformer import Transformer, TransformerConfig
+
+CONFIG = TransformerConfig(
+    vocab_size=11, dim=8, num_layers=1, num_heads=2, max_seq_len=8, position="learned", bias=True,
+    qk_norm=True, tie_embeddings=False,
+)  # fmt: skip
+BLOCK_MATRICES = {
+    *(f"blocks.0.attention.{name}_proj.weight" for name in "qkvo"),
+    *(f"blocks.0.feed_forward.{name}_proj.weight" for name in ("gate", "up", "down")),
+}
+
+
+@given(
+    st.integers(1, 60), st.integers(0, 30), st.floats(0, 1), st.sampled_from(["constant", "linear", "cosine"])
+)
+def test_schedules_rise_then_fall_to_the_floor(steps: int, warmup: int, floor: float, schedule) -> None:
+    factors = [lr_factor(step, steps, schedule, warmup, floor) for step in range(steps + 1)]
+    for step in range(min(warmup, steps)):
+        assert factors[step] == (step + 1) / warmup
+    falling = factors[warmup:]
+    if falling and warmup < steps:
+        assert falling[0] == 1.0
+        assert falling[-1] == pytest.approx(1.0 if schedule == "constant" else floor)
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(falling))
+    assert all(0 <= factor <= 1 + 1e-12 for factor in factors)
+
+
+def test_schedules_have_their_closed_forms() -> None:
+    for step in range(10, 110):
+        done = (step - 10) / 100
+        assert lr_factor(step, 110, "constant", 10, 0.1) == 1
+        assert lr_factor(step, 110, "linear", 10, 0.1) == pytest.approx(1 - 0.9 * done)
+        assert lr_factor(step, 110, "cosine", 10, 0.1) == pytest.approx(
+            0.1 + 0.45 * (1 + math.cos(math.pi * done))
+        )
+    with pytest.raises(ValueError, match="schedule wants constant, linear or cosine; got 'step'"):
+        lr_factor(5, 10, "step")  # pyright: ignore[reportArgumentType]
+
+
+def test_groups_hold_every_trainable_parameter_once() -> None:
+    model = Transformer(CONFIG)
+    model.embedding.position.weight.requires_grad_(False)
+    groups = {name: set(group) for name, group in parameter_groups(model).items()}
+    assert groups["block_matrices"] == BLOCK_MATRICES
+    assert groups["other_matrices"] == {"head.weight"}
+    everything = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert groups["rest"] == everything - BLOCK_MATRICES - {"head.weight"}
+    assert "embedding.token.weight" in groups["rest"]
+
+
+def quadratic(model: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    targets = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
+    return sum(((p - t) ** 2).sum() for p, t in zip(model.parameters(), targets, strict=True))
+
+
+def step(model: nn.Module, optimizer: ScheduledOptimizer, factor: float = 1.0) -> None:
+    quadratic(model).backward()
+    optimizer.step(factor)
+    optimizer.zero_grad()
+
+
+def test_adamw_follows_its_formula_and_decays_matrices_only() -> None:
+    """Decoupled decay and Adam (Loshchilov & Hutter), written out by hand in float64."""
+    model = Transformer(CONFIG).double()
+    lr, decay, betas = 0.01, 0.3, (0.8, 0.9)
+    optimizer = ScheduledOptimizer(model, lr=lr, weight_decay=decay, betas=betas)
+    decayed = BLOCK_MATRICES | {"head.weight"}
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first = {name: torch.zeros_like(p) for name, p in expected.items()}
+    second = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for t, factor in enumerate([0.5, 1.0, 0.25], start=1):
+        quadratic(model).backward()
+        for name, p in model.named_parameters():
+            g, eta = p.grad, lr * factor
+            first[name] = betas[0] * first[name] + (1 - betas[0]) * g
+            second[name] = betas[1] * second[name] + (1 - betas[1]) * g**2
+            unbiased = first[name] / (1 - betas[0] ** t), second[name] / (1 - betas[1] ** t)
+            if name in decayed:
+                expected[name] = expected[name] * (1 - eta * decay)
+            expected[name] = expected[name] - eta * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+        optimizer.step(factor)
+        optimizer.zero_grad()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], msg=name)
+
+
+def test_muon_is_torchs_on_the_block_matrices_and_adamw_elsewhere() -> None:
+    model, twin = Transformer(CONFIG), Transformer(CONFIG)
+    twin.load_state_dict(model.state_dict())
+    options = {"weight_decay": 0.1, "lr": 0.003}
+    optimizer = ScheduledOptimizer(model, "muon", muon_lr=0.02, momentum=0.9, **options)
+    named = dict(twin.named_parameters())
+    muon = torch.optim.Muon(
+        [named[n] for n in named if n in BLOCK_MATRICES], lr=0.01, momentum=0.9, weight_decay=0.1
+    )
+    rest = [p for n, p in named.items() if n not in BLOCK_MATRICES | {"head.weight"}]
+    groups = [{"params": [named["head.weight"]]}, {"params": rest, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.0015, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(2):
+        step(model, optimizer, 0.5)
+        quadratic(twin).backward()
+        for each in (muon, adamw):
+            each.step()
+            each.zero_grad()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def test_muon_wants_blocks() -> None:
+    with pytest.raises(ValueError, match=r"Muon wants matrices inside model\.blocks and there are none"):
+        ScheduledOptimizer(nn.Linear(2, 3), "muon")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_l1_is_the_proximal_step_on_matrices(optimizer) -> None:
+    """The penalised step is the plain one, then soft thresholding by (learning rate)·l1: zeros are exact."""
+    model = Transformer(CONFIG).double()
+    plain = Transformer(CONFIG).double()
+    plain.load_state_dict(model.state_dict())
+    options = {"lr": 0.004, "muon_lr": 0.03}
+    step(model, ScheduledOptimizer(model, optimizer, l1=2.0, **options), 0.5)
+    step(plain, ScheduledOptimizer(plain, optimizer, **options), 0.5)
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        lr = 0.015 if optimizer == "muon" and name in BLOCK_MATRICES else 0.002
+        shrunk = q.sign() * (q.abs() - lr * 2.0).clamp(min=0)
+        matrix = name in BLOCK_MATRICES | {"head.weight"}
+        torch.testing.assert_close(p, shrunk if matrix else q, msg=name)
+        assert not matrix or int((p == 0).sum()) > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_goes_over_to_another_optimizer(optimizer) -> None:
+    model = Transformer(CONFIG)
+    first = ScheduledOptimizer(model, optimizer)
+    step(model, first)
+    twin = Transformer(CONFIG)
+    twin.load_state_dict(model.state_dict())
+    second = ScheduledOptimizer(twin, optimizer)
+    second.load_state_tensors({name: tensor.clone() for name, tensor in first.state_tensors().items()})
+    for _ in range(2):
+        step(model, first, 0.7)
+        step(twin, second, 0.7)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for name, tensor in first.state_tensors().items():
+        assert torch.equal(tensor, second.state_tensors()[name])
+    with pytest.raises(ValueError, match=r"optimizer state for nose\.weight, which the model does not train"):
+        second.load_state_tensors({"nose.weight/exp_avg": torch.zeros(1)})

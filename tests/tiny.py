@@ -1,0 +1,35 @@
+"""A text and a configuration so small that a whole training run takes a second."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ffn.config import apply_overrides
+from ffn.recipe import TrainConfig
+from ffn.transformer import TransformerConfig
+
+TEXT = "".join(f"{i} times {i} is {i * i}.\n" for i in range(400))
+MODEL = TransformerConfig(
+    vocab_size=256, dim=16, num_layers=1, num_heads=2, max_seq_len=16, dropout=0.1, ffn_dropout=0.1
+)
+WORDS = [
+    "device=cpu",
+    "train.steps=12",
+    "train.batch_size=2",
+    "train.precision=float32",
+    "train.eval_every=6",
+    "train.eval_batches=2",
+    "train.checkpoint_every=4",
+    "train.log_every=2",
+    "train.warmup=2",
+    "train.sample_tokens=5",
+]
+
+
+def config(folder: Path, *words: str) -> TrainConfig:
+    """Trains on `folder/text.txt`, which is written, into `folder/run`."""
+    (folder / "text.txt").write_text(TEXT)
+    base = dataclasses.replace(TrainConfig(), model=MODEL)
+    paths = [f"data.path={folder / 'text.txt'}", f"out={folder / 'run'}"]
+    return apply_overrides(base, [*paths, *WORDS, *words])
