@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ffn.ops import library
+
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB in float32; products over a few hundred tokens already run at full speed
 
 
@@ -21,7 +23,7 @@ def linear_cross_entropy(
     When all logits fit one chunk it is just that. Otherwise the tokens are taken a chunk at a time and each
     chunk's logits are turned into its part of the gradients before they are dropped: what is kept for
     backward are the gradients themselves, N D + V D elements, where plain torch keeps N V and more. No
-    product is computed twice. The chunked form cannot be differentiated a second time.
+    product is computed twice.
 
     Args:
         hidden: (..., D). weight: (V, D), of hidden's dtype unless autocast is on.
@@ -34,7 +36,7 @@ def linear_cross_entropy(
         a scalar, float32 (float64 for float64); nan when no target counts, as in torch.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit. RuntimeError: a second derivative through chunks.
 
     Source: the derivation is F.cross_entropy's; Hsu et al. 2024 keep gradients instead of logits likewise.
     """
@@ -44,17 +46,18 @@ def linear_cross_entropy(
             f"{tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
         )
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    V = weight.shape[0]
-    step = chunk_tokens or max(1, LOGITS_PER_CHUNK // V)
-    if hidden.shape[0] <= step:
+    step = chunk_tokens or max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    if hidden.shape[0] <= step or library.needs_textbook():
         logits = _wide(F.linear(hidden, weight))
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    grad = torch.is_grad_enabled()
-    wants = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, ignore_index, label_smoothing, step, wants)[0]
+    options = ignore_index, label_smoothing, step
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, *options)
+    total, share, _, _ = _in_chunks(hidden, weight, targets, *options, wants=(False, False))
+    return total * share
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -62,52 +65,57 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The rule over hidden (N, D), weight (V, D), targets (N); returns the loss, 1 / M and both gradients.
+    """The rule over hidden (N, D), weight (V, D), targets (N): forward already computes both gradients.
 
     With p the softmax of a token's logits z, e the smoothing and M the number of targets that count:
         loss = sum(logsumexp z - (1 - e) z_target - e mean z) / M        dz = (p - (1 - e) onehot - e / V) / M
-    The division by M waits for backward.
+    The gradients' division by M waits for backward: float16 could not hold them in between.
     """
 
     @staticmethod
-    def forward(hidden, weight, targets, ignore_index, smoothing, step, wants):
-        counts = targets != ignore_index
-        targets = torch.where(counts, targets, 0)
-        share = _wide(hidden.new_ones(())) / counts.sum()
-        dhidden = torch.empty_like(hidden) if wants[0] else None
-        dweight = torch.zeros_like(weight, dtype=share.dtype) if wants[1] else None
-        loss = torch.zeros_like(share)
-        for i in range(0, hidden.shape[0], step):
-            rows = slice(i, i + step)
-            target, count = targets[rows, None], counts[rows, None]
-            z = _wide(hidden[rows] @ weight.t())
-            lse = z.logsumexp(-1, keepdim=True)
-            loss += _each(z, lse, target, smoothing).mul_(count).sum()
-            if not any(wants):
-                continue
-            dlogits = _dlogits_(z, lse, target, smoothing).mul_(count).to(hidden.dtype)
-            if dhidden is not None:
-                dhidden[rows] = dlogits @ weight
-            if dweight is not None:
-                _accumulate(dweight, dlogits, hidden[rows])
-        return loss * share, share, dhidden, dweight
+    def forward(ctx, hidden, weight, targets, ignore_index: int, smoothing: float, step: int):
+        wants = ctx.needs_input_grad[:2]
+        total, share, *gradients = _in_chunks(hidden, weight, targets, ignore_index, smoothing, step, wants)
+        ctx.save_for_backward(share, *gradients)
+        ctx.dtype = weight.dtype
+        return total * share
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, share, dhidden, dweight = output
-        ctx.mark_non_differentiable(*(t for t in (share, dhidden, dweight) if t is not None))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(share, dhidden, dweight)
-        ctx.dtype = inputs[1].dtype
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError(
+                "linear_cross_entropy in chunks cannot be differentiated twice; "
+                "pass chunk_tokens as large as the number of tokens"
+            )
         share, dhidden, dweight = ctx.saved_tensors
-        scale = grads[0] * share  # after the products: float16 could not hold gradients this small
+        scale = grads[0] * share
         dhidden = None if dhidden is None else dhidden * scale.to(dhidden.dtype)
         dweight = None if dweight is None else (dweight * scale).to(ctx.dtype)
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, None, None, None, None
+
+
+def _in_chunks(hidden, weight, targets, ignore_index: int, smoothing: float, step: int, wants):
+    """The summed loss, 1 / M, and M times the gradients of hidden and weight that are wanted, else None."""
+    counts = targets != ignore_index
+    targets = torch.where(counts, targets, 0)
+    share = _wide(hidden.new_ones(())) / counts.sum()
+    dhidden = torch.empty_like(hidden) if wants[0] else None
+    dweight = torch.zeros_like(weight, dtype=share.dtype) if wants[1] else None
+    total = torch.zeros_like(share)
+    for i in range(0, hidden.shape[0], step):
+        rows = slice(i, i + step)
+        target, count = targets[rows, None], counts[rows, None]
+        z = _wide(hidden[rows] @ weight.t())
+        lse = z.logsumexp(-1, keepdim=True)
+        total += _each(z, lse, target, smoothing).mul_(count).sum()
+        if not any(wants):
+            continue
+        dz = _dlogits_(z, lse, target, smoothing).mul_(count).to(hidden.dtype)
+        if dhidden is not None:
+            dhidden[rows] = dz @ weight
+        if dweight is not None:
+            _accumulate(dweight, dz, hidden[rows])
+    return total, share, dhidden, dweight
 
 
 def _each(z: Tensor, lse: Tensor, target: Tensor, smoothing: float) -> Tensor:

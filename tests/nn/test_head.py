@@ -1,0 +1,44 @@
+"""The head: a product with its own matrix or with the token table, never with both or neither."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ffn.nn.head import Head
+
+
+def test_logits_and_loss_of_an_untied_head() -> None:
+    head = Head(6, 11, dtype=torch.float64)
+    hidden, targets = torch.randn(2, 3, 6, dtype=torch.float64), torch.randint(11, (2, 3))
+    assert head.weight is not None
+    torch.testing.assert_close(head(hidden), hidden @ head.weight.T)
+    options = {"ignore_index": int(targets[0, 0]), "label_smoothing": 0.1}
+    expected = F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), **options)
+    torch.testing.assert_close(head.loss(hidden, targets, **options), expected)
+
+
+def test_a_tied_head_owns_nothing() -> None:
+    head, table = Head(6, 11, tied=True), torch.randn(11, 6)
+    hidden, targets = torch.randn(2, 3, 6), torch.randint(11, (2, 3))
+    assert head.state_dict() == {}
+    torch.testing.assert_close(head(hidden, table), hidden @ table.T)
+    expected = F.cross_entropy(head(hidden, table).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(head.loss(hidden, targets, table), expected)
+
+
+def test_one_matrix_at_a_time() -> None:
+    hidden, table = torch.randn(2, 6), torch.randn(11, 6)
+    for head, given in ((Head(6, 11, tied=True), None), (Head(6, 11), table)):
+        with pytest.raises(ValueError, match="a tied head wants the token table"):
+            head(hidden, given)
+
+
+def test_reset_draws_from_the_generator() -> None:
+    head = Head(64, 128)
+    weights = []
+    for seed in (1, 1, 2):
+        head.reset_parameters(torch.Generator().manual_seed(seed))
+        weights.append(head.weight.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert weights[0].std().item() == pytest.approx(0.02, rel=0.05)

@@ -1,0 +1,183 @@
+"""The chunked loss is torch's cross entropy, gradients included, and keeps only the gradients."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from ffn.nn import loss as loss_module
+from ffn.nn.loss import linear_cross_entropy
+
+F64 = torch.float64
+
+
+def case(tokens: int, dim: int, vocab: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(tokens, dim, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, dim, dtype=dtype, requires_grad=True)
+    return hidden, weight, torch.randint(vocab, (tokens,))
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets, **options)
+
+
+@given(
+    tokens=st.integers(1, 9),
+    dim=st.integers(1, 4),
+    vocab=st.integers(1, 7),
+    chunk=st.integers(1, 9),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    ignored=st.lists(st.integers(0, 8), max_size=9),
+    seed=st.integers(0, 1000),
+)
+def test_it_is_torchs_loss(tokens, dim, vocab, chunk, smoothing, ignored, seed) -> None:
+    torch.manual_seed(seed)
+    hidden, weight, targets = case(tokens, dim, vocab)
+    targets[[i for i in ignored if i < tokens]] = -7
+    options = {"ignore_index": -7, "label_smoothing": smoothing}
+    ours = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk, **options)
+    theirs = plain(hidden, weight, targets, **options)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    if (targets != -7).any():
+        scale = torch.tensor(3.0, dtype=F64)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, (hidden, weight), scale),
+            torch.autograd.grad(theirs, (hidden, weight), scale),
+        )
+
+
+def test_leading_shape_and_a_second_backward() -> None:
+    hidden, weight, targets = case(12, 4, 5)
+    loss = linear_cross_entropy(hidden.view(3, 4, 4), weight, targets.view(3, 4), chunk_tokens=5)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), first)
+
+
+def test_only_wanted_gradients_are_computed() -> None:
+    hidden, weight, targets = case(6, 4, 5)
+    expected = torch.autograd.grad(plain(hidden, weight, targets), (hidden, weight))
+    for frozen, other, grad in ((hidden, weight, expected[1]), (weight, hidden, expected[0])):
+        frozen.requires_grad_(False).grad = None
+        linear_cross_entropy(hidden, weight, targets, chunk_tokens=4).backward()
+        torch.testing.assert_close(other.grad, grad)
+        assert frozen.grad is None
+        frozen.requires_grad_()
+    with torch.no_grad():
+        quiet = linear_cross_entropy(hidden, weight, targets, chunk_tokens=4)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(quiet, plain(hidden, weight, targets).detach())
+
+
+def test_it_passes_gradcheck_but_only_once() -> None:
+    hidden, weight, targets = case(5, 3, 4)
+    function = lambda h, w: linear_cross_entropy(h, w, targets, label_smoothing=0.1, chunk_tokens=2)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (hidden, weight))
+    with pytest.raises(RuntimeError, match="in chunks cannot be differentiated twice; pass chunk_tokens"):
+        torch.autograd.grad(function(hidden, weight), hidden, create_graph=True)
+
+
+def saved_bytes(function, *inputs: Tensor, **options) -> int:
+    """What is kept for backward besides the inputs: unique storages."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function(*inputs, **options)
+    assert result.requires_grad
+    given = {t.untyped_storage().data_ptr() for t in inputs}
+    return sum(size for pointer, size in kept.items() if pointer not in given)
+
+
+def test_saved_bytes() -> None:
+    N, D, V = 96, 8, 500
+    hidden, weight, targets = case(N, D, V, torch.float32)
+    ours = saved_bytes(linear_cross_entropy, hidden, weight, targets, chunk_tokens=16)
+    assert ours == 4 * (N * D + V * D + 1)  # both gradients, and one over the number of targets
+    theirs = saved_bytes(plain, hidden, weight, targets)
+    assert theirs >= 4 * N * V
+    small = saved_bytes(linear_cross_entropy, hidden, weight, targets)
+    assert small == theirs  # what fits one chunk is torch's own
+
+
+def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    N, D, V = 64, 4, 300
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 8 * V)
+    hidden, weight, targets = case(N, D, V, torch.float32)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                if isinstance(t, Tensor):
+                    largest = max(largest, t.untyped_storage().nbytes() // t.element_size())
+            return out
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, targets).backward()
+    assert largest == 8 * V
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
+    hidden, weight, targets = case(40, 16, 50, torch.float32 if autocast else dtype)
+    exact_inputs = [t.detach().to(dtype).double().requires_grad_() for t in (hidden, weight)]
+    exact = plain(*exact_inputs, targets)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        ours = linear_cross_entropy(hidden, weight, targets, chunk_tokens=7)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, atol=5e-3, rtol=5e-3)
+    for grad, t, reference in zip(
+        torch.autograd.grad(ours, (hidden, weight)),
+        (hidden, weight),
+        torch.autograd.grad(exact, exact_inputs),
+        strict=True,
+    ):
+        assert grad.dtype == t.dtype
+        torch.testing.assert_close(grad.double(), reference, atol=2e-3, rtol=2e-2)
+
+
+def test_float16_gradients_do_not_vanish_in_the_mean() -> None:
+    hidden, weight, targets = case(2048, 4, 6, torch.float16)
+    scaler = 2.0**14
+    (linear_cross_entropy(hidden, weight, targets, chunk_tokens=256) * scaler).backward()
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    (plain(*wide, targets) * scaler).backward()
+    assert hidden.grad is not None
+    error = (hidden.grad.double() - wide[0].grad).norm() / wide[0].grad.norm()
+    assert error < 5e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_compiled_whole() -> None:
+    hidden, weight, targets = case(10, 4, 6)
+    targets[2] = -100
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for chunk in (None, 4):
+        ours = compiled(hidden, weight, targets, label_smoothing=0.1, chunk_tokens=chunk)
+        theirs = plain(hidden, weight, targets, label_smoothing=0.1)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight))
+        )
+
+
+def test_torch_func() -> None:
+    hidden, weight, targets = case(6, 4, 5)
+    hidden, weight = hidden.detach(), weight.detach()
+    ours = torch.func.grad(lambda w: linear_cross_entropy(hidden, w, targets, chunk_tokens=4))(weight)
+    theirs = torch.func.grad(lambda w: plain(hidden, w, targets))(weight)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_shapes_that_do_not_fit() -> None:
+    hidden, weight, targets = case(6, 4, 5)
+    with pytest.raises(ValueError, match=r"got hidden \(6, 4\), weight \(5, 4\), targets \(5,\)$"):
+        linear_cross_entropy(hidden, weight, targets[1:])
