@@ -50,8 +50,9 @@ def linear_cross_entropy(
     if hidden.shape[0] <= step or library.needs_textbook():
         logits = _wide(F.linear(hidden, weight))
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if not hidden.is_meta and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     options = ignore_index, label_smoothing, step
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):

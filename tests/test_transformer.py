@@ -1,0 +1,319 @@
+"""The whole model: configuration, causality, weights, precision, compilation."""
+
+import copy
+import dataclasses
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ffn.nn.attention import LayerCache
+from ffn.nn.init import INITS
+from ffn.transformer import Transformer, TransformerConfig
+
+F64 = torch.float64
+SMALL = TransformerConfig(vocab_size=13, dim=16, num_layers=2, num_heads=4, hidden_dim=24, max_seq_len=12)
+VARIANTS = {
+    "llama": {"num_kv_heads": 2},
+    "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True,
+             "attention_bias": True},
+    "post": {"norm_position": "post", "norm": "layernorm", "tie_embeddings": False},
+    "parallel": {"parallel": True, "head_dim": 6},
+    "qk_norm": {"qk_norm": True, "rope_base": 500.0, "rope_scaling": 2.0},
+    "encoder": {"causal": False, "position": "none"},
+}  # fmt: skip
+variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+
+
+def build(dtype: torch.dtype = F64, **options) -> Transformer:
+    """Large weights, so that nothing is hidden by being small."""
+    model = Transformer(dataclasses.replace(SMALL, **options), dtype=dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.3)
+    return model
+
+
+def tokens_of(*shape: int) -> Tensor:
+    return torch.randint(13, shape)
+
+
+@variants
+def test_shapes_and_loss(options: dict) -> None:
+    model = build(**options)
+    tokens, targets = tokens_of(2, 7), tokens_of(2, 7)
+    logits = model(tokens)
+    assert logits.shape == (2, 7, 13)
+    targets[0, 3] = -100
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(model.loss(tokens, targets, label_smoothing=0.1), expected)
+    model.loss(tokens, targets).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@variants
+def test_a_change_reaches_only_what_may_see_it(options: dict) -> None:
+    model = build(**options)
+    tokens = tokens_of(1, 8)
+    changed = tokens.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 13
+    before, after = model(tokens), model(changed)
+    assert (before[:, 5:] != after[:, 5:]).any(-1).all()
+    assert torch.equal(before[:, :5], after[:, :5]) == model.config.causal
+
+
+def test_an_encoder_without_positions_permutes() -> None:
+    model, tokens, order = build(causal=False, position="none"), tokens_of(2, 8), torch.randperm(8)
+    torch.testing.assert_close(model(tokens[:, order]), model(tokens)[:, order])
+
+
+def test_the_sentence_written_out() -> None:
+    model, tokens = build(position="learned", tie_embeddings=False), tokens_of(2, 5)
+    x = model.embedding.token.weight[tokens] + model.embedding.position.weight[:5]
+    for block in model.blocks:
+        x = x + block.attention(block.attention_norm(x))
+        x = x + block.feed_forward(block.feed_forward_norm(x))
+    torch.testing.assert_close(model(tokens), model.norm(x) @ model.head.weight.T)
+
+
+@variants
+def test_padding_changes_nothing(options: dict) -> None:
+    model = build(**options)
+    short, pad = tokens_of(1, 4), tokens_of(1, 3)
+    real = torch.tensor([[False] * 3 + [True] * 4])
+    alone = model(short)
+    left = model(torch.cat((pad, short), 1), attention_mask=real)[:, 3:]
+    right = model(torch.cat((short, pad), 1), attention_mask=real.flip(1))[:, :4]
+    torch.testing.assert_close(left, alone)
+    torch.testing.assert_close(right, alone)
+
+
+@pytest.mark.parametrize("cuts", [(7,), (1,) * 7, (3, 1, 3)])
+@pytest.mark.parametrize("options", [v for v in VARIANTS.values() if v.get("causal", True)])
+def test_cached_logits_are_the_uncached_ones(options: dict, cuts: tuple[int, ...]) -> None:
+    model, tokens = build(**options), tokens_of(2, 7)
+    cache = [LayerCache(7) for _ in model.blocks]
+    with torch.inference_mode():
+        parts = [model(part, cache=cache) for part in tokens.split(list(cuts), 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens))
+
+
+def test_given_positions() -> None:
+    model, tokens = build(position="learned"), tokens_of(1, 3)
+    whole = model(tokens, positions=torch.tensor([[4, 5, 6]]))
+    assert not torch.allclose(whole, model(tokens))
+    torch.testing.assert_close(model(tokens, positions=torch.arange(3)), model(tokens))
+
+
+def test_tied_weights_are_one() -> None:
+    tied, untied = build(), build(tie_embeddings=False)
+    assert "head.weight" not in tied.state_dict()
+    assert untied.state_dict()["head.weight"].shape == (13, 16)
+    assert untied.num_parameters() - tied.num_parameters() == 13 * 16
+    before = tied(tokens_of(1, 3))
+    with torch.no_grad():
+        tied.embedding.weight.mul_(2.0)
+    for model in (tied, copy.deepcopy(tied), pickle.loads(pickle.dumps(tied)), tied.to(torch.float32)):
+        hidden = torch.randn(1, 16, dtype=model.embedding.weight.dtype)
+        assert torch.equal(model.logits(hidden), hidden @ model.embedding.weight.T)
+    assert before.shape == (1, 3, 13)
+
+
+@variants
+def test_meta_then_loaded_is_the_same_model(options: dict) -> None:
+    model, tokens = build(**options), tokens_of(2, 6)
+    for assign in (False, True):
+        empty = Transformer(model.config, device="meta", dtype=F64)
+        assert all(p.is_meta for p in empty.parameters())
+        if not assign:
+            empty.to_empty(device="cpu")
+        empty.load_state_dict(model.state_dict(), assign=assign)
+        assert torch.equal(empty(tokens), model(tokens))
+
+
+def test_meta_forward_allocates_nothing() -> None:
+    model = Transformer(SMALL, device="meta")
+    assert model(tokens_of(2, 5).to("meta")).shape == (2, 5, 13)
+
+
+def test_rotary_angles_stay_float32_in_a_small_dtype() -> None:
+    config = dataclasses.replace(SMALL, max_seq_len=2000)
+    model = Transformer(config, dtype=F64).to(torch.bfloat16).to(F64)
+    late = torch.arange(1990, 1998)
+    near = model(tokens := tokens_of(1, 8))
+    torch.testing.assert_close(model(tokens, positions=late), near, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_init_weights(init: str) -> None:
+    config = dataclasses.replace(SMALL, dim=128, hidden_dim=256, num_layers=2, init=init, vocab_size=999)
+    model = Transformer(config)
+    copies = []
+    for seed in (3, 3, 4):
+        model.init_weights(torch.Generator().manual_seed(seed))
+        copies.append({name: p.clone() for name, p in model.state_dict().items()})
+    assert all(torch.equal(copies[0][name], copies[1][name]) for name in copies[0])
+    drawn = [name for name in copies[0] if copies[0][name].std() > 0]
+    assert not any(torch.equal(copies[0][name], copies[2][name]) for name in drawn)
+    last = model.blocks[1]
+    out = [last.attention.o_proj.weight, last.feed_forward.down_proj.weight]
+    expected = {"gpt2": 0.02 / 2.0, "depth_scaled": 0.02 / 2.0, "zero_out": 0.0}
+    if init in expected:
+        for weight in out:
+            assert weight.std().item() == pytest.approx(expected[init], rel=0.15)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert (model.norm.weight == 1).all()
+
+
+def test_init_weights_leaves_the_global_generator_alone() -> None:
+    model, state = build(torch.float32), torch.get_rng_state()
+    model.init_weights(torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_zero_out_starts_as_the_identity() -> None:
+    model = Transformer(dataclasses.replace(SMALL, init="zero_out", qk_norm=True), dtype=F64)
+    tokens = tokens_of(2, 5)
+    torch.testing.assert_close(model(tokens), model.logits(model.norm(model.embedding(tokens))))
+    loss = model.loss(tokens, tokens_of(2, 5)).item()
+    assert loss == pytest.approx(math.log(13), abs=0.2)
+
+
+def test_autocast_keeps_the_stream_in_float32() -> None:
+    model, tokens, targets = Transformer(SMALL), tokens_of(2, 8), tokens_of(2, 8)
+    dtypes = set()
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype) or None)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(tokens, targets)
+    loss.backward()
+    assert dtypes == {torch.float32}
+    assert loss.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    torch.testing.assert_close(loss, model.loss(tokens, targets), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype: torch.dtype) -> None:
+    exact = build(torch.float32)
+    model, tokens = copy.deepcopy(exact).to(dtype), tokens_of(2, 8)
+    assert model(tokens).dtype == dtype
+    model.loss(tokens, tokens).backward()
+    torch.testing.assert_close(model(tokens).float(), exact(tokens), atol=0.6, rtol=0.2)
+
+
+def test_dropout_is_for_training() -> None:
+    model = build(dropout=0.2, ffn_dropout=0.2, attention_dropout=0.2)
+    tokens = tokens_of(2, 8)
+    assert not torch.equal(model(tokens), model(tokens))
+    torch.manual_seed(5)
+    first = model(tokens)
+    torch.manual_seed(5)
+    assert torch.equal(model(tokens), first)
+    plain = build()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(tokens), plain(tokens))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize(("name", "autocast"), [("qk_norm", True), ("gpt2", False)])
+def test_compiled_whole(name: str, autocast: bool) -> None:
+    model = build(torch.float32, **VARIANTS[name], num_layers=1)
+    tokens, targets, parameters = tokens_of(2, 8), tokens_of(2, 8), list(model.parameters())
+    results = []
+    for loss in (model.loss, torch.compile(model.loss, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = loss(tokens, targets)
+        results.append((value, *torch.autograd.grad(value, parameters)))
+    tolerance = {"atol": 0.02, "rtol": 0.05} if autocast else {}
+    torch.testing.assert_close(results[0], results[1], **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the exporter's own
+def test_exported() -> None:
+    model, tokens = build().eval(), tokens_of(2, 8)
+    exported = torch.export.export(model, (tokens,)).module()
+    torch.testing.assert_close(exported(tokens), model(tokens))
+
+
+def test_state_dict_round_trip_and_names() -> None:
+    model = build(**VARIANTS["llama"])
+    names = list(model.state_dict())
+    assert names[0] == "embedding.token.weight"
+    assert "blocks.1.attention.k_proj.weight" in names
+    assert "blocks.0.feed_forward.gate_proj.weight" in names
+    assert names[-1] == "norm.weight"
+    other = Transformer(model.config, dtype=F64)
+    other.load_state_dict(model.state_dict())
+    tokens = tokens_of(1, 4)
+    assert torch.equal(other(tokens), model(tokens))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(1, 13, dtype=torch.int64), r"T <= 12; got \(1, 13\); cut the sequence or build with a"),
+        (torch.zeros(4, dtype=torch.int64), r"wants tokens \(B, T\) with T <= 12; got \(4,\)"),
+        (torch.full((1, 2), 13), "tokens want 0 <= index < 13; got 13 to 13"),
+    ],
+)
+def test_bad_tokens(tokens: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()(tokens)
+
+
+def test_a_full_cache_is_a_full_window() -> None:
+    model = build()
+    cache = [LayerCache(20) for _ in model.blocks]
+    with torch.no_grad():
+        model(tokens_of(1, 10), cache=cache)
+        with pytest.raises(ValueError, match=r"T <= 12; got \(1, 3\) after 10 cached"):
+            model(tokens_of(1, 3), cache=cache)
+
+
+def test_config_derives_what_is_left_out() -> None:
+    assert (SMALL.kv_heads, SMALL.head_channels, SMALL.hidden_width) == (4, 4, 24)
+    wide = dataclasses.replace(SMALL, hidden_dim=None, num_kv_heads=2, head_dim=10)
+    assert (wide.kv_heads, wide.head_channels, wide.hidden_width) == (2, 10, 128)
+    assert dataclasses.replace(wide, activation="relu").hidden_width == 64
+
+
+@variants
+def test_toml_both_ways(options: dict) -> None:
+    config = dataclasses.replace(SMALL, **options)
+    assert TransformerConfig.from_toml(config.to_toml()) == config
+    assert TransformerConfig.from_dict(dataclasses.asdict(config)) == config
+
+
+def test_toml_takes_defaults_for_what_is_left_out() -> None:
+    text = "vocab_size = 13\ndim = 16\nnum_layers = 2\nnum_heads = 4\nhidden_dim = 24\nmax_seq_len = 12"
+    assert TransformerConfig.from_toml(text) == SMALL
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_layer": 2}, r"^model.n_layer: no such key; did you mean model.num_layers\?$"),
+        ({"position": "rotery"}, r"model.position: wants one of .*; did you mean rotary\?"),
+        ({"dim": "wide"}, "model.dim: wants a whole number; got 'wide'"),
+        ({"dim": 15}, "dim=15 does not split into num_heads=4 heads"),
+        ({"num_kv_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ({"head_dim": 5}, "position='rotary' turns pairs of channels, but head_dim=5 is odd; choose an even"),
+        ({"num_layers": 0}, "num_layers=0: want a positive number"),
+        ({"dropout": 1.0}, r"dropout=1.0: want a probability in \[0, 1\)"),
+        ({"activation": "swigloo"}, "activation='swigloo': no such row"),
+        ({"init": "orthogonal"}, "init='orthogonal': no such initialisation"),
+        ({"save": "input", "chunk_tokens": 0}, "chunk_tokens=0: want a positive number"),
+    ],
+)
+def test_config_refuses(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig.from_dict({**dataclasses.asdict(SMALL), **options})
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SMALL.dim = 3  # pyright: ignore[reportAttributeAccessIssue]
