@@ -1,6 +1,35 @@
-"""ffn: the feed-forward block of the transformer, and a decoder built from it."""
+"""ffn: the feed-forward block of the transformer, and a decoder assembled from it.
 
+    tokens -> Embedding -> Block(Norm, Attention, Norm, FeedForward) x L -> Norm -> Head -> loss
+
+The tree, in the order data flows through it:
+
+    activations     one table, one formula x -> (value, slope) a row
+    ops             functions on tensors: feed_forward, dropout; the autograd rule; no weights
+    nn              modules that hold weights: Embedding, norms, Attention, FeedForward, Block, Head
+    transformer     TransformerConfig and Transformer, the sentence above
+    generate        sampling with a key/value cache
+    tokenizer data  text in, (B, T) batches out
+    optim train     the loop; checkpoint saves it, recipe and config describe it, report shows it
+    cli             ffn train | generate | eval | info | doctor
+
+The letters of shapes, everywhere: B batch, T time, N = B T tokens, D model width, H hidden width, O output
+width, Q query heads, G key/value heads, C head channels, V vocabulary.
+"""
+
+from ffn.checkpoint import load, load_tokenizer
+from ffn.generate import generate
 from ffn.nn import FeedForward, gated_hidden_dim
 from ffn.ops import feed_forward
+from ffn.transformer import Transformer, TransformerConfig
 
-__all__ = ["FeedForward", "feed_forward", "gated_hidden_dim"]
+__all__ = [
+    "FeedForward",
+    "Transformer",
+    "TransformerConfig",
+    "feed_forward",
+    "gated_hidden_dim",
+    "generate",
+    "load",
+    "load_tokenizer",
+]

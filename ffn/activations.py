@@ -27,7 +27,7 @@ def relu(x):
 
 
 def leaky_relu(x):
-    slope = m.where(x > 0.0, 1.0, m.where(x > 0.0, x, 0.01))  # the inner branch gives 0.01 in x's own precision
+    slope = m.where(x > 0.0, 1.0, m.where(x > 0.0, x, 0.01))  # 0.01 in x's own precision
     return x * slope, slope
 
 
@@ -145,8 +145,8 @@ TABLE |= {name: replace(TABLE[gate], name=name, gated=True) for name, gate in GA
 ALIASES = {"swish": "silu", "linear": "identity", "gelu_python": "gelu"}
 ALIASES |= dict.fromkeys(["gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"], "gelu_tanh")
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.leaky_relu: "leaky_relu", F.gelu: "gelu", F.silu: "silu",
-             F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", F.tanh: "tanh", torch.tanh: "tanh", F.mish: "mish",
-             F.softplus: "softplus"}  # fmt: skip
+             F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", F.tanh: "tanh", torch.tanh: "tanh",
+             F.mish: "mish", F.softplus: "softplus"}  # fmt: skip
 
 
 def _module_row(module: nn.Module) -> str | None:

@@ -33,8 +33,8 @@ class FeedForward(nn.Module):
         dropout: probability to drop a hidden value while training; its mask is rebuilt in backward.
         out_dim: width O of the output; dim if left out.
         activation: a name (plain: relu leaky_relu relu2 gelu gelu_tanh quick_gelu silu sigmoid tanh mish
-            softplus identity; gated: glu bilinear reglu geglu geglu_tanh swiglu), a Hugging Face spelling of
-            one, a torch.nn activation (class or instance), or any callable, which runs under plain autograd.
+            softplus identity; gated: glu bilinear reglu geglu geglu_tanh swiglu), a Hugging Face spelling
+            of one, a torch.nn activation (class or instance), or any callable, under plain autograd.
         bias: whether the Linears have one.
         out_dropout: probability to drop an output value while training.
         save: "preact" keeps x and the preactivations for backward, D + H elements a token (D + 2H gated);
@@ -49,8 +49,9 @@ class FeedForward(nn.Module):
     Raises:
         ValueError, TypeError: options or inputs that do not fit, in one line.
 
-    The children are plain `nn.Linear`s named gate_proj (when gated), up_proj and down_proj. While all are plain,
-    their weights go to the op; once one is replaced, hooked, parametrized or quantized, the children are called.
+    The children are plain `nn.Linear`s named gate_proj (when gated), up_proj and down_proj. While all are
+    plain, their weights go to the op; once one is replaced, hooked, parametrized or quantized, the children
+    themselves are called.
 
     >>> FeedForward(512, 2048, 0.1)(torch.randn(2, 7, 512)).shape
     torch.Size([2, 7, 512])
@@ -100,7 +101,8 @@ class FeedForward(nn.Module):
         """Draw the weights anew as `init` says, for layer number `layer` of `num_layers`."""
         for linear in self._linears():
             residual = linear is self.down_proj
-            init_linear(linear, self.init, residual=residual, num_layers=num_layers, layer=layer, generator=generator)
+            where = {"num_layers": num_layers, "layer": layer, "generator": generator}
+            init_linear(linear, self.init, residual=residual, **where)
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
@@ -138,7 +140,7 @@ class FeedForward(nn.Module):
             return "a hook is registered for all modules"
         for linear in self._linears():
             if not _is_plain(linear):
-                return f"{linear} is not a plain nn.Linear: replaced, hooked, parametrized or another kind of weight"
+                return f"{linear} is replaced, hooked, parametrized, or its weight is no plain parameter"
         return None
 
     def explain(self, x: Tensor) -> str:
@@ -156,10 +158,15 @@ class FeedForward(nn.Module):
     def extra_repr(self) -> str:
         name = self.activation if self.act is None else f"{self.activation} (under plain autograd)"
         parts = [f"{self.dim} -> {self.hidden_dim} -> {self.out_dim}", f"activation={name}"]
-        plain = {"dropout": 0.0, "out_dropout": 0.0, "save": "preact", "chunk_tokens": None, "backend": "auto",
-                 "init": "torch"}  # fmt: skip
-        parts += [f"{key}={getattr(self, key)}" for key, value in plain.items() if getattr(self, key) != value]
-        return ", ".join(parts)
+        usual = {
+            "dropout": 0.0,
+            "out_dropout": 0.0,
+            "save": "preact",
+            "chunk_tokens": None,
+            "backend": "auto",
+        }
+        given = {key: getattr(self, key) for key in usual}
+        return ", ".join(parts + [f"{key}={value}" for key, value in given.items() if value != usual[key]])
 
 
 def _is_plain(linear: nn.Module) -> bool:

@@ -1,5 +1,4 @@
-"""The named initialisations of a stack of Linears: how wide the first weights are, how wide the ones that write
-into the residual stream, and what happens to the biases."""
+"""The named initialisations of Linears: those that read the residual stream and those that write into it."""
 
 import math
 
@@ -46,8 +45,7 @@ def init_linear(
     weight, bias = linear.weight, linear.bias
     if weight.is_meta:
         return
-    fan_out, fan_in = weight.shape
-    bound = 1.0 / math.sqrt(max(fan_in, 1))
+    bound = 1.0 / math.sqrt(max(weight.shape[1], 1))
     if bias is not None:
         bias.uniform_(-bound, bound, generator=generator) if init == "torch" else bias.zero_()
     match init:

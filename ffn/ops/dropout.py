@@ -48,7 +48,9 @@ def _mix_(w: Tensor) -> Tensor:
     return w.bitwise_xor_((w >> 16).bitwise_and_(0xFFFF))
 
 
-def keep_blocks(seed: Tensor, rows: int, cols: int, p: float, row_start: int) -> Iterator[tuple[slice, Tensor]]:
+def keep_blocks(
+    seed: Tensor, rows: int, cols: int, p: float, row_start: int
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows of a block, which elements of them are kept: 0 or 1 as int16), block after block."""
     row_keys = _keys(seed, row_start, rows, stream=0)
     col_keys = _keys(seed, 0, (cols + 1) // 2, stream=1)
@@ -60,7 +62,7 @@ def keep_blocks(seed: Tensor, rows: int, cols: int, p: float, row_start: int) ->
 
 
 def drop_(tensors: tuple[Tensor, ...], seed: Tensor, p: float, row_start: int = 0) -> None:
-    """Drop the same elements of every tensor (rows, cols), all of one dtype, scaling the kept ones, in place."""
+    """Drop the same elements of tensors (rows, cols) of one dtype, in place; the kept ones are scaled."""
     rows, cols = tensors[0].shape
     half = tensors[0].dtype.itemsize == 2
     for block, keep in keep_blocks(seed, rows, cols, p, row_start):

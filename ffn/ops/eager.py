@@ -1,8 +1,8 @@
 """The backend in torch ops: the CPU's, and that of every case no kernel takes.
 
 A backend is a module with `linear_pre` (the first product), `activate` (activation, gate, dropout) and
-`linear_dact` (the product with the second weight and back through them). What lies between the products is one opaque op each way
-under torch.compile, so that the compiler saves the preactivation and not the activated value with it.
+`linear_dact` (back through the second product and through them). What lies between the products is one opaque
+op each way under torch.compile, so that the compiler saves the preactivation and not the activated value too.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from ffn.activations import Activation
 from ffn.ops import library
 from ffn.ops.dropout import drop_
 
-
 _WORTH_ONEDNN = 1 << 22  # multiply-adds; smaller products are over before its set-up is
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
     """x (N, in) -> (N, out). oneDNN adds the bias within the product, where F.linear writes it out before."""
-    if onednn and bias is not None and x.shape[0] * weight.numel() >= _WORTH_ONEDNN:
+    gains = bias is not None or x.dtype == torch.float32
+    if onednn and gains and x.shape[0] * weight.numel() >= _WORTH_ONEDNN:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -35,7 +35,7 @@ def float32_in_onednn() -> Iterator[None]:
     The setting permits bfloat16 within a product, which oneDNN uses only where the CPU has the tiles for it;
     dispatch asks for it only where float32 stays float32.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -58,21 +58,28 @@ def linear_dact(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dpre, dpre_gate, ddown), dpre and dpre_gate (N, H), ddown (O, H): back through the second product."""
     if torch.compiler.is_compiling():
-        dpre, dgate, h = torch.ops.ffn.dactivate(dy @ down, pre, pre_gate, seed, activation.name, p, row_start)
-        return dpre, (None if pre_gate is None else dgate), (dy.t() @ h if need_down else None)
-    if seed is not None:  # one mask for both h and dh
         dh = dy @ down
-        dpre, dgate, h = _dactivate_(dh, pre, pre_gate, activation, seed, p, row_start)
-        return dpre, dgate, (dy.t() @ h if need_down else None)
+        dpre, dgate, h = torch.ops.ffn.dactivate(dh, pre, pre_gate, seed, activation.name, p, row_start)
+        return dpre, (None if pre_gate is None else dgate), (dy.t() @ h if need_down else None)
     value = activation(pre if pre_gate is None else pre_gate)
     h = value if pre_gate is None else value * pre
-    ddown = dy.t() @ h if need_down else None
-    dh = torch.mm(dy, down, out=h)  # h is done with
+    if seed is None:
+        ddown = dy.t() @ h if need_down else None
+        dh = torch.mm(dy, down, out=h)  # h is done with
+    else:
+        dh = dy @ down
+        drop_((h, dh), seed, p, row_start)  # one mask for both
+        ddown = dy.t() @ h if need_down else None
     return *_through(activation, dh, value, pre, pre_gate), ddown
 
 
 def activate(
-    pre: Tensor, pre_gate: Tensor | None, activation: Activation, seed: Tensor | None, p: float, row_start: int = 0
+    pre: Tensor,
+    pre_gate: Tensor | None,
+    activation: Activation,
+    seed: Tensor | None,
+    p: float,
+    row_start: int = 0,
 ) -> Tensor:
     """h (N, H) from the preactivations."""
     if torch.compiler.is_compiling():
@@ -120,14 +127,15 @@ def _dactivate_fake(dh, pre, pre_gate, seed, activation, p, row_start):
     return pre.new_empty(shape), pre.new_empty(0 if pre_gate is None else shape), pre.new_empty(shape)
 
 
+_ARGUMENTS = "Tensor pre, Tensor? pre_gate, Tensor? seed, str activation, float p, SymInt row_start"
+
 library.define(
-    "activate(Tensor pre, Tensor? pre_gate, Tensor? seed, str activation, float p, SymInt row_start) -> Tensor",
+    f"activate({_ARGUMENTS}) -> Tensor",
     _activate_op,
     fake=lambda pre, pre_gate, seed, activation, p, row_start: pre.new_empty(pre.shape),
 )
 library.define(
-    "dactivate(Tensor dh, Tensor pre, Tensor? pre_gate, Tensor? seed, str activation, float p, SymInt row_start)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"dactivate(Tensor dh, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _dactivate_op,
     fake=_dactivate_fake,
 )

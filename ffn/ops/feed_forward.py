@@ -73,12 +73,14 @@ def feed_forward(
     weights = (up, down, gate, up_bias, down_bias, gate_bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, *weights = (None if t is None else t.to(dtype) for t in (x, *weights))
+        x, weights = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in weights)
     if not _fits(row, x, *weights):
         _explain_misfit(row, x, *weights)
     choice = dispatch.choose(backend, x)
     if choice.backend == "reference" or row.formula is None or library.needs_textbook():
-        return _textbook(row, dropout, x, *weights)
+        hidden = (*x.shape[:-1], up.shape[0])
+        factors = F.dropout(x.new_ones(hidden), dropout) if dropout > 0.0 else None
+        return _textbook(row, factors, x, *weights)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     seed = draw_seed(x.device) if dropout > 0.0 else None
     plan = Plan(row.name, dropout, save, chunk_tokens, choice)
@@ -95,7 +97,7 @@ def check_options(p: float, save: str, chunk_tokens: int | None) -> None:
     if save not in SAVES:
         raise ValueError(f"save={save!r}: want one of {', '.join(SAVES)}")
     if chunk_tokens is not None and (save != "input" or chunk_tokens < 1):
-        raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want a positive number and save='input'")
+        raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want at least 1 and save='input'")
 
 
 def _fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> bool:
@@ -117,11 +119,13 @@ def _fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> 
 
 def _explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias):
     """Raise one line: the rule, what came instead, and the remedy."""
-    given = {"gate": gate, "up": up, "down": down, "gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    given = {"gate": gate, "up": up, "down": down}
+    given |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
     given = {name: t for name, t in given.items() if t is not None}
     H, D = up.shape if up.ndim == 2 else ("H", "D")
-    O = down.shape[0] if down.ndim == 2 else "O"
-    want = {"gate": (H, D), "up": (H, D), "down": (O, H), "gate_bias": (H,), "up_bias": (H,), "down_bias": (O,)}
+    out = down.shape[0] if down.ndim == 2 else "O"
+    want = {"gate": (H, D), "up": (H, D), "down": (out, H)}
+    want |= {"gate_bias": (H,), "up_bias": (H,), "down_bias": (out,)}
     want = {name: shape for name, shape in want.items() if name in given and (name != "gate" or row.gated)}
     want |= {"gate": (H, D)} if row.gated else {}
     got = {"x": x, **given}
@@ -132,7 +136,7 @@ def _explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate
         raise ValueError(f"feed_forward(activation={row.name!r}) wants x (..., {D}), {rule}; got {came}")
     if not x.is_floating_point() or any(t.dtype != x.dtype for t in given.values()):
         came = ", ".join(f"{name} {str(t.dtype)[6:]}" for name, t in got.items())
-        raise TypeError(f"feed_forward wants one floating dtype; got {came}; cast with .to(dtype) or use autocast")
+        raise TypeError(f"feed_forward wants one floating dtype; got {came}; cast by .to(dtype) or autocast")
     came = ", ".join(f"{name} {t.device}" for name, t in got.items())
     raise ValueError(f"feed_forward wants one device; got {came}; move one side with .to(device)")
 
@@ -141,10 +145,9 @@ def _shape(shape) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
-def _textbook(row, p, x, up, down, gate, up_bias, down_bias, gate_bias, factors=None) -> Tensor:
-    if p > 0.0:
-        factors = F.dropout(x.new_ones(*x.shape[:-1], up.shape[0]), p)
-    return reference.feed_forward(x, up, down, gate, up_bias, down_bias, gate_bias, activation=row, noise=factors)
+def _textbook(row, factors, x, up, down, gate, up_bias, down_bias, gate_bias) -> Tensor:
+    weights = (up, down, gate, up_bias, down_bias, gate_bias)
+    return reference.feed_forward(x, *weights, activation=row, noise=factors)
 
 
 def _products(plan: Plan):
@@ -164,7 +167,9 @@ def _forward(plan: Plan, x, seed, up, down, gate, up_bias, down_bias, gate_bias)
     ys, pre, pre_gate = [], None, None
     chunks = _chunks(plan, x.shape[0])
     for rows in chunks:
-        pre, pre_gate = eager.linear_pre(x[rows] if len(chunks) > 1 else x, up, up_bias, gate, gate_bias, plan.choice.onednn)
+        pre, pre_gate = eager.linear_pre(
+            x[rows] if len(chunks) > 1 else x, up, up_bias, gate, gate_bias, plan.choice.onednn
+        )
         h = eager.activate(pre, pre_gate, row, seed, plan.p, rows.start)
         ys.append(eager.linear(h, down, down_bias, plan.choice.onednn))
     return (ys[0] if len(ys) == 1 else torch.cat(ys)), pre, pre_gate
@@ -204,11 +209,11 @@ def _backward(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate):
     sums: list[Tensor | None] = [None] * len(weights)
     for rows in chunks:
         dx_c, *parts = _backward_chunk(plan, needs, dy[rows], x[rows], seed, weights, None, None, rows.start)
-        if dx is not None:
+        if dx is not None and dx_c is not None:
             dx[rows] = dx_c
-        for k, part in enumerate(parts):
+        for k, (total, part) in enumerate(zip(sums, parts, strict=True)):
             if part is not None:
-                sums[k] = part.to(wide) if sums[k] is None else sums[k].add_(part)
+                sums[k] = part.to(wide) if total is None else total.add_(part)
     return dx, None, *(None if total is None else total.to(x.dtype) for total in sums), None
 
 
@@ -217,7 +222,7 @@ def _backward_chunk(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate, row_
     up, down, gate, up_bias, _, gate_bias = weights
     need_x, _, need_up, need_down, need_gate, need_up_bias, need_down_bias, need_gate_bias, _ = needs
     row = activations.TABLE[plan.activation]
-    dx = dup = dgate = ddown = dpre = dpre_gate = None
+    dx = dup = ddown = dgate = dup_bias = dgate_bias = None
     into_hidden = need_x or need_up or need_gate or need_up_bias or need_gate_bias
     if plan.save == "input" and (into_hidden or need_down):
         pre, pre_gate = eager.linear_pre(x, up, up_bias, gate, gate_bias, plan.choice.onednn)
@@ -225,17 +230,16 @@ def _backward_chunk(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate, row_
         dpre, dpre_gate, ddown = eager.linear_dact(
             dy, down, pre, pre_gate, row, seed, plan.p, row_start, need_down
         )  # fmt: skip
+        dx = dpre @ up if need_x else None
+        dup = dpre.t() @ x if need_up else None
+        dup_bias = dpre.sum(0) if need_up_bias else None
+        if dpre_gate is not None:
+            dx = dx.addmm_(dpre_gate, gate) if dx is not None else None
+            dgate = dpre_gate.t() @ x if need_gate else None
+            dgate_bias = dpre_gate.sum(0) if need_gate_bias else None
     elif need_down:
         ddown = dy.t() @ eager.activate(pre, pre_gate, row, seed, plan.p, row_start)
-    if need_x:
-        dx = dpre @ up if gate is None else (dpre @ up).addmm_(dpre_gate, gate)
-    if need_up:
-        dup = dpre.t() @ x
-    if need_gate:
-        dgate = dpre_gate.t() @ x
-    dup_bias = dpre.sum(0) if need_up_bias else None
     ddown_bias = dy.sum(0) if need_down_bias else None
-    dgate_bias = dpre_gate.sum(0) if need_gate_bias else None
     return dx, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias
 
 
@@ -243,11 +247,11 @@ def _differentiable_backward(ctx, dy, x, seed, weights):
     """The same gradients through the textbook, so that they can be differentiated again."""
     plan = ctx.plan
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-1])
-    inputs = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how x and the weights arose
-    up = inputs[1]
-    factors = None if seed is None else noise(seed, x.shape[0], up.shape[0], plan.p, x.dtype)
-    y = _textbook(activations.TABLE[plan.activation], 0.0, *inputs, factors)
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    x, *weights = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how they arose
+    assert x is not None and weights[0] is not None
+    factors = None if seed is None else noise(seed, x.shape[0], weights[0].shape[0], plan.p, x.dtype)
+    y = _textbook(activations.TABLE[plan.activation], factors, x, *weights)
+    wanted = [t for t, need in zip((x, *weights), needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     dx, *dweights = (next(found) if need else None for need in needs)
     return dx, None, *dweights, None

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("ffn", "DEF")
 
@@ -10,8 +11,8 @@ _library = torch.library.Library("ffn", "DEF")
 def define(schema: str, implementation: Callable, fake: Callable) -> None:
     """Register `ffn::name` with one implementation for all devices and its shape rule.
 
-    Autograd stays outside, in an autograd.Function: a call costs a few microseconds that way, several times
-    less than with torch.library.custom_op.
+    Autograd stays outside, in an autograd.Function: a call costs a few microseconds that way, several
+    times less than with torch.library.custom_op.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -20,10 +21,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
 
 
 def needs_textbook() -> bool:
-    """Whether torch.func, forward-mode differentiation or torch.export is at work: they want plain torch ops."""
+    """Whether torch.func, forward-mode differentiation or torch.export want to see plain torch ops."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
