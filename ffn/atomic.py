@@ -50,7 +50,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder; it loses its name first, so that half of it is never taken for the whole."""
-    doomed = temporary_name(path)
+    doomed = path.with_name(f".{path.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     path.replace(doomed)
     shutil.rmtree(doomed)

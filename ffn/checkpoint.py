@@ -187,7 +187,7 @@ def restore(path: Path, model: nn.Module, optimizer: ScheduledOptimizer) -> None
 
 def prune(run: Path, step: int, keep: int, best: str | None) -> None:
     """Delete the checkpoints up to `step` but the last `keep` and the best, and what a kill left behind."""
-    for leftover in (run / "checkpoints").glob(".*.partial"):
+    for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     past = [path for path in list_checkpoints(run) if int(path.name[5:]) <= step]
     for path in past[:-keep]:

@@ -95,7 +95,7 @@ def apply_overrides(config: Config, words: Iterable[str]) -> Config:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise ValueError(f"{word}: {part} was given a value before")
-        table[name] = _Word(text.strip())
+        table[name] = _Word(text)
     return from_dict(type(config), mapping, base=config)
 
 

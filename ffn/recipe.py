@@ -68,6 +68,8 @@ class LoopConfig:
         for name in ("lr", "muon_lr", "weight_decay", "l1", "clip", "warmup", "patience", "eval_batches"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}: wants 0 or more; got {getattr(self, name)}")
+        if not self.sample_prompt:
+            raise ValueError("train.sample_prompt: wants at least one character")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas: wants two numbers in [0, 1); got {list(self.betas)}")
 

@@ -90,6 +90,9 @@ class Trainer:
         self.run, self.say, self.at = Path(config.out), say, Progress()
         window = config.model.max_seq_len
         self.batches = Batches(corpus.train, window, loop.batch_size, derive_seed(loop.seed, "data"))
+        self.prompt = corpus.tokenizer.encode(loop.sample_prompt)[: max(1, window - 1)]
+        if not self.prompt:
+            raise ValueError(f"train.sample_prompt={loop.sample_prompt!r}: not one token; give another")
         self.tokens_per_step = loop.batch_size * loop.accumulate * window
         torch.manual_seed(loop.seed)
         self.model = Transformer(config.model, device=device)
@@ -159,7 +162,7 @@ class Trainer:
                     self._save()
         except OSError as error:
             raise OSError(
-                f"after step {at.step}: {error}; {self._kept()}, from which the same command goes on"
+                f"after step {at.step}: {error}; {self._kept()}; put that right and give the same command"
             ) from error
         finally:
             screen.close()
@@ -216,12 +219,11 @@ class Trainer:
 
     def _sample(self) -> str:
         loop, window = self.config.train, self.config.model.max_seq_len
-        prompt = self.corpus.tokenizer.encode(loop.sample_prompt)[: window - 1]
         with evaluating(self.model), autocast(self.device, self.precision):
             new = generate(
                 self.model,
-                [prompt],
-                min(loop.sample_tokens, window - len(prompt)),
+                [self.prompt],
+                min(loop.sample_tokens, window - len(self.prompt)),
                 temperature=loop.sample_temperature,
                 seed=loop.seed,
             )

@@ -1,0 +1,137 @@
+"""The commands: what they print, how they exit, and one line for each mistake."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ffn.cli import main
+from ffn.config import flatten
+from ffn.train import train
+from tests import tiny
+from tests.conftest import ROOT
+from tests.test_train import outcome, quiet
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    """The tiny configuration as it would be typed."""
+    values = flatten(tiny.config(folder, *more)).items()
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny.config(tmp_path_factory.mktemp("cli"), "train.sample_prompt=1 ")
+    train(config, quiet)
+    return Path(config.out)
+
+
+def test_train_generate_eval(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["generate", str(run), "--prompt", "12 t", "--tokens", "5", "--seed", "1", "--device", "cpu"])
+        == 0
+    )
+    first = capsys.readouterr().out
+    assert first.startswith("12 t")
+    assert first.endswith("\n")
+    main(["generate", str(run), "--prompt", "12 t", "--tokens", "5", "--seed", "1", "--device", "cpu"])
+    assert capsys.readouterr().out == first
+    assert main(["eval", str(run), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"model        {run / 'checkpoints' / 'step-000012' / 'model.safetensors'}"
+    assert lines[1].endswith("in windows of 16")
+    per_token, per_byte = (float(part.split()[0]) for part in lines[2].removeprefix("loss").split(","))
+    assert per_token == per_byte
+
+
+@pytest.mark.parametrize("form", ["run", "file", "words"])
+def test_info_counts_parameters(form: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argument = {"run": [str(run)], "file": [str(run / "config.toml")], "words": ["model.num_layers=2"]}[form]
+    assert main(["info", *argument]) == 0
+    out = capsys.readouterr().out
+    assert "feed-forward" in out
+    assert "training a token costs" in out
+
+
+def test_doctor_names_versions_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    heads = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"python", "torch", "device", "precision", "feed-forward"} <= set(heads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "train.lr_rate=1"], "train.lr_rate: no such key; did you mean train.lr?"),
+        (["train", "absent.toml"], "absent.toml: cannot read this config: No such file or directory"),
+        (["train", "device=tpu"], "device=tpu: no such device; use auto, cpu, cuda, cuda:1 or mps"),
+        (
+            ["generate", "absent"],
+            "absent: neither a run of ffn with a good checkpoint nor a folder with model.",
+        ),
+        (["eval", "absent"], "absent: neither a run of ffn with a good checkpoint nor a folder with model."),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"ffn: {message}")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"."):
+        main(["--debug", *arguments])
+
+
+def test_cuda_where_there_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["train", "device=cuda"]) == 2
+    assert capsys.readouterr().err.startswith("ffn: device=cuda: this torch ")
+
+
+def test_a_full_disk_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ffn.checkpoint._write_tensors", full)
+    assert main(["train", *words(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    message = (
+        "after step 4: [Errno 28] No space left on device; there is no checkpoint yet; put that right and"
+    )
+    assert err.startswith(f"ffn: {message}")
+    assert err.count("\n") == 1
+
+
+def test_the_command_from_start_through_ctrl_c_to_the_end(tmp_path: Path) -> None:
+    """A real process: plain lines without control characters, Ctrl-C saves, the same command ends the run."""
+    whole = tiny.config(tmp_path, "train.steps=60", f"out={tmp_path / 'whole'}")
+    train(whole, quiet)
+    command = [sys.executable, "-m", "ffn", "train", *words(tmp_path, "train.steps=60")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 10/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, err = process.communicate(timeout=120)
+    text = "".join(lines) + rest
+    assert (process.returncode, err) == (130, "")
+    assert rest.endswith("go on        with the same command\n")
+    assert all(character.isprintable() or character == "\n" for character in text)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "going on" in done.stdout
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
