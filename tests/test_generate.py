@@ -193,7 +193,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     ("prompts", "options", "message"),
     [
         ([[1], []], {}, "prompt 1 is empty; give at least one token to start from"),
-        ([[1] * 25], {}, "prompt 0 has 25 tokens, which with max_new_tokens=8 is more than max_seq_len=32; keep"),
+        ([[1] * 25], {}, "prompt 0 has 25 tokens, which with max_new_tokens=8 is more than max_seq_len=32"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0: want 0"),
         ([[1]], {"top_k": 0}, "top_k=0: want a positive number"),
         ([[1]], {"top_p": 0.0}, r"top_p=0.0: want a probability in \(0, 1\]"),
