@@ -232,6 +232,18 @@ def test_compiled_whole(name: str, autocast: bool) -> None:
     torch.testing.assert_close(results[0], results[1], **tolerance)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_once_for_all_lengths() -> None:
+    model, graphs = build(num_layers=1), []
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend=lambda g, _: graphs.append(g) or g.forward
+    )
+    for shape in ((3, 5), (2, 8), (4, 11)):
+        tokens = tokens_of(*shape)
+        torch.testing.assert_close(compiled(tokens), model(tokens))
+    assert len(graphs) == 1
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the exporter's own
 def test_exported() -> None:
     model, tokens = build().eval(), tokens_of(2, 8)

@@ -97,13 +97,13 @@ class Attention(nn.Module):
 
     def _attend(self, q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
         T, S = q_BQTC.shape[2], k_BGSC.shape[2]
-        causal = self.causal and mask is None and T > 1
+        causal = self.causal and mask is None
         p = self.dropout if self.training else 0.0
+        if causal and S > T:  # torch's flag would align the first query with the first key
+            causal, mask = False, causal_mask(T, S, q_BQTC.device) if T > 1 else None
         if p > 0.0 and q_BQTC.device.type == "cpu":
             mask = causal_mask(T, S, q_BQTC.device) if causal else mask
             return attend_in_full(q_BQTC, k_BGSC, v_BGSC, mask, p)
-        if causal and S > T:  # torch's flag would align the first query with the first key
-            causal, mask = False, causal_mask(T, S, q_BQTC.device)
         gqa = self.num_kv_heads != self.num_heads
         return F.scaled_dot_product_attention(q_BQTC, k_BGSC, v_BGSC, mask, p, causal, enable_gqa=gqa)
 
