@@ -7,7 +7,7 @@ derivative, so that backward rebuilds what forward threw away from one call.
 A row may also name torch's own forward and backward, which the eager paths prefer for speed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,8 @@ def identity(x):
 
 
 def relu(x):
-    return m.where(x <= 0.0, 0.0, x), m.where(x <= 0.0, 0.0, 1.0)
+    r = m.where(x <= 0.0, 0.0, x)
+    return r, m.where(r > 0.0, 1.0, r)
 
 
 def leaky_relu(x):
@@ -151,9 +152,11 @@ FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.leaky_relu: "leaky_relu", F.g
 
 def _module_row(module: nn.Module) -> str | None:
     """The name of the row that computes exactly what this torch.nn activation computes, or None."""
+    if not type(module).__module__.startswith("torch.nn."):  # a subclass may compute something else
+        return None
     match module:
         case nn.GELU():
-            return {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
+            return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
         case nn.LeakyReLU():
             return "leaky_relu" if module.negative_slope == 0.01 else None
         case nn.Softplus():
@@ -166,14 +169,16 @@ def _module_row(module: nn.Module) -> str | None:
 def resolve(activation: str | Callable | type[nn.Module] | Activation) -> Activation:
     """The row for a name, a torch.nn activation (class or instance) or any callable.
 
-    A callable without a row becomes a row without a formula: it runs through plain autograd.
+    A callable without a row, or a row that is not the table's, becomes a row without a formula: it runs
+    through plain autograd.
 
     Raises:
         ValueError: the name is in neither the table nor its aliases.
         TypeError: neither a name nor callable.
     """
     if isinstance(activation, Activation):
-        return activation
+        known = activation.formula is None or TABLE.get(activation.name) == activation
+        return activation if known else replace(activation, formula=None, forward=activation)
     if isinstance(activation, str):
         name = ALIASES.get(activation, activation)
         if name not in TABLE:
@@ -183,7 +188,10 @@ def resolve(activation: str | Callable | type[nn.Module] | Activation) -> Activa
         activation = activation()
     if not callable(activation):
         raise TypeError(f"activation={activation!r}: want a name, a torch.nn activation or a callable")
-    name = _module_row(activation) if isinstance(activation, nn.Module) else FUNCTIONS.get(activation)
+    if isinstance(activation, nn.Module):
+        name = _module_row(activation)
+    else:
+        name = FUNCTIONS.get(activation) if isinstance(activation, Hashable) else None
     if name is not None:
         return TABLE[name]
     label = getattr(activation, "__name__", type(activation).__name__)

@@ -7,6 +7,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
 from ffn.ops import dispatch
+from ffn.ops.dropout import check_probability
 from ffn.ops.feed_forward import check_options
 
 
@@ -79,11 +80,13 @@ class FeedForward(nn.Module):
         super().__init__()
         row = activations.resolve(activation)
         check_options(dropout, save, chunk_tokens)
-        check_options(out_dropout, save, chunk_tokens)
+        check_probability("out_dropout", out_dropout)
         dispatch.check_backend(backend)
         check_init(init)
         self.dim, self.out_dim = dim, dim if out_dim is None else out_dim
-        self.hidden_dim = hidden_dim or (gated_hidden_dim(dim) if row.gated else 4 * dim)
+        if hidden_dim is None:
+            hidden_dim = gated_hidden_dim(dim) if row.gated else 4 * dim
+        self.hidden_dim = hidden_dim
         self.dropout, self.out_dropout = dropout, out_dropout
         self.save, self.chunk_tokens, self.backend, self.init = save, chunk_tokens, backend, init
         self.activation = row.name

@@ -46,8 +46,6 @@ def init_linear(
     if weight.is_meta:
         return
     bound = 1.0 / math.sqrt(max(weight.shape[1], 1))
-    if bias is not None:
-        bias.uniform_(-bound, bound, generator=generator) if init == "torch" else bias.zero_()
     match init:
         case "torch":
             weight.uniform_(-bound, bound, generator=generator)
@@ -65,3 +63,5 @@ def init_linear(
             weight.zero_()
         case "zero_out":
             weight.uniform_(-math.sqrt(3.0) * bound, math.sqrt(3.0) * bound, generator=generator)
+    if bias is not None:
+        bias.uniform_(-bound, bound, generator=generator) if init == "torch" else bias.zero_()

@@ -85,7 +85,7 @@ def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_
 
 def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
-    drop_((y.view(-1, x.shape[-1]),), seed, p)
+    drop_((y.view(-1, x.shape[-1] if x.ndim else 1),), seed, p)
     return y
 
 
@@ -116,7 +116,7 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Zero elements with probability p and scale the others by 1 / (1 - p), saving 8 bytes for backward.
 
     Args:
-        x: (..., D), any floating dtype.
+        x: any shape and floating dtype.
         p: in [0, 1); met to within 2**-17.
         training: False returns x itself.
 
@@ -127,5 +127,4 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
         return x
     if library.needs_textbook() or type(x) not in (Tensor, nn.Parameter):
         return nn.functional.dropout(x, p)
-    x = x if x.ndim else x.view(1)
     return _Dropout.apply(x, draw_seed(x.device), p)

@@ -71,7 +71,7 @@ def feed_forward(
     row = activations.resolve(activation)
     check_options(dropout, save, chunk_tokens)
     weights = (up, down, gate, up_bias, down_bias, gate_bias)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in weights)
     if not _fits(row, x, *weights):
@@ -89,6 +89,13 @@ def feed_forward(
     else:
         y, _, _ = _forward(plan, rows, seed, *weights)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], down.shape[0])
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast is on and casts this input: torch leaves float64, integers and meta alone."""
+    if x.is_meta or x.dtype == torch.float64 or not x.is_floating_point():
+        return False
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def check_options(p: float, save: str, chunk_tokens: int | None) -> None:
@@ -248,7 +255,8 @@ def _differentiable_backward(ctx, dy, x, seed, weights):
     plan = ctx.plan
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-1])
     x, *weights = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how they arose
-    assert x is not None and weights[0] is not None
+    assert x is not None
+    assert weights[0] is not None
     factors = None if seed is None else noise(seed, x.shape[0], weights[0].shape[0], plan.p, x.dtype)
     y = _textbook(activations.TABLE[plan.activation], factors, x, *weights)
     wanted = [t for t, need in zip((x, *weights), needs, strict=True) if need and t is not None]

@@ -22,7 +22,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
 
 def needs_textbook() -> bool:
     """Whether torch.func, forward-mode differentiation or torch.export want to see plain torch ops."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    if functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch.compiler.is_exporting()
