@@ -122,9 +122,17 @@ def _continue(
     endings = [(s,) if isinstance(s, int) else tuple(s) for s in stop]
     if () in endings:
         raise ValueError("stop holds an empty sequence, which would end every row at once; leave it out")
+    if not all(isinstance(token, int) for ending in endings for token in ending):
+        raise TypeError(f"stop wants token ids or sequences of them; got {stop!r}; encode text first")
     if not model.config.causal:
         raise ValueError("generate wants a causal Transformer; this one has config.causal=False")
-    rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in prompts]
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: want 0 or more")
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
+    if not all(isinstance(row, Sequence) and not isinstance(row, str) for row in rows):
+        raise TypeError(
+            f"prompts want one list of token ids each; got {prompts!r}; encode text, nest one prompt"
+        )
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {i} is empty; give at least one token to start from")

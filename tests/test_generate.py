@@ -197,12 +197,26 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         ([[1]], {"temperature": -1.0}, "temperature=-1.0: want 0"),
         ([[1]], {"top_k": 0}, "top_k=0: want a positive number"),
         ([[1]], {"top_p": 0.0}, r"top_p=0.0: want a probability in \(0, 1\]"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1: want 0 or more"),
         ([[1]], {"stop": [[]]}, "stop holds an empty sequence"),
         ([[17]], {}, "tokens want 0 <= index < 17; got 17 to 17"),
     ],
 )  # fmt: skip
 def test_refusals(prompts: list, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        generate(build(), prompts, **{"max_new_tokens": 8, **options})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (["hello"], {}, r"prompts want one list of token ids each; got \['hello'\]; encode text"),
+        ([1, 2], {}, r"prompts want one list of token ids each; got \[1, 2\]; encode text, nest one prompt"),
+        ([[1]], {"stop": "end"}, "stop wants token ids or sequences of them; got 'end'; encode text first"),
+    ],
+)
+def test_wrong_types(prompts: list, options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         generate(build(), prompts, 8, **options)
 
 
