@@ -1,0 +1,67 @@
+"""Random tensors for the op, in the order of its arguments, and the gradients of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ffn.activations import TABLE
+
+F64 = torch.float64
+NAMES = list(TABLE)
+
+
+class Arguments(NamedTuple):
+    """What `feed_forward(*arguments, activation=...)` takes; None for what a form lacks."""
+
+    x: Tensor
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    gate_bias: Tensor | None
+
+    def given(self) -> list[Tensor]:
+        return [t for t in self if t is not None]
+
+    def to(self, dtype: torch.dtype) -> Arguments:
+        """Leaves of their own in another dtype."""
+        return Arguments(*(None if t is None else leaf(t.detach().to(dtype, copy=True)) for t in self))
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.requires_grad_()
+
+
+def draw(
+    activation: str,
+    *,
+    bias: bool = True,
+    shape: Sequence[int] = (7,),
+    widths: tuple[int, int, int] = (6, 10, 5),
+    dtype: torch.dtype = F64,
+) -> Arguments:
+    """Leaves that require gradients: x (*shape, D) and weights that keep the variance; widths D, H, O."""
+    D, H, out = widths
+    gated = TABLE[activation].gated
+
+    def weight(rows: int, cols: int) -> Tensor:
+        return leaf(torch.randn(rows, cols, dtype=dtype) / cols**0.5)
+
+    def offset(width: int) -> Tensor | None:
+        return leaf(torch.randn(width, dtype=dtype)) if bias else None
+
+    x = leaf(torch.randn(*shape, D, dtype=dtype))
+    return Arguments(
+        x, weight(H, D), weight(out, H), weight(H, D) if gated else None,
+        offset(H), offset(out), offset(H) if gated else None,
+    )  # fmt: skip
+
+
+def gradients(y: Tensor, arguments: Arguments, dy: Tensor) -> list[Tensor]:
+    """dL/dargument where dy is dL/dy."""
+    return list(torch.autograd.grad(y, arguments.given(), dy))

@@ -1,0 +1,74 @@
+"""The textbook in torch against the textbook in NumPy, and the example worked by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ffn.activations import TABLE
+from ffn.ops import feed_forward, reference
+from tests.ops import textbook
+from tests.ops.samples import F64, NAMES, Arguments, draw, gradients
+
+
+def to_numpy(arguments: Arguments) -> tuple[np.ndarray, textbook.Weights]:
+    x, *weights = (None if t is None else t.detach().numpy() for t in arguments)
+    return x, textbook.Weights(*weights)
+
+
+def factors(rows: int, cols: int) -> Tensor:
+    return (torch.rand(rows, cols) < 0.7).to(F64) / 0.7
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "no_dropout"])
+def test_both_textbooks_agree(name: str, bias: bool, dropout: bool) -> None:
+    arguments = draw(name, bias=bias)
+    noise = factors(7, 10) if dropout else None
+    y = reference.feed_forward(*arguments, activation=TABLE[name], noise=noise)
+    dy = torch.randn_like(y)
+
+    x, weights = to_numpy(arguments)
+    by_hand = {"activation": name, "noise": 1.0 if noise is None else noise.numpy()}
+    np.testing.assert_allclose(
+        y.detach().numpy(), textbook.forward(x, weights, **by_hand), rtol=1e-10, atol=1e-12
+    )
+    dx, dweights = textbook.backward(dy.numpy(), x, weights, **by_hand)
+    for ours, theirs, argument in zip(
+        iter_gradients(y, arguments, dy), [dx, *dweights], arguments, strict=True
+    ):
+        if argument is not None:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def iter_gradients(y: Tensor, arguments: Arguments, dy: Tensor) -> list[np.ndarray | None]:
+    found = iter(gradients(y, arguments, dy))
+    return [None if t is None else next(found).numpy() for t in arguments]
+
+
+def test_the_worked_example() -> None:
+    W, x, b = [[2.0, 1.0], [1.0, 3.0]], [1.0, 2.0], [0.0, 1.0]
+    np.testing.assert_array_equal(textbook.affine(np.array(x), np.array(W), np.array(b)), [4.0, 8.0])
+    up, bias, down = torch.tensor(W), torch.tensor(b), torch.eye(2)
+    y = reference.feed_forward(torch.tensor(x), up, down, up_bias=bias, activation=TABLE["identity"])
+    assert y.tolist() == [4.0, 8.0]
+    assert feed_forward(torch.tensor(x), up, down, up_bias=bias, activation="identity").tolist() == [4.0, 8.0]
+
+
+def test_it_is_the_sequential_everybody_writes() -> None:
+    sequential = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 5))
+    x = torch.randn(2, 3, 6)
+    up, _, down = sequential
+    y = reference.feed_forward(
+        x, up.weight, down.weight, up_bias=up.bias, down_bias=down.bias, activation=TABLE["gelu"]
+    )
+    assert torch.equal(y, sequential(x))
+
+
+def test_leading_shapes_and_noise_broadcast() -> None:
+    arguments = draw("swiglu", shape=(2, 3, 4))
+    y = reference.feed_forward(
+        *arguments, activation=TABLE["swiglu"], noise=torch.zeros(2, 3, 4, 10, dtype=F64)
+    )
+    assert torch.equal(y, arguments.down_bias.expand(2, 3, 4, 5))
