@@ -5,9 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffn.nn.attention import LayerCache
+from ffn.nn.feed_forward import is_plain
+from ffn.nn.head import Head
+from ffn.ops.packed import pack_linear
 from ffn.transformer import Transformer
 
 Stop = Iterable[int | Sequence[int]]
@@ -174,14 +177,32 @@ def _steps(
 
 @contextmanager
 def _decoding(model: Transformer):
-    """Eval mode for as long as tokens are wanted; the one place to give the linears a form for decoding."""
+    """Eval mode, and on the CPU packed weights, for as long as tokens are wanted."""
     training = [module for module in model.modules() if module.training]
     model.eval()
+    packed: list[nn.Module] = []
     try:
+        for module, weight, bias in _products(model):
+            forward = pack_linear(weight, bias)
+            if forward is not None:
+                module.forward = forward
+                packed.append(module)
         yield
     finally:
+        for module in packed:
+            del module.forward
         for module in training:
             module.training = True
+
+
+def _products(model: Transformer) -> Iterator[tuple[nn.Module, Tensor, Tensor | None]]:
+    """What a token is multiplied with: (module, weight, bias) of every plain linear, and of the head."""
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear) and is_plain(module):
+            yield module, module.weight, module.bias
+    head = model.head
+    if type(head) is Head and "forward" not in head.__dict__ and not head._forward_hooks:
+        yield head, model.embedding.weight if head.weight is None else head.weight, None
 
 
 class _Sequences:

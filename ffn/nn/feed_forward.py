@@ -142,7 +142,7 @@ class FeedForward(nn.Module):
         if has_global_hooks():
             return "a hook is registered for all modules"
         for linear in self._linears():
-            if not _is_plain(linear):
+            if not is_plain(linear):
                 return f"{linear} is replaced, hooked, parametrized, or its weight is no plain parameter"
         return None
 
@@ -172,7 +172,7 @@ class FeedForward(nn.Module):
         return ", ".join(parts + [f"{key}={value}" for key, value in given.items() if value != usual[key]])
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> bool:
     """Whether calling this Linear does nothing but F.linear with two plain parameters."""
     if type(linear) is not nn.Linear or "forward" in linear.__dict__:
         return False

@@ -72,6 +72,7 @@ class RMSNormRule(torch.autograd.Function):
         (dy,) = grads
         x, weight, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the differentiable formula
+            x, weight = x.view_as(x), weight.view_as(weight)  # cut from how they arose
             y = F.rms_norm(x, weight.shape, weight, ctx.eps)
             dx, dweight = torch.autograd.grad(y, (x, weight), dy, create_graph=True)
             return dx, dweight, None

@@ -64,6 +64,15 @@ def bfloat16_in_onednn() -> bool:
     return _has_onednn_linear() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def packs(weight: Tensor) -> bool:
+    """Whether oneDNN can keep this weight in a layout of its own."""
+    if weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bfloat16_in_onednn()
+    return weight.dtype == torch.float32 and _has_onednn_linear()
+
+
 def check_backend(backend: str) -> None:
     """Raise ValueError for a name that is not in BACKENDS."""
     if backend not in BACKENDS:
