@@ -23,6 +23,6 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
 def needs_textbook() -> bool:
     """Whether torch.func, forward-mode differentiation or torch.export want to see plain torch ops."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0:
         return True
     return torch.compiler.is_exporting()
