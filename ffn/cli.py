@@ -154,7 +154,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    model = _config(arguments.words).model
+    config = _config(arguments.words)
+    model = config.model
+    if config.data.tokenizer != "byte" and not (arguments.words and Path(arguments.words[0]).is_dir()):
+        print(f"with vocab_size={model.vocab_size}; when training begins, the tokenizer's takes its place")
     print(render_table(model))
     print(f"training a token costs {flops_per_token(model, training=True):,} FLOPs")
     return 0

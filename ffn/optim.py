@@ -4,7 +4,7 @@ One step with the schedule's factor f in [0, 1] and a group's learning rate η =
 
     AdamW   p ← p - η·λ₂·p, then Adam's step of size η               Loshchilov & Hutter, arXiv:1711.05101
     Muon    p ← p - η·λ₂·p - η·√max(1, rows/columns)·O               Jordan, kellerjordan.github.io/posts/muon
-            where O is the momentum of the gradient, orthogonalised  (`torch.optim.Muon`)
+            where O is the momentum of the gradient, orthogonalised
     L1      p ← sign(p)·max(|p| - η·λ₁, 0), after either             the proximal step of λ₁·|p|: exact zeros
 
 λ₂ (`weight_decay`) and λ₁ (`l1`) act on matrices only, never on embeddings, norms and biases. Muon takes the
@@ -61,6 +61,61 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return groups
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon, with small matrices of one shape orthogonalised together.
+
+    Four layers of width 128 take 7 ms a step on two CPU cores where one matrix at a time takes 13; from about
+    STACKED elements on a batched product is no faster than single ones, and later slower.
+    """
+
+    STACKED = 1 << 16
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] - training has no closure
+        """Update the matrices that have a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            batches: dict[object, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    batches.setdefault(p.shape if p.numel() <= self.STACKED else p, []).append(p)
+            for batch in batches.values():
+                rows, columns = batch[0].shape
+                lr = group["lr"] * math.sqrt(max(1, rows / columns))
+                updates = torch.stack([self._momentum(p, group) for p in batch])
+                for p, update in zip(batch, orthogonalise(updates, group), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-lr)
+
+    def _momentum(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Nesterov's: the gradient moved towards the running mean that it has just moved."""
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        return p.grad.lerp(mean, group["momentum"])
+
+
+def orthogonalise(x: Tensor, group: dict[str, Any]) -> Tensor:
+    """Matrices (n, rows, columns) with their singular values brought near 1, in bfloat16.
+
+    Newton and Schulz's iteration, with the coefficients, the number of steps and eps of a Muon group.
+    """
+    a, b, c = group["ns_coefficients"]
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x.bfloat16().contiguous()
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=group["eps"])
+    one = x.shape[0] == 1
+    x, add_product = (x[0], torch.addmm) if one else (x, torch.baddbmm)
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x[None] if one else x
+    return x.mT if tall else x
+
+
 class ScheduledOptimizer:
     """The optimizers of one model, stepped together.
 
@@ -99,9 +154,7 @@ class ScheduledOptimizer:
                 raise ValueError(
                     "Muon wants matrices inside model.blocks and there are none; use optimizer=adamw"
                 )
-            self._optimizers.append(
-                torch.optim.Muon(blocks, lr=muon_lr, weight_decay=weight_decay, momentum=momentum)
-            )
+            self._optimizers.append(Muon(blocks, lr=muon_lr, weight_decay=weight_decay, momentum=momentum))
         self._decayed = {id(p) for p in blocks + others}
         self._lrs = [group["lr"] for group in self._groups()]
 

@@ -49,9 +49,10 @@ class Log:
         self._files[name].write(",".join(cells) + "\n")
 
     def sizes(self) -> dict[str, int]:
-        """Bytes in each file, all of them handed to the system."""
+        """Bytes in each file, all of them flushed to the disk."""
         for file in self._files.values():
             file.flush()
+            os.fsync(file.fileno())
         return {name: file.tell() for name, file in self._files.items()}
 
     def close(self) -> None:
