@@ -52,6 +52,14 @@ def linear_pre(
     return pre, None if gate is None else linear(x, gate, gate_bias, onednn)
 
 
+def after(x: Tensor, event: Tensor) -> Tensor:
+    """x, which under torch.compile exists only once `event` does.
+
+    The compiler would otherwise merge the product that backward repeats with forward's, and save its result.
+    """
+    return torch.ops.ffn.after(x, event) if torch.compiler.is_compiling() else x
+
+
 def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
     activation: Activation, seed: Tensor | None, p: float, row_start: int, need_down: bool,
@@ -138,4 +146,9 @@ library.define(
     f"dactivate(Tensor dh, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _dactivate_op,
     fake=_dactivate_fake,
+)
+library.define(
+    "after(Tensor x, Tensor event) -> Tensor",
+    lambda x, event: x.clone(),
+    fake=lambda x, event: torch.empty_like(x),
 )

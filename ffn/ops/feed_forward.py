@@ -232,6 +232,7 @@ def _backward_chunk(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate, row_
     dx = dup = ddown = dgate = dup_bias = dgate_bias = None
     into_hidden = need_x or need_up or need_gate or need_up_bias or need_gate_bias
     if plan.save == "input" and (into_hidden or need_down):
+        x = eager.after(x, dy)
         pre, pre_gate = eager.linear_pre(x, up, up_bias, gate, gate_bias, plan.choice.onednn)
     if into_hidden:
         dpre, dpre_gate, ddown = eager.linear_dact(
