@@ -14,6 +14,7 @@ matrices inside the blocks, AdamW everything else.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -62,13 +63,18 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, with small matrices of one shape orthogonalised together.
+    """torch's Muon with Nesterov's momentum, small matrices of one shape orthogonalised together.
 
     Four layers of width 128 take 7 ms a step on two CPU cores where one matrix at a time takes 13; from about
     STACKED elements on a batched product is no faster than single ones, and later slower.
     """
 
     STACKED = 1 << 16
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
 
     @torch.no_grad()
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] - training has no closure
@@ -78,7 +84,7 @@ class Muon(torch.optim.Muon):
             batches: dict[object, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    batches.setdefault(p.shape if p.numel() <= self.STACKED else p, []).append(p)
+                    batches.setdefault(p.shape if p.numel() <= self.STACKED else id(p), []).append(p)
             for batch in batches.values():
                 rows, columns = batch[0].shape
                 lr = group["lr"] * math.sqrt(max(1, rows / columns))

@@ -145,7 +145,7 @@ def test_muon_is_torchs_to_rounding(shape: tuple[int, int], stacked: int, monkey
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
-    group = Muon([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
+    group = Muon([nn.Parameter(torch.zeros(2, 2))], lr=1.0).param_groups[0]
     for shape in ((3, 16, 16), (2, 8, 24), (1, 24, 8)):
         singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape), group).float())
         assert float(singular.min()) > 0.3
