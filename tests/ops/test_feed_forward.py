@@ -1,0 +1,308 @@
+"""The op's numbers against both textbooks and in low precision; what it accepts and what it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ffn.activations import TABLE
+from ffn.ops import dispatch, feed_forward, reference
+from ffn.ops.dropout import draw_seed, noise
+from tests.ops import textbook
+from tests.ops.samples import F64, NAMES, Arguments, draw, gradients, leaf
+
+SAVES = [{"save": "preact"}, {"save": "input"}, {"save": "input", "chunk_tokens": 3}]
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+names = pytest.mark.parametrize("name", NAMES)
+saves = pytest.mark.parametrize("save", SAVES, ids=["preact", "input", "chunks"])
+
+
+def with_mask(arguments: Arguments, dropout: float, **options) -> tuple[Tensor, Tensor | None]:
+    """(y of the op, the factors its dropout used, of hidden shape)."""
+    torch.manual_seed(5)
+    y = feed_forward(*arguments, dropout=dropout, **options)
+    if dropout == 0.0:
+        return y, None
+    torch.manual_seed(5)
+    hidden = (*arguments.x.shape[:-1], arguments.up.shape[0])
+    factors = noise(draw_seed(y.device), math.prod(hidden[:-1]), hidden[-1], dropout, y.dtype)
+    return y, factors.view(hidden)
+
+
+@names
+@saves
+def test_op_is_the_reference_in_float64(name: str, save: dict) -> None:
+    for bias in (True, False):
+        for dropout in (0.0, 0.4):
+            arguments = draw(name, bias=bias, shape=(2, 4))
+            y, factors = with_mask(arguments, dropout, activation=name, **save)
+            dy = torch.randn_like(y)
+            expected = reference.feed_forward(*arguments, activation=TABLE[name], noise=factors)
+            torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+            for ours, theirs in zip(
+                gradients(y, arguments, dy), gradients(expected, arguments, dy), strict=True
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@names
+@saves
+def test_op_is_the_textbook_in_numpy(name: str, save: dict) -> None:
+    for bias in (True, False):
+        for dropout in (0.0, 0.4):
+            arguments = draw(name, bias=bias)
+            y, factors = with_mask(arguments, dropout, activation=name, **save)
+            dy = torch.randn_like(y)
+            x, *weights = (None if t is None else t.detach().numpy() for t in arguments)
+            weights = textbook.Weights(*weights)
+            by_hand = {"activation": name, "noise": 1.0 if factors is None else factors.numpy()}
+            np.testing.assert_allclose(
+                y.detach().numpy(), textbook.forward(x, weights, **by_hand), rtol=1e-10, atol=1e-8
+            )
+            dx, dweights = textbook.backward(dy.numpy(), x, weights, **by_hand)
+            theirs = [grad for grad, t in zip((dx, *dweights), arguments, strict=True) if t is not None]
+            for ours, by_numpy in zip(gradients(y, arguments, dy), theirs, strict=True):
+                np.testing.assert_allclose(ours.numpy(), by_numpy, rtol=1e-8, atol=1e-8)
+
+
+def errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [(r.double() - e).abs().max().item() for r, e in zip(results, exact, strict=True)]
+
+
+def check_error_of_low_precision(name: str, arguments: Arguments, dropout: float, **options) -> None:
+    """At most twice plain torch's in the same dtype, plus one ulp of the largest value; gradients too."""
+    dtype = arguments.x.dtype
+    y, factors = with_mask(arguments, dropout, activation=name, **options)
+    assert y.dtype == dtype
+    dy = torch.randn_like(y)
+    ours = [y, *gradients(y, arguments, dy)]
+    assert all(grad.dtype == dtype for grad in ours)
+    row = TABLE[name]
+    y = reference.feed_forward(*arguments, activation=row, noise=factors)
+    plain = [y, *gradients(y, arguments, dy)]
+    wide = arguments.to(F64)
+    # The scale as the op rounds it is a part of the oracle, so that only the op's own rounding is judged.
+    y = reference.feed_forward(*wide, activation=row, noise=None if factors is None else factors.double())
+    exact = [y, *gradients(y, wide, dy.double())]
+    for got, allowed, oracle in zip(errors(ours, exact), errors(plain, exact), exact, strict=True):
+        assert got <= 2.0 * allowed + torch.finfo(dtype).eps * oracle.abs().max().item()
+
+
+@names
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_low_precision_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> None:
+    for save in SAVES:
+        for dropout in (0.0, 0.25):
+            arguments = draw(name, shape=(8,), widths=(24, 40, 16), dtype=dtype)
+            check_error_of_low_precision(name, arguments, dropout, **save)
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_large_products_are_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> None:
+    arguments = draw(name, shape=(64,), widths=(128, 640, 96), dtype=dtype)  # large enough for every route
+    for save in ({"save": "preact"}, {"save": "input", "chunk_tokens": 48}):
+        check_error_of_low_precision(name, arguments, 0.25, **save)
+
+
+@names
+def test_autocast_is_as_exact_as_plain_torch_under_it(name: str) -> None:
+    arguments = draw(name, shape=(8,), widths=(24, 40, 16), dtype=torch.float32)
+    wide, row = arguments.to(F64), TABLE[name]
+    dy = torch.randn(8, 16).bfloat16()
+    for dropout in (0.0, 0.25):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, factors = with_mask(arguments, dropout, activation=name)
+            theirs = reference.feed_forward(*arguments, activation=row, noise=factors)
+        exact = reference.feed_forward(
+            *wide, activation=row, noise=None if factors is None else factors.double()
+        )
+        assert y.dtype == theirs.dtype == torch.bfloat16
+        ours = [y, *gradients(y, arguments, dy)]
+        assert all(grad.dtype == torch.float32 for grad in ours[1:])
+        plain = [theirs, *gradients(theirs, arguments, dy)]
+        exact = [exact, *gradients(exact, wide, dy.double())]
+        for got, allowed, oracle in zip(errors(ours, exact), errors(plain, exact), exact, strict=True):
+            assert got <= 2.0 * allowed + torch.finfo(torch.bfloat16).eps * oracle.abs().max().item()
+
+
+@names
+def test_backward_within_autocast_too(name: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        arguments = draw(name, dtype=torch.float32)
+        with torch.autocast("cpu", dtype):
+            y, _ = with_mask(arguments, 0.2, activation=name)
+            within = gradients(y, arguments, torch.ones_like(y))
+        with torch.autocast("cpu", dtype):
+            y, _ = with_mask(arguments, 0.2, activation=name)
+        for ours, outside in zip(within, gradients(y, arguments, torch.ones_like(y)), strict=True):
+            assert torch.equal(ours, outside)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    arguments = draw("gelu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert feed_forward(*arguments).dtype == F64
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3,), (2, 3, 4), (2, 0, 4), (0, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [F64, *LOW], ids=str)
+def test_any_leading_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for name in ("gelu", "swiglu"):
+        for save in SAVES:
+            arguments = draw(name, shape=shape, dtype=dtype)
+            y = feed_forward(*arguments, activation=name, dropout=0.1, **save)
+            assert y.shape == (*shape, 5)
+            assert y.dtype == dtype
+            for grad, argument in zip(
+                gradients(y, arguments, torch.ones_like(y)), arguments.given(), strict=True
+            ):
+                assert grad.shape == argument.shape
+                assert grad.isfinite().all()
+            if 0 in shape:
+                assert not any(grad.any() for grad in gradients(feed_forward(*arguments, activation=name),
+                                                                arguments, torch.ones_like(y)))  # fmt: skip
+
+
+def strided(kind: str) -> Tensor:
+    """(4, 3, 6) with unusual strides."""
+    base = torch.randn(4, 3, 12, dtype=F64)
+    return {
+        "sliced": base[..., ::2],
+        "transposed": base[..., :6].contiguous().transpose(0, 1).contiguous().transpose(0, 1),
+        "columns": base[..., :6].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "expanded": base[:, :1, :6].expand(4, 3, 6),
+        "flipped": base[..., :6].flip(-1),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["sliced", "transposed", "columns", "expanded", "flipped"])
+def test_strides_change_nothing(kind: str) -> None:
+    for name in ("mish", "geglu"):
+        for save in SAVES:
+            arguments = draw(name, shape=(4, 3))
+            other = arguments._replace(x=leaf(strided(kind).detach()))
+            plain = arguments._replace(x=leaf(strided(kind).detach().contiguous()))
+            plain.x.data.copy_(other.x)
+            results = []
+            for given in (other, plain):
+                y, _ = with_mask(given, 0.3, activation=name, **save)
+                dy = torch.linspace(-1, 1, y.numel(), dtype=F64).view(5, 4, 3).permute(1, 2, 0)
+                results.append([y, *gradients(y, given, dy)])
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_strided_weights() -> None:
+    arguments = draw("swiglu")
+    turned = arguments._replace(
+        up=leaf(arguments.up.detach().t().contiguous().t()),
+        down=leaf(arguments.down.detach().repeat_interleave(2, 0)[::2]),
+        up_bias=leaf(arguments.up_bias.detach().repeat_interleave(2)[::2]),
+    )
+    results = [feed_forward(*given, activation="swiglu") for given in (arguments, turned)]
+    torch.testing.assert_close(*results)
+    dy = torch.randn_like(results[0])
+    for ours, theirs in zip(
+        gradients(results[0], arguments, dy), gradients(results[1], turned, dy), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_no_gradient_no_graph() -> None:
+    arguments = draw("gelu")
+    with torch.no_grad():
+        assert feed_forward(*arguments, dropout=0.1).grad_fn is None
+    assert feed_forward(*(None if t is None else t.detach() for t in arguments)).grad_fn is None
+    with torch.inference_mode():
+        assert feed_forward(*arguments).is_inference()
+
+
+def test_callables_and_the_reference_backend() -> None:
+    arguments = draw("gelu")
+    y = feed_forward(*arguments, activation="gelu")
+    torch.testing.assert_close(feed_forward(*arguments, activation="gelu", backend="reference"), y)
+    torch.testing.assert_close(feed_forward(*arguments, activation=lambda x: torch.nn.functional.gelu(x)), y)
+    torch.testing.assert_close(feed_forward(*arguments, activation=torch.nn.GELU()), y)
+    for activation in ("gelu", torch.sin):
+        torch.manual_seed(1)
+        first = feed_forward(*arguments, activation=activation, dropout=0.5, backend="reference")
+        torch.manual_seed(1)
+        again = feed_forward(*arguments, activation=activation, dropout=0.5, backend="reference")
+        assert torch.equal(first, again)
+        assert not torch.equal(first, feed_forward(*arguments, activation=activation, backend="reference"))
+
+
+REFUSED = [
+    (lambda a: a._replace(x=a.x[:, :4]), ValueError,
+     r"feed_forward\(activation='geglu'\) wants x \(..., 6\), gate \(10, 6\), up \(10, 6\), down \(5, 10\), "
+     r"gate_bias \(10\), up_bias \(10\), down_bias \(5\); got x \(7, 4\), gate \(10, 6\), "),
+    (lambda a: a._replace(x=a.x.sum()), ValueError, r"got x \(\), "),
+    (lambda a: a._replace(down=a.down.t()), ValueError, r"down \(10, 10\).*got .*down \(10, 5\)"),
+    (lambda a: a._replace(down=a.down[0]), ValueError, r"down \(O, 10\).*got .*down \(10\)"),
+    (lambda a: a._replace(up=a.up[None]), ValueError, r"up \(H, D\).*got .*up \(1, 10, 6\)"),
+    (lambda a: a._replace(gate=a.gate[:9]), ValueError, r"wants .*gate \(10, 6\).*got .*gate \(9, 6\)"),
+    (lambda a: a._replace(gate=None), ValueError, r"wants .*gate \(10, 6\).*got x \(7, 6\), up"),
+    (lambda a: a._replace(up_bias=a.up_bias[:9]), ValueError, r"up_bias \(10\).*got .*up_bias \(9\)"),
+    (lambda a: a._replace(gate_bias=a.gate_bias[None]), ValueError, r"got .*gate_bias \(1, 10\)"),
+    (lambda a: a._replace(down_bias=a.up_bias), ValueError, r"down_bias \(5\).*got .*down_bias \(10\)"),
+    (lambda a: a._replace(x=a.x.float()), TypeError,
+     r"wants one floating dtype; got x float32, gate float64, .*; cast by \.to\(dtype\) or autocast"),
+    (lambda a: a._replace(up_bias=a.up_bias.half()), TypeError, r"got .*up_bias float16"),
+    (lambda a: a._replace(x=a.x.long()), TypeError, "got x int64"),
+    (lambda a: a._replace(x=a.x.to("meta")), ValueError,
+     r"wants one device; got x meta, gate cpu, .*; move one side with \.to\(device\)"),
+    (lambda a: a._replace(down=a.down.to("meta")), ValueError, r"one device; got x cpu, .*down meta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "error", "text"), REFUSED)
+def test_what_does_not_fit_is_refused_in_one_line(spoil, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text) as caught:
+        feed_forward(*spoil(draw("geglu")), activation="geglu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gate_that_a_plain_block_has_no_use_for() -> None:
+    with pytest.raises(
+        ValueError, match=r"activation='gelu'\) wants x \(..., 6\), up .*; got x .*gate \(10, 6\)"
+    ):
+        feed_forward(*draw("geglu"), activation="gelu")
+
+
+def test_integers_are_refused_under_autocast_too() -> None:
+    arguments = draw("gelu", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="got x int64, up float32"):
+        feed_forward(*arguments._replace(x=arguments.x.long()))
+
+
+OPTIONS = [
+    ({"activation": "glue"}, r"activation='glue': no such row; choose one of identity"),
+    ({"dropout": 1.0}, r"dropout=1.0: want a probability in \[0, 1\)"),
+    ({"dropout": -0.1}, r"dropout=-0.1: want a probability in \[0, 1\)"),
+    ({"dropout": math.nan}, r"dropout=nan: want a probability"),
+    ({"save": "all"}, r"save='all': want one of preact, input"),
+    ({"chunk_tokens": 4}, r"chunk_tokens=4 with save='preact': want at least 1 and save='input'"),
+    ({"chunk_tokens": 0, "save": "input"}, r"chunk_tokens=0 with save='input': want at least 1"),
+    ({"backend": "cuda"}, r"backend='cuda': no such backend; choose one of auto, eager, reference"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), OPTIONS)
+def test_options_that_make_no_sense(options: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text}"):
+        feed_forward(*draw("gelu"), **options)
+
+
+def test_meta_tensors_pass_through() -> None:
+    for name in ("relu2", "swiglu"):
+        arguments = Arguments(*(None if t is None else leaf(t.detach().to("meta")) for t in draw(name)))
+        y = feed_forward(*arguments, activation=name, dropout=0.1)
+        assert y.is_meta
+        assert y.shape == (7, 5)
+        assert [g.shape for g in gradients(y, arguments, torch.ones_like(y))] == [
+            t.shape for t in arguments.given()
+        ]
+    assert dispatch.choose("auto", arguments.x).backend == "eager"

@@ -1,0 +1,222 @@
+"""The autograd rule of `feed_forward`: right to second order, no dearer than it says."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ffn.activations import TABLE
+from ffn.ops import feed_forward
+from tests.ops.samples import NAMES, Arguments, draw, gradients, leaf
+
+SAVES = [{"save": "preact"}, {"save": "input"}, {"save": "input", "chunk_tokens": 2}]
+names = pytest.mark.parametrize("name", NAMES)
+
+
+def kept_for_backward(run: Callable[[], Tensor], parameters: list[Tensor]) -> dict[torch.dtype, int]:
+    """Elements of the unique storages that autograd saves, by dtype, without those of the parameters."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = run()
+    known = {t.untyped_storage().data_ptr() for t in parameters}
+    storages = {t.untyped_storage().data_ptr(): t for t in saved}
+    counts: dict[torch.dtype, int] = {}
+    for pointer, t in storages.items():
+        if pointer not in known:
+            elements = t.untyped_storage().nbytes() // t.itemsize
+            counts[t.dtype] = counts.get(t.dtype, 0) + elements
+    assert y.requires_grad
+    return counts
+
+
+@names
+def test_saved_elements_are_counted_exactly(name: str) -> None:
+    N, D, H = 7, 6, 10
+    hidden = 2 * H if TABLE[name].gated else H
+    for bias, shape, dtype in ((True, (7,), torch.float64), (False, (1, 7), torch.bfloat16)):
+        arguments = draw(name, bias=bias, shape=shape, dtype=dtype)
+        for dropout, seed in ((0.0, {}), (0.3, {torch.int64: 1})):
+            for save, elements in zip(SAVES, (D + hidden, D, D), strict=True):
+                counts = kept_for_backward(
+                    lambda a=arguments, p=dropout, s=save: feed_forward(*a, activation=name, dropout=p, **s),
+                    arguments.given()[1:],
+                )
+                assert counts == {dtype: N * elements} | seed
+
+
+def test_autocast_keeps_the_cast_weights_besides() -> None:
+    arguments = draw("swiglu", dtype=torch.float32)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return feed_forward(*arguments, activation="swiglu", dropout=0.1)
+
+    weights = sum(t.numel() for t in arguments.given()[1:])
+    counts = kept_for_backward(run, arguments.given())
+    assert counts == {torch.bfloat16: 7 * (6 + 2 * 10) + weights, torch.int64: 1}
+
+
+@names
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_gradcheck_twice(name: str, bias: bool) -> None:
+    arguments = draw(name, bias=bias, shape=(3,), widths=(2, 3, 2))
+    given = [t is not None for t in arguments]
+    for dropout, save in itertools.product((0.0, 0.4), SAVES):
+
+        def run(*tensors: Tensor, p=dropout, options=save) -> Tensor:
+            torch.manual_seed(3)  # one mask throughout
+            found = iter(tensors)
+            return feed_forward(
+                *(next(found) if has else None for has in given), activation=name, dropout=p, **options
+            )
+
+        assert torch.autograd.gradcheck(run, arguments.given())
+        assert torch.autograd.gradgradcheck(run, arguments.given(), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["relu2", "geglu_tanh"])
+def test_gradgradcheck_entry_by_entry(name: str) -> None:
+    arguments = draw(name, bias=False, shape=(2,), widths=(2, 3, 2))
+    given = [t is not None for t in arguments]
+
+    def run(*tensors: Tensor) -> Tensor:
+        found = iter(tensors)
+        return feed_forward(*(next(found) if has else None for has in given), activation=name)
+
+    assert torch.autograd.gradgradcheck(run, arguments.given())
+
+
+def test_a_gradient_penalty() -> None:
+    """The second derivative reaches what x and the weights came from, not only themselves."""
+    base = draw("swiglu")
+    results = []
+    for backend in ("eager", "reference"):
+        a = base.to(torch.float64)
+        scaled = a._replace(x=a.x * 2.0, up=a.up.sin())
+        y = feed_forward(*scaled, activation="swiglu", backend=backend)
+        (dx,) = torch.autograd.grad(y.sum(), a.x, create_graph=True)
+        results.append(gradients(dx.square().sum() + y.sum(), a, torch.tensor(1.0)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, whatever their form."""
+
+    OPS = ("mm", "addmm", "addmm_", "bmm", "_linear_pointwise")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.OPS
+        return func(*args, **(kwargs or {}))
+
+
+def products(run: Callable[[], object]) -> int:
+    with Products() as mode:
+        run()
+    return mode.count
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+@pytest.mark.parametrize("save", SAVES[:2], ids=["preact", "input"])
+def test_frozen_tensors_get_no_gradient_and_cost_no_product(name: str, save: dict) -> None:
+    whole = draw(name)
+    fields = [field for field, t in zip(Arguments._fields, whole, strict=True) if t is not None]
+    gated = "gate" in fields
+    y, dy = feed_forward(*whole, activation=name, **save), torch.randn(7, 5, dtype=torch.float64)
+    expected = dict(zip(fields, gradients(y, whole, dy), strict=True))
+    for wants in itertools.product((True, False), repeat=len(fields)):
+        want = {field for field, wanted in zip(fields, wants, strict=True) if wanted}
+        a = Arguments(
+            *(
+                t if t is None or f in want else t.detach()
+                for f, t in zip(Arguments._fields, whole, strict=True)
+            )
+        )
+        y = feed_forward(*a, activation=name, **save)
+        assert y.requires_grad == bool(want)
+        if not want:
+            continue
+        for t in whole.given():
+            t.grad = None
+        count = products(lambda y=y: y.backward(dy))
+        for field, t in zip(fields, whole.given(), strict=True):
+            assert (t.grad is not None) == (field in want)
+            if t.grad is not None:
+                torch.testing.assert_close(t.grad, expected[field])
+        into_hidden = want - {"down", "down_bias"}
+        replays = (1 + gated) * (save["save"] == "input" and want != {"down_bias"})
+        needed = bool(into_hidden) + ("down" in want) + ("up" in want) + ("gate" in want)
+        assert count == needed + ("x" in want) * (1 + gated) + replays
+
+
+def test_forward_costs_its_two_or_three_products() -> None:
+    for name, wanted in (("gelu", 2), ("swiglu", 3)):
+        arguments = draw(name)
+        assert products(lambda n=name, a=arguments: feed_forward(*a, activation=n)) == wanted
+        assert products(lambda n=name, a=arguments: feed_forward(*a, activation=n, save="input")) == wanted
+
+
+@names
+def test_backward_twice_gives_the_same(name: str) -> None:
+    for save in SAVES:
+        arguments = draw(name)
+        y = feed_forward(*arguments, activation=name, dropout=0.3, **save)
+        dy = torch.randn_like(y)
+        before = dy.clone()
+        first = torch.autograd.grad(y, arguments.given(), dy, retain_graph=True)
+        again = torch.autograd.grad(y, arguments.given(), dy, retain_graph=True)
+        to_second_order = torch.autograd.grad(y, arguments.given(), dy, create_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert torch.equal(dy, before)
+        for ours, theirs in zip(first, to_second_order, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+        gradients(y, arguments, dy)
+        with pytest.raises(RuntimeError, match="second time"):
+            gradients(y, arguments, dy)
+
+
+@pytest.mark.parametrize("field", ["x", "up", "down", "gate", "up_bias", "down_bias", "gate_bias"])
+def test_changing_a_saved_tensor_in_place_is_noticed(field: str) -> None:
+    for save in SAVES:
+        arguments = draw("swiglu", shape=(2, 3))
+        y = feed_forward(*arguments, activation="swiglu", **save)
+        with torch.no_grad():
+            getattr(arguments, field).mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(y, arguments, torch.ones_like(y))
+
+
+def test_the_inputs_are_left_as_they_were() -> None:
+    for name in NAMES:
+        arguments = draw(name)
+        before = [t.detach().clone() for t in arguments.given()]
+        for save in SAVES:
+            y = feed_forward(*arguments, activation=name, dropout=0.3, **save)
+            kept = y.detach().clone()
+            gradients(y, arguments, torch.ones_like(y))
+            assert torch.equal(y, kept)
+        assert all(torch.equal(t, b) for t, b in zip(arguments.given(), before, strict=True))
+
+
+def test_gradients_accumulate_into_leaves() -> None:
+    arguments = draw("geglu")
+    for _ in range(2):
+        feed_forward(*arguments, activation="geglu").sum().backward()
+    y = feed_forward(*arguments, activation="geglu")
+    for t, once in zip(arguments.given(), gradients(y, arguments, torch.ones_like(y)), strict=True):
+        torch.testing.assert_close(t.grad, 2.0 * once)
+
+
+def test_tied_weights_add_up() -> None:
+    x, weight = leaf(torch.randn(4, 6)), leaf(torch.randn(6, 6))
+    y = feed_forward(x, weight, weight, activation="silu")
+    expected = torch.nn.functional.silu(x @ weight.t()) @ weight.t()
+    ours, theirs = (torch.autograd.grad(out.sum(), (x, weight)) for out in (y, expected))
+    torch.testing.assert_close(ours, theirs)
