@@ -1,0 +1,116 @@
+"""Who is chosen, and what is said about it."""
+
+import pytest
+import torch
+
+from ffn.ops import dispatch
+from ffn.ops.dispatch import Choice, check_backend, choose
+
+CACHED = [
+    dispatch._cpu_vendor,
+    dispatch._has_onednn_linear,
+    dispatch.float32_faster_in_onednn,
+    dispatch.bfloat16_in_onednn,
+    dispatch._choose,
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def _asked_anew():
+    """Answers are remembered for the process; forget them before and after pretending another machine."""
+    real = [function.cache_clear for function in CACHED]
+    for clear in real:
+        clear()
+    yield
+    for clear in real:
+        clear()
+
+
+def test_names() -> None:
+    assert dispatch.BACKENDS == ("auto", "eager", "reference")
+    for name in dispatch.BACKENDS:
+        check_backend(name)
+    for ask in (check_backend, lambda name: choose(name, torch.ones(1))):
+        with pytest.raises(
+            ValueError, match=r"^backend='triton': no such backend; choose one of auto, eager, "
+        ):
+            ask("triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_who_is_chosen_and_why(dtype: torch.dtype) -> None:
+    x = torch.ones(1, dtype=dtype)
+    auto, eager = choose("auto", x), choose("eager", x)
+    assert auto.backend == eager.backend == "eager"
+    assert auto.reason.startswith(f"torch ops serve cpu {str(dtype)[6:]}")
+    assert eager.reason.startswith("asked for by name")
+    assert (auto.onednn, auto.float32_in_onednn) == (eager.onednn, eager.float32_in_onednn)
+    assert ("oneDNN" in auto.reason) == auto.onednn
+    reference = choose("reference", x)
+    assert reference == Choice("reference", "asked for by name: the textbook, with plain autograd")
+    if dtype in (torch.float64, torch.float16):
+        assert not auto.onednn
+
+
+def test_only_float32_products_change_their_library_wholesale() -> None:
+    for dtype in DTYPES:
+        choice = choose("auto", torch.ones(1, dtype=dtype))
+        assert not choice.float32_in_onednn or dtype == torch.float32
+        assert not choice.float32_in_onednn or dispatch.float32_faster_in_onednn()
+
+
+def test_meta_tensors_are_served_by_torch() -> None:
+    assert choose("auto", torch.ones(1, device="meta")) == Choice("eager", "torch ops serve meta float32")
+
+
+@pytest.mark.usefixtures("_asked_anew")
+@pytest.mark.parametrize(
+    ("vendor", "capability", "amx", "onednn", "faster"),
+    [
+        ("AuthenticAMD", "AVX512", False, True, True),
+        ("GenuineIntel", "AVX512", False, True, False),
+        ("AuthenticAMD", "AVX512", True, True, False),  # tiles would round to bfloat16
+        ("AuthenticAMD", "AVX2", False, True, False),
+        ("AuthenticAMD", "AVX512", False, False, False),
+        ("", "DEFAULT", False, False, False),
+    ],
+)
+def test_float32_goes_to_onednn_only_where_it_stays_float32(
+    monkeypatch, vendor: str, capability: str, amx: bool, onednn: bool, faster: bool
+) -> None:
+    monkeypatch.setattr(dispatch, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(dispatch, "_has_onednn_linear", lambda: onednn)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert dispatch.float32_faster_in_onednn() == faster
+    choice = choose("auto", torch.ones(1))
+    assert (choice.onednn, choice.float32_in_onednn) == (faster, faster)
+    if not onednn:
+        assert not choose("auto", torch.ones(1, dtype=torch.bfloat16)).onednn
+
+
+@pytest.mark.usefixtures("_asked_anew")
+def test_a_build_without_the_private_op_is_no_error(monkeypatch) -> None:
+    class Empty:
+        pass
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Empty())
+    assert dispatch._has_onednn_linear() is False
+    for dtype in DTYPES:
+        assert not choose("auto", torch.ones(1, dtype=dtype)).onednn
+
+
+def test_while_compiling_the_compiler_owns_the_products() -> None:
+    seen = []
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        choice = choose("auto", x)
+        seen.append((choice.backend, choice.reason, choice.onednn, choice.float32_in_onednn))
+        return x + 1
+
+    compiled(torch.ones(3))
+    assert seen == [("eager", "compiled", False, False)]
+    with pytest.raises(ValueError, match="backend='triton'"):
+        choose("triton", torch.ones(3))

@@ -1,0 +1,132 @@
+"""The backend in torch ops, piece by piece; and that the oneDNN route changes speed, not numbers."""
+
+import pytest
+import torch
+
+from ffn.activations import TABLE
+from ffn.ops import dispatch, eager, feed_forward
+from ffn.ops.dispatch import Choice
+from ffn.ops.dropout import noise
+from tests.ops.samples import F64, NAMES, draw, gradients
+
+needs_onednn = pytest.mark.skipif(
+    not dispatch._has_onednn_linear() or torch.cpu._is_amx_tile_supported(),
+    reason="torch has no oneDNN here, or its float32 products would round to bfloat16",
+)
+SEED = torch.tensor([11])
+WIDE = {"shape": (64,), "widths": (128, 640, 512), "dtype": torch.float32}  # above eager._WORTH_ONEDNN
+
+
+def factors(pre: torch.Tensor, row_start: int) -> torch.Tensor:
+    return noise(SEED, *pre.shape, 0.4, F64, row_start)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activate_and_back(name: str) -> None:
+    row = TABLE[name]
+    pre, pre_gate = torch.randn(5, 8, dtype=F64), torch.randn(5, 8, dtype=F64) if row.gated else None
+    dy, down = torch.randn(5, 3, dtype=F64), torch.randn(3, 8, dtype=F64)
+    for seed, row_start in ((None, 0), (SEED, 0), (SEED, 7)):
+        n = 1.0 if seed is None else factors(pre, row_start)
+        value, slope = row.formula(pre if pre_gate is None else pre_gate)
+        h, dh = n * value, n * (dy @ down)
+        dpre, dpre_gate = dh * slope, None
+        if pre_gate is not None:
+            h, dpre, dpre_gate = h * pre, dh * value, dh * pre * slope
+        kept = [t.clone() for t in (pre, dy, down)]
+        torch.testing.assert_close(eager.activate(pre, pre_gate, row, seed, 0.4, row_start), h)
+        found = eager.linear_dact(dy, down, pre, pre_gate, row, seed, 0.4, row_start, True)
+        torch.testing.assert_close(found, (dpre, dpre_gate, dy.t() @ h))
+        found = eager.linear_dact(dy, down, pre, pre_gate, row, seed, 0.4, row_start, False)
+        torch.testing.assert_close(found, (dpre, dpre_gate, None))
+        assert all(torch.equal(a, b) for a, b in zip(kept, (pre, dy, down), strict=True))
+        # The ops that the compiler sees say the same.
+        torch.testing.assert_close(torch.ops.ffn.activate(pre, pre_gate, seed, name, 0.4, row_start), h)
+        back = torch.ops.ffn.dactivate(dy @ down, pre, pre_gate, seed, name, 0.4, row_start)
+        nothing = torch.empty(0, dtype=F64)
+        torch.testing.assert_close(back, (dpre, nothing if dpre_gate is None else dpre_gate, h))
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_linear_is_the_same_in_onednn(bias: bool, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not dispatch.bfloat16_in_onednn():
+        pytest.skip("this processor does not multiply bfloat16")
+    for rows, multiplied in ((2, 0), (128, 1)):
+        x, weight = torch.randn(rows, 96).to(dtype), torch.randn(400, 96).to(dtype)
+        offset = torch.randn(400).to(dtype) if bias else None
+        assert (rows * weight.numel() >= eager._WORTH_ONEDNN) == multiplied
+        ours, torchs = eager.linear(x, weight, offset, True), eager.linear(x, weight, offset, False)
+        exact = torch.nn.functional.linear(
+            x.double(), weight.double(), None if offset is None else offset.double()
+        )
+        error, allowed = ((y.double() - exact).abs().max() for y in (ours, torchs))
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max()
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["relu", "mish", "swiglu", "reglu"])
+@pytest.mark.parametrize("save", ["preact", "input"])
+def test_the_float32_route_changes_nothing_but_rounding(monkeypatch, name: str, save: str) -> None:
+    arguments = draw(name, **WIDE)
+    dy = torch.randn(64, 512)
+    results = []
+    for onednn in (True, False):
+        choice = Choice("eager", "", onednn, onednn)
+        monkeypatch.setattr(dispatch, "choose", lambda backend, x, c=choice: c)
+        torch.manual_seed(0)
+        y = feed_forward(*arguments, activation=name, dropout=0.1, save=save)
+        results.append([y, *gradients(y, arguments, dy)])
+    for ours, theirs in zip(*results, strict=True):
+        difference = (ours - theirs).abs().max() / theirs.abs().max()
+        assert difference <= 1e-5  # float32 rounding over sums of 640; bfloat16's would be 1e-3
+
+
+@pytest.fixture(params=["none", "ieee", "tf32"])
+def precision(request):
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = request.param
+    yield request.param
+    matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no such setting")
+def test_the_setting_is_put_back_even_when_backward_raises(monkeypatch, precision: str) -> None:
+    matmul = torch.backends.mkldnn.matmul
+    choice = Choice("eager", "", onednn=False, float32_in_onednn=True)
+    monkeypatch.setattr(dispatch, "choose", lambda backend, x: choice)
+    arguments = draw("gelu", dtype=torch.float32)
+    inside = []
+    real = eager.linear_dact
+
+    def watched(*args):
+        inside.append(matmul.fp32_precision)
+        return real(*args)
+
+    def raising(*args):
+        inside.append(matmul.fp32_precision)
+        raise ArithmeticError("within backward")
+
+    monkeypatch.setattr(eager, "linear_dact", watched)
+    y = feed_forward(*arguments)
+    assert matmul.fp32_precision == precision
+    y.sum().backward()
+    assert matmul.fp32_precision == precision
+    monkeypatch.setattr(eager, "linear_dact", raising)
+    with pytest.raises(ArithmeticError, match="within backward"):
+        feed_forward(*arguments).sum().backward()
+    assert matmul.fp32_precision == precision
+    assert inside == ["bf16", "bf16"]
+    with pytest.raises(KeyError), eager.float32_in_onednn():
+        raise KeyError
+    assert matmul.fp32_precision == precision
+    if precision == "none":  # else torch refuses the question, having two answers
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_other_dtypes_never_touch_the_setting(monkeypatch) -> None:
+    monkeypatch.setattr(eager, "float32_in_onednn", lambda: pytest.fail("for float32 alone"))
+    for dtype in (F64, torch.bfloat16):
+        feed_forward(*draw("gelu", dtype=dtype)).sum().backward()
