@@ -17,7 +17,7 @@ LAYERS = [
     ["ffn.ops.dropout"],
     ["ffn.ops.reference", "ffn.ops.eager"],
     ["ffn.ops.dispatch"],
-    ["ffn.ops.feed_forward", "ffn.ops.packed"],
+    ["ffn.ops.feed_forward", "ffn.ops.packed", "ffn.ops.attention"],
     ["ffn.ops"],
     ["ffn.nn.init"],
     ["ffn.nn.embedding", "ffn.nn.norm", "ffn.nn.attention", "ffn.nn.feed_forward", "ffn.nn.loss"],

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn import ops
+from ffn.ops.attention import attend
 
 
 class Attention(nn.Module):
@@ -104,6 +105,8 @@ class Attention(nn.Module):
         if p > 0.0 and q_BQTC.device.type == "cpu":
             mask = causal_mask(T, S, q_BQTC.device) if causal else mask
             return attend_in_full(q_BQTC, k_BGSC, v_BGSC, mask, p)
+        if mask is None and p == 0.0 and S == T:
+            return attend(q_BQTC, k_BGSC, v_BGSC, causal=causal)
         gqa = self.num_kv_heads != self.num_heads
         return F.scaled_dot_product_attention(q_BQTC, k_BGSC, v_BGSC, mask, p, causal, enable_gqa=gqa)
 
