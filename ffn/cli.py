@@ -20,7 +20,7 @@ import torch
 from ffn import checkpoint, recipe
 from ffn.cost import flops_per_token, render_table
 from ffn.data import prepare
-from ffn.device import choose_device, choose_precision
+from ffn.device import choose_device, choose_precision, keep_freed_memory
 from ffn.generate import stream
 from ffn.ops.dispatch import choose
 from ffn.report import printable
@@ -93,15 +93,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config(words: Sequence[str]) -> recipe.TrainConfig:
     """The configuration of `[CONFIG|RUN] [key=value ...]`."""
-    file = None
-    if words and "=" not in words[0]:
-        file, words = Path(words[0]), words[1:]
-        if file.is_dir():
-            file = file / "config.toml"
-    return recipe.read_config(file, words)
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise ValueError(f"{' '.join(names)}: wants one config and then key=value, as in train.steps=100")
+    file = Path(names[0]) if names else None
+    if file is not None and file.is_dir():
+        file = file / "config.toml"
+    return recipe.read_config(file, [word for word in words if "=" in word])
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    keep_freed_memory()
     summary = train(_config(arguments.words), lambda text: print(text, flush=True))
     return 130 if summary["stopped"] == "interrupted" else 0
 
@@ -156,7 +158,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     config = _config(arguments.words)
     model = config.model
-    if config.data.tokenizer != "byte" and not (arguments.words and Path(arguments.words[0]).is_dir()):
+    if config.data.tokenizer != "byte" and not any(Path(word).is_dir() for word in arguments.words):
         print(f"with vocab_size={model.vocab_size}; when training begins, the tokenizer's takes its place")
     print(render_table(model))
     print(f"training a token costs {flops_per_token(model, training=True):,} FLOPs")

@@ -142,17 +142,22 @@ def _build(config: DataConfig, run: Path) -> dict[str, Any]:
     (run / "data").mkdir(exist_ok=True)
     paths = {side: run / "data" / f"{side}.bin" for side in ("train", "val")}
     counts = {side: {"tokens": 0, "bytes": 0} for side in paths}
-    with temporary_name(paths["train"]).open("wb") as train, temporary_name(paths["val"]).open("wb") as val:
-        files = {"train": train, "val": val}
-        for side, text in texts():
-            counts[side]["bytes"] += len(text.encode())
-            counts[side]["tokens"] += _encode(text, tokenizer, files[side])
-    for side, path in paths.items():
-        if counts[side]["tokens"] < 2:
-            what = "training" if side == "train" else "validation"
-            raise ValueError(f"data.path={config.path}: too little text, none is left for {what}")
-        sync_file(temporary_name(path))
-        publish(temporary_name(path), path)
+    partial = {side: temporary_name(path) for side, path in paths.items()}
+    try:
+        with partial["train"].open("wb") as train, partial["val"].open("wb") as val:
+            files = {"train": train, "val": val}
+            for side, text in texts():
+                counts[side]["bytes"] += len(text.encode())
+                counts[side]["tokens"] += _encode(text, tokenizer, files[side])
+        for side, path in paths.items():
+            if counts[side]["tokens"] < 2:
+                what = "training" if side == "train" else "validation"
+                raise ValueError(f"data.path={config.path}: too little text, none is left for {what}")
+            sync_file(partial[side])
+            publish(partial[side], path)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
     names = ["tokenizer.json", "data/train.bin", "data/val.bin"]
     digests = {name: sha256_file(run / name) for name in names}
     manifest = {"config": asdict(config), "notes": notes, "sha256": digests}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -71,11 +72,9 @@ def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
         trainer = Trainer(config, corpus, device, precision, say)
         trainer.start()
         stack.callback(trainer.log.close)
-        interrupted = stack.enter_context(_interrupts(say))
+        interrupted = stack.enter_context(_interrupts())
         trainer.loop(interrupted)
-        return trainer.finish(
-            "interrupted" if interrupted() and not trainer.at.stopped else trainer.at.stopped
-        )
+        return trainer.finish()
 
 
 class Trainer:
@@ -161,17 +160,16 @@ class Trainer:
                 if improved or at.stopped or stop or at.step % loop.checkpoint_every == 0:
                     self._save()
         except OSError as error:
-            raise OSError(
-                f"after step {at.step}: {error}; {self._kept()}; put that right and give the same command"
-            ) from error
+            remedy = "put that right and give the same command"
+            raise type(error)(f"after step {at.step}: {error}; {self._kept()}; {remedy}") from error
         finally:
             screen.close()
 
     def _timed_step(self) -> tuple[float, float, float]:
         start = time.perf_counter()
         loss, norm = self._step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
         seconds = time.perf_counter() - start
         self.at.step += 1
         self.at.train_seconds += seconds
@@ -182,15 +180,18 @@ class Trainer:
         batches = [self.batches(step * loop.accumulate + i) for i in range(loop.accumulate)]
         loss = accumulate_gradients(self.model, batches, self.precision)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), loop.clip or math.inf))
-        for what, value in (("loss", loss), ("gradient's norm", norm)):
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"step {step + 1}: the {what} is {value}; stopped before the update, {self._kept()}; "
-                    "a lower train.lr or train.muon_lr, or a longer train.warmup, may help"
-                )
+        self._finite(step + 1, "loss", loss)
+        self._finite(step + 1, "gradient's norm", norm)
         self.optimizer.step(lr_factor(step, loop.steps, loop.schedule, loop.warmup, loop.lr_floor))
         self.optimizer.zero_grad()
         return loss, norm
+
+    def _finite(self, step: int, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"step {step}: the {what} is {value}; {self._kept()}; "
+                "a lower train.lr or train.muon_lr, or a longer train.warmup, may help"
+            )
 
     def _evaluate(self) -> bool:
         """Validation loss and early stopping; whether the loss is the best so far."""
@@ -202,15 +203,11 @@ class Trainer:
             limit=loop.eval_batches,
             precision=self.precision,
         )
+        self._finite(at.step, "validation loss", at.val_loss)
         improved = at.best_loss is None or at.val_loss < at.best_loss
         if improved:
-            at.best_loss, at.best, at.stale = (
-                at.val_loss,
-                checkpoint.checkpoint_path(self.run, at.step).name,
-                0,
-            )
-        else:
-            at.stale += 1
+            at.best_loss, at.best = at.val_loss, checkpoint.checkpoint_path(self.run, at.step).name
+        at.stale = 0 if improved else at.stale + 1
         if at.step == loop.steps:
             at.stopped = "finished"
         elif loop.patience and at.stale >= loop.patience:
@@ -261,11 +258,11 @@ class Trainer:
         where = {"device": self.device.type, "threads": str(torch.get_num_threads())}
         return {"torch": torch.__version__, "precision": self.precision, **where}
 
-    def finish(self, stopped: str) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Write summary.json and loss.png, and say what there is and how to go on."""
         at, run = self.at, self.run
         summary = {
-            "stopped": stopped,
+            "stopped": at.stopped or "interrupted",
             "steps": at.step,
             "tokens": at.step * self.tokens_per_step,
             "train_seconds": at.train_seconds,
@@ -284,7 +281,7 @@ class Trainer:
 
 
 @contextmanager
-def _interrupts(say: Say) -> Iterator[Callable[[], bool]]:
+def _interrupts() -> Iterator[Callable[[], bool]]:
     """Within, the first Ctrl-C or SIGTERM only makes the function say True; a second one acts as usual."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
@@ -295,7 +292,9 @@ def _interrupts(say: Say) -> Iterator[Callable[[], bool]]:
     def handle(number: int, frame: object) -> None:
         caught.append(number)
         signal.signal(number, before[number])
-        say("stopping after this step; once more stops at once")
+        os.write(
+            2, b"\nstopping after this step; once more stops at once\n"
+        )  # print may be what it interrupts
 
     for number in before:
         signal.signal(number, handle)

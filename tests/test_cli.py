@@ -66,6 +66,7 @@ def test_doctor_names_versions_and_choices(capsys: pytest.CaptureFixture[str]) -
     ("arguments", "message"),
     [
         (["train", "train.lr_rate=1"], "train.lr_rate: no such key; did you mean train.lr?"),
+        (["train", "train.steps=1", "a.toml", "b"], "a.toml b: wants one config and then key=value"),
         (["train", "absent.toml"], "absent.toml: cannot read this config: No such file or directory"),
         (["train", "device=tpu"], "device=tpu: no such device; use auto, cpu, cuda, cuda:1 or mps"),
         (
@@ -126,7 +127,7 @@ def test_the_command_from_start_through_ctrl_c_to_the_end(tmp_path: Path) -> Non
             break
     rest, err = process.communicate(timeout=120)
     text = "".join(lines) + rest
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (130, "\nstopping after this step; once more stops at once\n")
     assert rest.endswith("go on        with the same command\n")
     assert all(character.isprintable() or character == "\n" for character in text)
     done = subprocess.run(

@@ -142,6 +142,7 @@ def test_texts_that_will_not_do_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("ab")
     with pytest.raises(ValueError, match="too little text, none is left for training"):
         prepare(DataConfig(str(tmp_path / "text.txt")), tmp_path)
+    assert not list((tmp_path / "data").iterdir()), "nothing half-written is left"
     (tmp_path / "bin").mkdir()
     for name in "ab":
         (tmp_path / "bin" / name).write_bytes(b"\0")
