@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ffn.device import autocast, choose_device, choose_precision
+from ffn.device import autocast, choose_device, choose_precision, keep_freed_memory
 
 
 def available(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool) -> None:
@@ -64,3 +64,9 @@ def test_auto_is_bfloat16_where_it_is_native(monkeypatch: pytest.MonkeyPatch, na
     linear = torch.nn.Linear(2, 2)
     with autocast(cpu, precision):
         assert linear(torch.zeros(1, 2)).dtype == getattr(torch, precision)
+
+
+def test_freed_memory_is_kept_where_the_c_library_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert keep_freed_memory() in (True, False)
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert keep_freed_memory() is False
