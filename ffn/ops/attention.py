@@ -1,7 +1,8 @@
 """Attention over short sequences on the CPU: the whole matrix of scores beats torch's flash kernel there.
 
-Up to a few hundred tokens the scores fit the caches, and four or six plain products with a softmax between take
-half the time of the tiled kernel, forward and backward. The weights P (B, Q, T, T) are kept for backward.
+Up to a few hundred tokens the scores fit the caches, and plain products with a softmax between take half the time
+of the tiled kernel, forward and backward. The weights P (B, Q, T, T) are kept for backward, so it is done only
+while they are no larger than q, k and v together.
 
     S = q k^T / sqrt(C)    P = softmax(S)    y = P v
     dv = P^T dy    dP = dy v^T    dS = P * (dP - rowsum(P * dP))    dq = dS k / sqrt(C)    dk = dS^T q / sqrt(C)
@@ -39,7 +40,7 @@ def _short(q: Tensor, k: Tensor) -> bool:
         return False
     limit = _SHORT if dispatch.float32_faster_in_onednn() else _SHORT_IN_MKL
     return (
-        1 < q.shape[2] <= limit
+        1 < q.shape[2] <= min(limit, 3 * q.shape[3])
         and q.shape == k.shape
         and torch.is_grad_enabled()
         and type(q) is Tensor
