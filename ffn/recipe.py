@@ -26,8 +26,8 @@ WHERE = ("out", "device")  # say where a run takes place, and do not change what
 class LoopConfig:
     """How to train. A step sees `accumulate` batches of `batch_size` windows of model.max_seq_len tokens."""
 
-    steps: int = 440
-    batch_size: int = 16
+    steps: int = 500
+    batch_size: int = 24
     accumulate: int = 1
     optimizer: Literal["adamw", "muon"] = "muon"
     lr: float = 3e-3  # of AdamW: everything, or with muon what is not a matrix of a block
@@ -43,10 +43,10 @@ class LoopConfig:
     precision: Precision = "auto"
     compile: bool = False  # the blocks, through torch.compile
     seed: int = 1337
-    eval_every: int = 110  # steps
+    eval_every: int = 100  # steps
     eval_batches: int = 32  # of the validation text, evenly spread; 0 for all of it
     patience: int = 0  # evaluations without a better validation loss before stopping; 0 to go on
-    checkpoint_every: int = 110  # steps; a better validation loss makes one too
+    checkpoint_every: int = 100  # steps; a better validation loss makes one too
     keep: int = 2  # checkpoints besides the best
     log_every: int = 10  # steps
     sample_tokens: int = 200  # of text generated at each evaluation
@@ -76,7 +76,7 @@ class LoopConfig:
 
 def _default_model() -> TransformerConfig:
     return TransformerConfig(
-        vocab_size=256, dim=192, num_layers=4, num_heads=6, max_seq_len=256, qk_norm=True, init="zero_out"
+        vocab_size=256, dim=192, num_layers=4, num_heads=3, max_seq_len=192, qk_norm=True, init="zero_out"
     )
 
 

@@ -1,11 +1,12 @@
 """Attention over short sequences on the CPU: the whole matrix of scores beats torch's flash kernel there.
 
-Up to a few hundred tokens the scores fit the caches, and plain products with a softmax between take half the time
-of the tiled kernel, forward and backward. The weights P (B, Q, T, T) are kept for backward, so it is done only
-while they are no larger than q, k and v together.
+Up to a few hundred tokens the scores fit the caches, and plain products with a softmax between take half the
+time of the tiled kernel, forward and backward. The weights P (B, Q, T, T) are kept for backward, so it is
+done only while they are no larger than q, k and v together.
 
     S = q k^T / sqrt(C)    P = softmax(S)    y = P v
-    dv = P^T dy    dP = dy v^T    dS = P * (dP - rowsum(P * dP))    dq = dS k / sqrt(C)    dk = dS^T q / sqrt(C)
+    dv = P^T dy    dP = dy v^T    dS = P * (dP - rowsum(P * dP))
+    dq = dS k / sqrt(C)    dk = dS^T q / sqrt(C)
 """
 
 import math

@@ -1,0 +1,58 @@
+"""Attention over short sequences: torch's own function is the oracle, gradcheck the judge of the rule."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ffn.ops.attention import ShortAttentionRule, attend
+
+
+def heads(B: int, Q: int, T: int, C: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """q, k, v (B, Q, T, C) as attention makes them: views of (B, T, Q, C)."""
+    generator = torch.Generator().manual_seed(T)
+    shape = (B, T, Q, C)
+    made = [torch.randn(shape, dtype=dtype, generator=generator) for _ in range(3)]
+    return [t.transpose(1, 2).requires_grad_() for t in made]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_first_and_second_gradients(causal: bool) -> None:
+    inputs = heads(2, 3, 5, 4, torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: ShortAttentionRule.apply(*t, causal), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: ShortAttentionRule.apply(*t, causal), inputs)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T", [2, 33, 96])
+def test_equals_torch(T: int, causal: bool) -> None:
+    q, k, v = heads(2, 3, T, 32, torch.float32)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    dy = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    y = attend(q, k, v, causal=causal)
+    assert type(y.grad_fn).__name__ == "ShortAttentionRuleBackward"
+    want = F.scaled_dot_product_attention(*exact, is_causal=causal)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(y, (q, k, v), dy)
+    for ours, theirs in zip(got, torch.autograd.grad(want, exact, dy.double()), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rest_goes_to_torch() -> None:
+    """Long sequences, fewer key heads, no gradient, one token: no matrix of weights is kept."""
+    long = heads(1, 1, 97, 32, torch.float32)  # T > 3 C
+    q, k, v = heads(1, 2, 8, 4, torch.float32)
+    one = heads(1, 1, 1, 4, torch.float32)
+    for case in (long, (q, k[:, :1], v[:, :1]), one):
+        y = attend(*case, causal=True)
+        assert "ShortAttentionRule" not in type(y.grad_fn).__name__
+        want = F.scaled_dot_product_attention(*case, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(y, want)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v, causal=True), attend(q, k, v, causal=True))
+
+
+def test_under_torch_func() -> None:
+    q, k, v = heads(2, 2, 6, 4, torch.float32)
+    dq = torch.func.grad(lambda q: attend(q, k, v, causal=True).sum())(q)
+    (want,) = torch.autograd.grad(attend(q, k, v, causal=True).sum(), q)
+    torch.testing.assert_close(dq, want, rtol=1e-4, atol=1e-6)
