@@ -71,10 +71,12 @@ class RMSNormRule(torch.autograd.Function):
     def backward(ctx, *grads):
         (dy,) = grads
         x, weight, r = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the differentiable formula
-            x, weight = x.view_as(x), weight.view_as(weight)  # cut from how they arose
-            y = F.rms_norm(x, weight.shape, weight, ctx.eps)
-            dx, dweight = torch.autograd.grad(y, (x, weight), dy, create_graph=True)
+        create_graph = torch.is_grad_enabled()
+        if create_graph or library.is_batched(dy):
+            with torch.enable_grad():  # through the differentiable formula
+                x, weight = (t.view_as(t).requires_grad_() for t in (x, weight))  # cut from how they arose
+                y = F.rms_norm(x, weight.shape, weight, ctx.eps)
+            dx, dweight = torch.autograd.grad(y, (x, weight), dy, create_graph=create_graph)
             return dx, dweight, None
         n = x * r
         dyn = (dy * n).reshape(-1, x.shape[-1])

@@ -1,12 +1,12 @@
 """Attention over short sequences on the CPU: the whole matrix of scores beats torch's flash kernel there.
 
 Up to a few hundred tokens the scores fit the caches, and plain products with a softmax between take half the
-time of the tiled kernel, forward and backward. The weights P (B, Q, T, T) are kept for backward, so it is
+time of the tiled kernel, forward and backward. The weights p (B, Q, T, T) are kept for backward, so it is
 done only while they are no larger than q, k and v together.
 
-    S = q k^T / sqrt(C)    P = softmax(S)    y = P v
-    dv = P^T dy    dP = dy v^T    dS = P * (dP - rowsum(P * dP))
-    dq = dS k / sqrt(C)    dk = dS^T q / sqrt(C)
+    s = q k^T / sqrt(C)    p = softmax(s)    y = p v
+    dv = p^T dy    dp = dy v^T    ds = p * (dp - rowsum(p * dp))
+    dq = ds k / sqrt(C)    dk = ds^T q / sqrt(C)
 """
 
 import math
@@ -39,6 +39,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 def _short(q: Tensor, k: Tensor) -> bool:
     if torch.compiler.is_compiling() or q.device.type != "cpu" or q.dtype != torch.float32:
         return False
+    if torch.is_autocast_enabled("cpu"):  # which would take the products to another dtype
+        return False
     limit = _SHORT if dispatch.float32_faster_in_onednn() else _SHORT_IN_MKL
     return (
         1 < q.shape[2] <= min(limit, 3 * q.shape[3])
@@ -54,7 +56,7 @@ def _products():
 
 
 def _textbook(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """(y, P) from q, k, v (n, T, C)."""
+    """(y, p) from q, k, v (n, T, C)."""
     scores = torch.bmm(q, k.transpose(1, 2)) * (1.0 / math.sqrt(q.shape[-1]))
     if causal:
         T = q.shape[1]
@@ -81,16 +83,26 @@ class ShortAttentionRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        q, k, v, weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            inputs = [t.view_as(t) for t in (q, k, v)]  # cut from how they arose
+        with torch.autocast("cpu", enabled=False):  # backward may be called where autocast is on
+            return *_backward(ctx, *grads), None
+
+
+def _backward(ctx, dy: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
+    """dq, dk, dv (B, Q, T, C)."""
+    q, k, v, weights = ctx.saved_tensors
+    create_graph = torch.is_grad_enabled()
+    if create_graph or library.is_batched(dy):
+        with torch.enable_grad():
+            inputs = [t.view_as(t).requires_grad_() for t in (q, k, v)]  # cut from how they arose
             y, _ = _textbook(*_heads(*inputs), ctx.causal)
-            return *torch.autograd.grad(y.view(q.shape), inputs, grads[0], create_graph=True), None
-        dy, q, k, v = _heads(grads[0], q, k, v)
-        with _products():
-            dv = torch.bmm(weights.transpose(1, 2), dy)
-            dweights = torch.bmm(dy, v.transpose(1, 2))
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            dscores.mul_(1.0 / math.sqrt(q.shape[-1]))
-            dq, dk = torch.bmm(dscores, k), torch.bmm(dscores.transpose(1, 2), q)
-        return *(t.view(grads[0].shape) for t in (dq, dk, dv)), None
+            y = y.view(q.shape)
+        return torch.autograd.grad(y, inputs, dy, create_graph=create_graph)
+    shape = q.shape
+    dy, q, k, v = _heads(dy, q, k, v)
+    with _products():
+        dv = torch.bmm(weights.transpose(1, 2), dy)
+        dweights = torch.bmm(dy, v.transpose(1, 2))
+        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        dscores.mul_(1.0 / math.sqrt(q.shape[-1]))
+        dq, dk = torch.bmm(dscores, k), torch.bmm(dscores.transpose(1, 2), q)
+    return [t.view(shape) for t in (dq, dk, dv)]

@@ -95,3 +95,20 @@ def test_unknown_name() -> None:
 def test_the_rule_is_used_where_it_pays() -> None:
     x = torch.randn(2, 8, requires_grad=True)
     assert type(rms_norm(x, torch.ones(8)).grad_fn).__name__ == f"{RMSNormRule.__name__}Backward"
+
+
+def test_vectorised_backward() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    fast = torch.autograd.functional.jacobian(rms_norm, (x, weight), vectorize=True)
+    slow = torch.autograd.functional.jacobian(rms_norm, (x, weight))
+    torch.testing.assert_close(fast, slow)
+
+
+def test_a_second_derivative_with_a_frozen_input() -> None:
+    x, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    weight.requires_grad_()
+    (dweight,) = torch.autograd.grad(rms_norm(x, weight).pow(3).sum(), weight, create_graph=True)
+    (second,) = torch.autograd.grad(dweight.sum(), weight)
+    n = F.rms_norm(x, (4,), eps=1e-5)
+    torch.testing.assert_close(second, (6 * n.pow(3) * weight).sum(0))

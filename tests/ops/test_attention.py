@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ffn.ops.attention import ShortAttentionRule, attend
 
@@ -56,3 +57,42 @@ def test_under_torch_func() -> None:
     dq = torch.func.grad(lambda q: attend(q, k, v, causal=True).sum())(q)
     (want,) = torch.autograd.grad(attend(q, k, v, causal=True).sum(), q)
     torch.testing.assert_close(dq, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_backward_may_be_called_under_autocast(create_graph: bool) -> None:
+    inputs = heads(2, 2, 6, 4, torch.float32)
+    y = attend(*inputs, causal=True)
+    want = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y.square().sum(), inputs, create_graph=create_graph)
+        assert "ShortAttentionRule" not in type(attend(*inputs, causal=True).grad_fn).__name__
+    torch.testing.assert_close(got, want)
+
+
+def test_vectorised_backward() -> None:
+    q, k, v = heads(1, 2, 4, 3, torch.float32)
+    y = attend(q, k, v, causal=True)
+    assert type(y.grad_fn).__name__ == "ShortAttentionRuleBackward"
+    dys = torch.randn(3, *y.shape)
+    many = torch.autograd.grad(y, (q, k, v), dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        one = torch.autograd.grad(y, (q, k, v), dy, retain_graph=True)
+        torch.testing.assert_close([t[i] for t in many], list(one))
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda q: attend(q, k, v, causal=True), q, vectorize=vectorize)
+        for vectorize in (True, False)
+    ]
+    torch.testing.assert_close(*jacobians)
+
+
+def test_a_second_derivative_with_frozen_keys() -> None:
+    q, k, v = heads(1, 2, 4, 3, torch.float32)
+    frozen = k.detach()
+    y = ShortAttentionRule.apply(q, frozen, v, True)
+    (dq,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(dq.sum(), v)
+    with sdpa_kernel(SDPBackend.MATH):
+        want = F.scaled_dot_product_attention(q, frozen, v, is_causal=True)
+    (dq,) = torch.autograd.grad(want.square().sum(), q, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(dq.sum(), v)[0])
