@@ -47,8 +47,9 @@ def cases(draw_, names=tuple(TABLE), dtypes=DTYPES, min_tokens: int = 0, dropout
     arguments = draw(name, bias=draw_(st.booleans()), shape=(tokens,), widths=(D, H, out), dtype=dtype)
     options = {
         "activation": name,
-        "backend": draw_(st.sampled_from(["eager", "reference"])),
-        **draw_(st.sampled_from(SAVES)),
+        **draw_(
+            st.sampled_from([{"backend": "reference"}, *({"backend": "eager", **save} for save in SAVES)])
+        ),
     }
     if dropout:
         options |= {"dropout": draw_(st.sampled_from([0.0, 0.1, 0.5, 0.99])), "backend": "eager"}

@@ -10,7 +10,7 @@ from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
 from ffn.ops import dispatch
 from ffn.ops.dropout import check_probability
-from ffn.ops.feed_forward import check_options
+from ffn.ops.feed_forward import check_options, to_autocast
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
@@ -22,6 +22,9 @@ def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
     Source: Shazeer 2020, section 2.
     """
     return -(-8 * dim // (3 * multiple_of)) * multiple_of
+
+
+_LINEAR_FORWARD = nn.Linear.forward  # as it was at import: a patch of the class must take effect too
 
 
 class FeedForward(nn.Module):
@@ -81,9 +84,8 @@ class FeedForward(nn.Module):
     ):
         super().__init__()
         row = activations.resolve(activation)
-        check_options(dropout, save, chunk_tokens)
+        check_options(row, dropout, save, chunk_tokens, backend)
         check_probability("out_dropout", out_dropout)
-        dispatch.check_backend(backend)
         check_init(init)
         self.dim, self.out_dim = dim, dim if out_dim is None else out_dim
         if hidden_dim is None:
@@ -127,7 +129,7 @@ class FeedForward(nn.Module):
         )  # fmt: skip
 
     def _through_children(self, x: Tensor, p: float) -> Tensor:
-        act = self.act or activations.TABLE[self.activation]
+        act = activations.TABLE[self.activation] if self.act is None else self.act
         pre = self.up_proj(x)
         h = act(pre) if self.gate_proj is None else act(self.gate_proj(x)) * pre
         return self.down_proj(ops.dropout(h, p))
@@ -153,7 +155,7 @@ class FeedForward(nn.Module):
         reason = self._reason_to_call_children(x)
         if reason is not None:
             return f"children: {reason}"
-        choice = dispatch.choose(self.backend, x)
+        choice = dispatch.choose(self.backend, to_autocast(x))
         if choice.backend == "reference":
             return f"reference: {choice.reason}"
         kept = len(self._linears()) - 1 if self.save == "preact" else 0
@@ -179,7 +181,7 @@ def is_plain(linear: nn.Module) -> bool:
     if type(linear) is not nn.Linear:
         return False
     forward = linear.forward  # torch.compile watches the attribute, and not __dict__, for a later change
-    if type(forward) is not MethodType or forward.__func__ is not nn.Linear.forward:
+    if type(forward) is not MethodType or forward.__func__ is not _LINEAR_FORWARD:
         return False
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     return (

@@ -7,6 +7,7 @@ op each way under torch.compile, so that the compiler saves the preactivation an
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -30,20 +31,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tens
     return F.linear(x, weight, bias)
 
 
+_lock, _within, _before = Lock(), 0, "none"
+
+
 @contextmanager
 def float32_in_onednn() -> Iterator[None]:
     """Send plain float32 products on the CPU to oneDNN instead of MKL.
 
     The setting permits bfloat16 within a product, which oneDNN uses only where the CPU has the tiles for it;
-    dispatch asks for it only where float32 stays float32.
+    dispatch asks for it only where float32 stays float32. It belongs to the process: of the threads that are
+    within at one time the first sets it and the last puts back what was there.
     """
+    global _within, _before
     matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    with _lock:
+        if _within == 0:
+            _before = matmul.fp32_precision
+            matmul.fp32_precision = "bf16"
+        _within += 1
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        with _lock:
+            _within -= 1
+            if _within == 0:
+                matmul.fp32_precision = _before
 
 
 def linear_pre(

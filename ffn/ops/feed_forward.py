@@ -69,11 +69,11 @@ def feed_forward(
     Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
     """
     row = activations.resolve(activation)
-    check_options(dropout, save, chunk_tokens)
+    check_options(row, dropout, save, chunk_tokens, backend)
     weights = (up, down, gate, up_bias, down_bias, gate_bias)
-    if _autocasts(x):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in weights)
+    cast = to_autocast(x)
+    if cast.dtype != x.dtype:
+        x, weights = cast, tuple(None if t is None else t.to(cast.dtype) for t in weights)
     if not _fits(row, x, *weights):
         _explain_misfit(row, x, *weights)
     choice = dispatch.choose(backend, x)
@@ -91,20 +91,27 @@ def feed_forward(
     return y if x.ndim == 2 else y.view(*x.shape[:-1], down.shape[0])
 
 
-def _autocasts(x: Tensor) -> bool:
-    """Whether autocast is on and casts this input: torch leaves float64, integers and meta alone."""
+def to_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where that is on: torch leaves float64, integers and meta alone, and so do we."""
     if x.is_meta or x.dtype == torch.float64 or not x.is_floating_point():
-        return False
-    return torch.is_autocast_enabled(x.device.type)
+        return x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def check_options(p: float, save: str, chunk_tokens: int | None) -> None:
-    """Raise ValueError for a probability, `save` or `chunk_tokens` that make no sense."""
+def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None, backend: str) -> None:
+    """Raise ValueError for a probability, `save`, `chunk_tokens` or `backend` that make no sense."""
     check_probability("dropout", p)
+    dispatch.check_backend(backend)
     if save not in SAVES:
         raise ValueError(f"save={save!r}: want one of {', '.join(SAVES)}")
     if chunk_tokens is not None and (save != "input" or chunk_tokens < 1):
         raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want at least 1 and save='input'")
+    if save != "preact" and (row.formula is None or backend == "reference"):
+        what = "backend='reference'" if backend == "reference" else f"activation {row.name}"
+        raise ValueError(
+            f"save={save!r}: {what} runs under plain autograd, which keeps what it likes; leave save out"
+        )
 
 
 def _fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> bool:
@@ -199,8 +206,9 @@ class FeedForwardRule(torch.autograd.Function):
         (dy,) = grads
         x, seed, up, down, gate, up_bias, down_bias, gate_bias, pre, pre_gate = ctx.saved_tensors
         weights = (up, down, gate, up_bias, down_bias, gate_bias)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            return _differentiable_backward(ctx, dy, x, seed, weights)
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if create_graph or library.is_batched(dy):
+            return _differentiable_backward(ctx, dy, x, seed, weights, create_graph)
         with _products(ctx.plan):
             return _backward(ctx.plan, ctx.needs_input_grad, dy, x, seed, weights, pre, pre_gate)
 
@@ -251,16 +259,18 @@ def _backward_chunk(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate, row_
     return dx, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias
 
 
-def _differentiable_backward(ctx, dy, x, seed, weights):
-    """The same gradients through the textbook, so that they can be differentiated again."""
+def _differentiable_backward(ctx, dy, x, seed, weights, create_graph: bool):
+    """The same gradients through the textbook: they can be differentiated, and taken for many dy at once."""
     plan = ctx.plan
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-1])
-    x, *weights = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how they arose
-    assert x is not None
-    assert weights[0] is not None
-    factors = None if seed is None else noise(seed, x.shape[0], weights[0].shape[0], plan.p, x.dtype)
-    y = _textbook(activations.TABLE[plan.activation], factors, x, *weights)
-    wanted = [t for t, need in zip((x, *weights), needs, strict=True) if need and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    with torch.enable_grad():
+        inputs = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how they arose
+        rows, up = inputs[:2]
+        assert rows is not None
+        assert up is not None
+        factors = None if seed is None else noise(seed, rows.shape[0], up.shape[0], plan.p, rows.dtype)
+        y = _textbook(activations.TABLE[plan.activation], factors, *inputs)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     dx, *dweights = (next(found) if need else None for need in needs)
     return dx, None, *dweights, None

@@ -26,3 +26,11 @@ def needs_textbook() -> bool:
     if functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0:
         return True
     return torch.compiler.is_exporting()
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether x stands for many tensors at once, as the gradients of a vectorised backward do."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.compiler.is_compiling():
+        return False
+    return functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)

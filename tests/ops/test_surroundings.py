@@ -1,0 +1,75 @@
+"""What reaches the rule from outside: many gradients or threads at once, patches, contradicting options."""
+
+import threading
+
+import pytest
+import torch
+
+from ffn import FeedForward, feed_forward
+from ffn.ops import dispatch
+from ffn.ops.eager import float32_in_onednn
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_vectorised_jacobian_and_hessian(activation: str, p: float) -> None:
+    block = FeedForward(4, 6, p, activation=activation, dtype=torch.float64)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return block(x)
+
+    jacobian, hessian = torch.autograd.functional.jacobian, torch.autograd.functional.hessian
+    torch.testing.assert_close(jacobian(f, x, vectorize=True), jacobian(f, x))
+    energy = lambda x: f(x).square().sum()  # noqa: E731
+    torch.testing.assert_close(hessian(energy, x, vectorize=True), hessian(energy, x))
+
+
+@pytest.mark.skipif(not dispatch.float32_faster_in_onednn(), reason="float32 products stay in MKL here")
+def test_threads_leave_the_process_as_it_was() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    both_within, may_leave = threading.Barrier(2), threading.Event()
+
+    def first() -> None:
+        with float32_in_onednn():
+            both_within.wait()
+            may_leave.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    with float32_in_onednn():
+        both_within.wait()
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16", "the first thread is still within"
+    may_leave.set()
+    thread.join()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_saving_less_wants_the_rule() -> None:
+    with pytest.raises(ValueError, match="runs under plain autograd"):
+        FeedForward(4, activation=lambda v: v.sin(), save="input")
+    with pytest.raises(ValueError, match="backend='reference' runs under plain autograd"):
+        feed_forward(torch.ones(1, 2), torch.ones(3, 2), torch.ones(2, 3), save="input", backend="reference")
+
+
+def test_a_patch_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = FeedForward(4, 6), torch.randn(2, 4)
+    plain = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: 2 * plain(self, x))
+    assert "replaced" in block.explain(x)
+    torch.testing.assert_close(
+        block(x), 2 * plain(block.down_proj, torch.nn.functional.gelu(block.up_proj(x)))
+    )
+
+
+def test_explain_sees_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in FeedForward(4).explain(torch.randn(2, 4))
+
+
+def test_an_empty_module_is_an_activation() -> None:
+    block, x = FeedForward(4, 6, activation=torch.nn.Sequential()), torch.randn(2, 4)
+    torch.testing.assert_close(block(x), block.down_proj(block.up_proj(x)))
