@@ -26,14 +26,15 @@ class Attention(nn.Module):
 
     Shape:
         x (B, T, D) -> (B, T, D). rotary: the tables of `ffn.nn.embedding.rotary_tables`.
-        mask: bool, broadcast to (B, 1, T, S), True where a token may look; it replaces the causal rule.
+        mask: bool, broadcast to (B, 1, T, S), S the number of keys, True where a token may look; it replaces
+            the causal rule.
         cache: the keys and values of what came before; x continues it, and S = cache.length + T.
 
     On the CPU the scores are always computed in float32, whose kernels are several times faster there than
     bfloat16's, above all backward and for one query.
 
     Raises:
-        ValueError: widths that do not divide.
+        ValueError: widths that are not positive or do not divide.
 
     Sources: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Henry et al. 2020 (q/k norm).
     """
@@ -80,7 +81,7 @@ class Attention(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))  # once, rather than in each of the three products
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast norms in float32
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -118,7 +119,7 @@ class Attention(nn.Module):
 
 
 class LayerCache:
-    """The keys and values (B, G, S, C) of one layer, for S up to `capacity`.
+    """The keys and values (B, G, S, C) of one layer, S positions so far, up to `capacity`.
 
     The memory is taken once, at the first `append`, in the shape, dtype and device of what comes. It is
     written in place, so that nothing can be differentiated through it.
@@ -134,16 +135,15 @@ class LayerCache:
         Raises:
             ValueError: more than the capacity.
         """
-        start, self.length = self.length, self.length + k.shape[2]
-        if self.length > self.capacity:
-            raise ValueError(
-                f"a cache of {self.capacity} positions got {self.length}; give it a larger capacity"
-            )
+        start, end = self.length, self.length + k.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"a cache of {self.capacity} positions got {end}; give it a larger capacity")
         if self.memory is None:
             self.memory = k.new_empty(2, *k.shape[:2], self.capacity, k.shape[3])
-        self.memory[0, :, :, start : self.length] = k
-        self.memory[1, :, :, start : self.length] = v
-        return self.memory[0, :, :, : self.length], self.memory[1, :, :, : self.length]
+        self.memory[0, :, :, start:end] = k
+        self.memory[1, :, :, start:end] = v
+        self.length = end
+        return self.memory[0, :, :, :end], self.memory[1, :, :, :end]
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
@@ -195,6 +195,10 @@ def attend_in_full(q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor 
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:
     """Raise ValueError unless dim splits into heads and the heads into groups."""
+    sizes = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size}: want a positive number")
     if head_dim is None and dim % num_heads:
         raise ValueError(
             f"dim={dim} does not split into num_heads={num_heads} heads; choose a divisor, or a head_dim"

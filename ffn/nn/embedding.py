@@ -98,7 +98,7 @@ def rotary_tables(
             f"rotary positions turn pairs of channels; head_dim={head_dim} is odd; choose an even one"
         )
     half, device = head_dim // 2, positions.device
-    frequencies = torch.logspace(0.0, (1 - half) / half, half, base, dtype=torch.float32, device=device)
+    frequencies = torch.pow(base, -torch.arange(half, dtype=torch.float32, device=device) / half)
     signed = torch.cat((-frequencies, frequencies)) / scaling  # cos is even and sin odd: this signs only sin
     angles = positions.to(torch.float32)[..., None, None] * signed
     return angles.cos(), angles.sin()

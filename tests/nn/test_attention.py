@@ -1,14 +1,18 @@
 """Attention by its laws (who sees whom, what permuting does) and against the formula written out."""
 
 import math
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ffn.nn.attention import Attention, LayerCache, attend_in_full, causal_mask, padding_mask, rotate
 from ffn.nn.embedding import rotary_tables
+from ffn.nn.norm import build_norm
+from ffn.ops.attention import attend
 
 F64 = torch.float64
 build = partial(Attention, dtype=F64)
@@ -116,6 +120,7 @@ def test_the_cache_takes_its_memory_once() -> None:
     assert torch.equal(values, torch.cat((k + 1, k + 3), 2))
     with pytest.raises(ValueError, match="a cache of 4 positions got 6; give it a larger capacity"):
         cache.append(k, k)
+    assert cache.length == 4  # a refused append leaves it as it was
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -176,13 +181,12 @@ def test_output_dropout() -> None:
 
 def test_autocast_attends_in_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    fused = nn.functional.scaled_dot_product_attention
 
-    def spy(q: Tensor, *args, **kwargs) -> Tensor:
-        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
-        return fused(q, *args, **kwargs)
+    def spy(*args, **kwargs) -> Tensor:
+        seen.extend((t.dtype, torch.is_autocast_enabled("cpu")) for t in args)
+        return attend(*args, **kwargs)
 
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr("ffn.nn.attention.attend", spy)
     attention = Attention(8, 2, qk_norm=nn.RMSNorm)
     x = torch.randn(2, 3, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -190,7 +194,7 @@ def test_autocast_attends_in_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch)
     y.float().sum().backward()
     half = Attention(8, 2, dtype=torch.bfloat16)
     assert half(x.detach().bfloat16()).dtype == y.dtype == torch.bfloat16
-    assert seen == [(torch.float32, False)] * 2
+    assert seen == [(torch.float32, False)] * 6
     assert x.grad is not None
     assert attention.q_proj.weight.grad is not None
     torch.testing.assert_close(
@@ -218,3 +222,38 @@ def test_widths_that_do_not_divide() -> None:
         Attention(10, 4)
     with pytest.raises(ValueError, match="num_heads=4 is no multiple of num_kv_heads=3; choose a divisor"):
         Attention(8, 4, 3)
+    for sizes, message in (
+        ((8, 0), "num_heads=0: want a positive number"),
+        ((8, 2, 0), "num_kv_heads=0: want a positive number"),
+        ((8, 2, 1, -4), "head_dim=-4: want a positive number"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            Attention(*sizes)
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_cuda_autocast_attends_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
+    """There the norms give float32 while the values stay bfloat16; checked on tensors without memory."""
+    seen = []
+    fused = nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **kwargs) -> Tensor:
+        seen.extend(t.dtype for t in args[:3])
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    attention = Attention(32, 2, qk_norm=partial(build_norm, norm, device="meta"), device="meta")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast would ask for a device
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of autocast, that there is no device
+            for module in attention.modules():
+                for name, p in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(torch.empty(p.shape, device="cuda"), False))
+            x, *rotary = (torch.empty(s, device="cuda") for s in ((2, 8, 32), (8, 1, 16), (8, 1, 16)))
+            y = attention(x, rotary)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert seen == [torch.bfloat16] * 3
+    assert y.dtype == torch.bfloat16

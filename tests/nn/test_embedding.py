@@ -102,3 +102,11 @@ def test_rotations_keep_lengths_and_can_be_batched() -> None:
 def test_odd_channels_cannot_be_paired() -> None:
     with pytest.raises(ValueError, match="head_dim=7 is odd; choose an even one"):
         rotary_tables(torch.arange(3), 7)
+
+
+@pytest.mark.parametrize("base", [10_000.0, 500_000.0])
+def test_frequencies_are_exact_to_float32(base: float) -> None:
+    half = 64
+    exact = base ** (-torch.arange(half, dtype=F64) / half)
+    _, signed_sin = rotary_tables(torch.tensor([1]), 2 * half, base)
+    torch.testing.assert_close(signed_sin[0, 0, half:].double(), exact.sin(), rtol=1e-6, atol=0.0)
