@@ -29,7 +29,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., D). weight: (V, D), of hidden's dtype unless autocast is on.
-        targets: (...) int64, 0 <= target < V or ignore_index.
+        targets: (...) int64 or another integer dtype, 0 <= target < V or ignore_index.
         ignore_index: targets that do not count.
         label_smoothing: share of each target spread evenly over the vocabulary.
         chunk_tokens: tokens a chunk at most; left out, as many as make 2^25 logits.
@@ -38,29 +38,43 @@ def linear_cross_entropy(
         a scalar, float32 (float64 for float64); nan when no target counts, as in torch.
 
     Raises:
-        ValueError: shapes that do not fit. RuntimeError: a second derivative through chunks.
+        ValueError: shapes that do not fit, or chunks of no tokens. TypeError: dtypes that do not fit.
+        RuntimeError: a second derivative through chunks.
 
     Source: the derivation is F.cross_entropy's; Hsu et al. 2024 keep gradients instead of logits likewise.
     """
-    if targets.shape != hidden.shape[:-1] or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"linear_cross_entropy wants hidden (..., D), weight (V, D), targets (...); got hidden "
-            f"{tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
-        )
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    device, dtypes = hidden.device.type, {hidden.dtype, weight.dtype}
+    autocast = not hidden.is_meta and torch.is_autocast_enabled(device) and torch.float64 not in dtypes
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    _check(hidden, weight, targets, chunk_tokens, autocast)
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     tokens, most = hidden.shape[0], chunk_tokens or max(1, LOGITS_PER_CHUNK // weight.shape[0])
     if tokens <= most or library.needs_textbook():
         logits = _wide(F.linear(hidden, weight))
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing)
-    device, dtype = hidden.device.type, hidden.dtype
-    if not hidden.is_meta and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
     chunks = -(-tokens // most)
     plan = Plan(ignore_index, label_smoothing, -(-tokens // chunks), dtype)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return ChunkedCrossEntropy.apply(hidden, weight, targets, plan)
     total, share, _, _ = _in_chunks(hidden, weight, targets, plan, (False, False))
     return total * share
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None, autocast: bool):
+    if targets.shape != hidden.shape[:-1] or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"linear_cross_entropy wants hidden (..., D), weight (V, D), targets (...); got hidden "
+            f"{tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+        )
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens}: want at least 1, or None")
+    if hidden.dtype != weight.dtype and not autocast:
+        raise TypeError(
+            f"linear_cross_entropy wants hidden and weight of one dtype; got {str(hidden.dtype)[6:]} and "
+            f"{str(weight.dtype)[6:]}; cast one with .to(dtype), or use autocast"
+        )
+    if targets.is_floating_point():
+        raise TypeError(f"targets want integers; got {str(targets.dtype)[6:]}; cast with .long()")
 
 
 class Plan(NamedTuple):
@@ -106,7 +120,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, plan: Plan, wants):
-    """The summed loss, 1 / M, and M times the gradients of hidden and weight that are wanted, else None."""
+    """The summed loss, 1 / M where M targets count, and M times the gradients that are wanted, else None."""
     counts = targets != plan.ignore_index
     targets = torch.where(counts, targets, 0)
     share = _wide(hidden.new_ones(())) / counts.sum()

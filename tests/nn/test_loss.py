@@ -181,3 +181,28 @@ def test_shapes_that_do_not_fit() -> None:
     hidden, weight, targets = case(6, 4, 5)
     with pytest.raises(ValueError, match=r"got hidden \(6, 4\), weight \(5, 4\), targets \(5,\)$"):
         linear_cross_entropy(hidden, weight, targets[1:])
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_dtypes_are_treated_alike_in_chunks_and_whole(chunk: int | None) -> None:
+    hidden, weight, targets = case(6, 4, 5, torch.float32)
+    half, wide = hidden.bfloat16(), weight.double()
+    for other, names in (((half, weight), "bfloat16 and float32"), ((hidden, wide), "float32 and float64")):
+        with pytest.raises(TypeError, match=f"wants hidden and weight of one dtype; got {names}; cast one"):
+            linear_cross_entropy(*other, targets, chunk_tokens=chunk)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = linear_cross_entropy(half, weight, targets, chunk_tokens=chunk)
+        with pytest.raises(TypeError, match="got float32 and float64"):
+            linear_cross_entropy(hidden, wide, targets, chunk_tokens=chunk)
+    torch.testing.assert_close(mixed, plain(hidden, weight, targets), atol=0.05, rtol=0.05)
+    for dtype in (torch.int32, torch.uint8):
+        short = linear_cross_entropy(hidden, weight, targets.to(dtype), chunk_tokens=chunk)
+        torch.testing.assert_close(short, plain(hidden, weight, targets))
+    with pytest.raises(TypeError, match=r"^targets want integers; got float32; cast with .long\(\)$"):
+        linear_cross_entropy(hidden, weight, targets.float(), chunk_tokens=chunk)
+
+
+@pytest.mark.parametrize("chunk", [0, -3])
+def test_chunks_of_no_tokens(chunk: int) -> None:
+    with pytest.raises(ValueError, match=f"^chunk_tokens={chunk}: want at least 1, or None$"):
+        linear_cross_entropy(*case(6, 4, 5), chunk_tokens=chunk)
