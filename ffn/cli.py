@@ -19,13 +19,13 @@ import torch
 
 from ffn import checkpoint, recipe
 from ffn.cost import flops_per_token, render_table
-from ffn.data import prepare
+from ffn.data import open_corpus
 from ffn.device import choose_device, choose_precision, keep_freed_memory
 from ffn.generate import stream
 from ffn.ops.dispatch import choose
 from ffn.report import printable
 from ffn.steps import evaluate
-from ffn.tokenizer import Tokenizer
+from ffn.tokenizer import Tokenizer, encode_prompt
 from ffn.train import train
 
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("generate", help="continue a prompt with a trained model")
     add.add_argument("run", help="the folder of a run")
-    add.add_argument("--prompt", default="\n", help="what to continue (default: a line end)")
+    add.add_argument("--prompt", help="what to continue (default: a line end)")
     add.add_argument("--tokens", type=int, help="how many at most (default: what the window holds)")
     add.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
@@ -112,7 +112,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     device, _ = choose_device(arguments.device)
     model = checkpoint.load(arguments.run, device)
     tokenizer = checkpoint.load_tokenizer(arguments.run)
-    prompt = tokenizer.encode(arguments.prompt)
+    text, prompt = _prompt(arguments, tokenizer)
     left = model.config.max_seq_len - len(prompt)
     tokens = stream(
         model,
@@ -123,9 +123,19 @@ def _generate(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    print(arguments.prompt, end="")
+    print(text, end="")
     _print_stream(tokens, tokenizer)
     return 0
+
+
+def _prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """What is asked for, else a line end; where the run's tokenizer has none, what its text begins with."""
+    if arguments.prompt is not None:
+        return arguments.prompt, tokenizer.encode(arguments.prompt)
+    corpus = open_corpus(Path(arguments.run))
+    if corpus is None:
+        return "\n", tokenizer.encode("\n")
+    return encode_prompt(tokenizer, "\n", int(corpus.train[0]), lambda line: print(line, file=sys.stderr))
 
 
 def _print_stream(tokens, tokenizer: Tokenizer) -> None:
@@ -144,11 +154,17 @@ def _print_stream(tokens, tokenizer: Tokenizer) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     run = Path(arguments.run)
     device, _ = choose_device(arguments.device)
-    model = checkpoint.load(run, device)
-    corpus = prepare(_config([str(run)]).data, run, reuse=True)
+    file = checkpoint.find_model(run)
+    model = checkpoint.load(file, device)
+    corpus = open_corpus(run)
+    if corpus is None or corpus.fingerprint != checkpoint.read_state(file.parent)["data"]:
+        raise ValueError(
+            f"{run / 'data'} is absent, damaged or not what the model was trained on; "
+            f"to make it again from the same text: ffn train {run / 'config.toml'} out={run}"
+        )
     loss = evaluate(model, corpus.val, batch_size=arguments.batch_size)
     per_byte = loss * len(corpus.val) / corpus.val_bytes
-    print(f"model        {checkpoint.find_model(run)}")
+    print(f"model        {file}")
     size = f"{len(corpus.val):,} tokens, {corpus.val_bytes:,} bytes"
     print(f"validation   {size}, in windows of {model.config.max_seq_len}")
     print(f"loss         {loss:.4f} nats a token, {per_byte:.4f} nats a byte")

@@ -14,6 +14,7 @@ import array
 import glob
 import hashlib
 import json
+import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from ffn.atomic import publish, sha256_file, sync_file, temporary_name, write_fi
 from ffn.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 IGNORED = -100  # the target that no loss counts
+MANIFEST = "data/manifest.json"
 PIECE = 1 << 20  # characters encoded at a time, rounded up to whole lines
 NOT_STDLIB = {"test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
 
@@ -104,78 +106,92 @@ def split_files(digests: Iterable[str], val_fraction: float) -> set[str]:
     return (val | {different[0]}) - {different[-1]}
 
 
-def prepare(config: DataConfig, run: Path, reuse: bool = False) -> Corpus:
-    """The corpus as tokens: made anew, or with `reuse` those of an earlier start in `run`, if they verify.
+def prepare(config: DataConfig, run: Path, wanted: str | None = None) -> Corpus:
+    """The corpus as tokens, made anew: `run/tokenizer.json` and `run/data/`, with manifest.json last of all.
 
-    Writes `run/tokenizer.json` and `run/data/` with train.bin, val.bin and manifest.json, the last of all.
-    Raises ValueError where there is no text, or where none of it is UTF-8.
+    They are made aside and take their places when whole. Raises ValueError, and leaves `run` as it was, where
+    there is no text, where none of it is UTF-8, or where its fingerprint is not the one `wanted`.
     """
-    manifest = _verified_manifest(config, run) if reuse else None
-    if manifest is None:
-        manifest = _build(config, run)
+    aside = temporary_name(run / "data")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        manifest = _build(config, aside)
+        if wanted not in (None, _fingerprint(manifest)):
+            raise ValueError(
+                f"data.path={config.path}: not the text that {run} began with, and the tokens it kept "
+                "are absent or damaged; bring that text back, or start anew in another folder: out=..."
+            )
+        (run / "data").mkdir(exist_ok=True)
+        for name in (*manifest["sha256"], MANIFEST):
+            publish(aside / name, run / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return _open(run, manifest)
+
+
+def open_corpus(run: Path) -> Corpus | None:
+    """What `prepare` left in `run`, or None where any of it is absent or damaged."""
+    try:
+        manifest = json.loads((run / MANIFEST).read_text("utf-8"))
+        sound = all(sha256_file(run / name) == digest for name, digest in manifest["sha256"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return _open(run, manifest) if sound else None
+
+
+def _open(run: Path, manifest: dict[str, Any]) -> Corpus:
     tokenizer = load_tokenizer(run / "tokenizer.json")
     dtype = _dtype(tokenizer)[1]
     train, val = (
         torch.from_file(str(run / "data" / f"{side}.bin"), size=manifest[side]["tokens"], dtype=dtype)
         for side in ("train", "val")
     )
-    fingerprint = hashlib.sha256(json.dumps([manifest["train"], manifest["val"]]).encode()).hexdigest()
-    return Corpus(tokenizer, train, val, manifest["val"]["bytes"], fingerprint, tuple(manifest["notes"]))
+    notes = tuple(manifest["notes"])
+    return Corpus(tokenizer, train, val, manifest["val"]["bytes"], _fingerprint(manifest), notes)
 
 
-def _verified_manifest(config: DataConfig, run: Path) -> dict[str, Any] | None:
-    """The manifest of an earlier start, or None where anything is absent, other or damaged."""
-    try:
-        manifest = json.loads((run / "data" / "manifest.json").read_text("utf-8"))
-        sound = manifest["config"] == asdict(config) and all(
-            sha256_file(run / name) == digest for name, digest in manifest["sha256"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if sound else None
+def _fingerprint(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([manifest["train"], manifest["val"]]).encode()).hexdigest()
 
 
-def _build(config: DataConfig, run: Path) -> dict[str, Any]:
+def _build(config: DataConfig, folder: Path) -> dict[str, Any]:
     texts, notes = _open_texts(config)
-    make_tokenizer(config.tokenizer, (text for _, text in texts())).save(run / "tokenizer.json")
-    tokenizer = load_tokenizer(run / "tokenizer.json")
-    (run / "data").mkdir(exist_ok=True)
-    paths = {side: run / "data" / f"{side}.bin" for side in ("train", "val")}
-    counts = {side: {"tokens": 0, "bytes": 0} for side in paths}
-    partial = {side: temporary_name(path) for side, path in paths.items()}
-    try:
-        with partial["train"].open("wb") as train, partial["val"].open("wb") as val:
-            files = {"train": train, "val": val}
-            for side, text in texts():
-                counts[side]["bytes"] += len(text.encode())
-                counts[side]["tokens"] += _encode(text, tokenizer, files[side])
-        for side, path in paths.items():
-            if counts[side]["tokens"] < 2:
-                what = "training" if side == "train" else "validation"
-                raise ValueError(f"data.path={config.path}: too little text, none is left for {what}")
-            sync_file(partial[side])
-            publish(partial[side], path)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-    names = ["tokenizer.json", "data/train.bin", "data/val.bin"]
-    digests = {name: sha256_file(run / name) for name in names}
+    (folder / "data").mkdir(parents=True)
+    make_tokenizer(config.tokenizer, (text for _, text in texts())).save(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    names = {side: f"data/{side}.bin" for side in ("train", "val")}
+    counts = {side: {"tokens": 0, "bytes": 0} for side in names}
+    with (folder / names["train"]).open("wb") as train, (folder / names["val"]).open("wb") as val:
+        files = {"train": train, "val": val}
+        for side, text in texts():
+            counts[side]["bytes"] += len(text.encode())
+            counts[side]["tokens"] += _encode(text, tokenizer, files[side])
+    for side, name in names.items():
+        if counts[side]["tokens"] < 2:
+            what = "training" if side == "train" else "validation"
+            raise ValueError(f"data.path={config.path}: too little text, none is left for {what}")
+        sync_file(folder / name)
+    digests = {name: sha256_file(folder / name) for name in ("tokenizer.json", *names.values())}
     manifest = {"config": asdict(config), "notes": notes, "sha256": digests}
-    for side in paths:
-        manifest[side] = {**counts[side], "sha256": digests[f"data/{side}.bin"]}
-    write_file(run / "data" / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    for side, name in names.items():
+        manifest[side] = {**counts[side], "sha256": digests[name]}
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
 def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, str]]], list[str]]:
     """A function that goes through the corpus as (side, text), which may be called again, and notes on it."""
-    files = find_files(config.path)
+    files, notes = find_files(config.path), []
+    if len(files) > 1:
+        files, runs = _without_runs(files)
+        notes = [f"left out what training left in {', '.join(map(str, runs))}"] if runs else []
+    if not files:
+        raise ValueError(f"data.path={config.path}: all its files belong to training runs")
     if len(files) == 1:
         text = read_text(files[0])
         cut = int(len(text) * (1 - config.val_fraction))
-        return lambda: iter([("train", text[:cut]), ("val", text[cut:])]), [
-            f"1 file, {len(text):,} characters"
-        ]
+        notes.insert(0, f"1 file, {len(text):,} characters")
+        return lambda: iter([("train", text[:cut]), ("val", text[cut:])]), notes
     digests, skipped = {}, []
     for file in files:
         try:
@@ -189,7 +205,7 @@ def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, st
         raise ValueError(f"data.path={config.path}: {len(files)} files, none of them UTF-8 text")
     val = split_files(digests.values(), config.val_fraction)
     n_val = sum(digest in val for digest in digests.values())
-    notes = [f"{len(digests) - n_val} files to train on, {n_val} to validate on"]
+    notes.insert(0, f"{len(digests) - n_val} files to train on, {n_val} to validate on")
     if skipped:
         notes.append(f"left out {len(skipped)} files that are not UTF-8 text: {', '.join(skipped[:5])}")
 
@@ -199,6 +215,13 @@ def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, st
             yield ("val" if digest in val else "train"), text if text.endswith("\n") else text + "\n"
 
     return texts, notes
+
+
+def _without_runs(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files outside the folders of training runs, and those folders."""
+    folders = {folder for file in files for folder in file.parents}
+    runs = {f for f in folders if (f / ".lock").is_file() and (f / "config.toml").is_file()}
+    return [file for file in files if runs.isdisjoint(file.parents)], sorted(runs)
 
 
 def _encode(text: str, tokenizer: Tokenizer, file: BinaryIO) -> int:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from ffn.atomic import write_file
-from ffn.checkpoint import list_checkpoints
+from ffn.checkpoint import list_checkpoints, newest_checkpoint
 from ffn.config import apply_overrides, flatten, from_toml, to_toml
-from ffn.data import Corpus, DataConfig, prepare
+from ffn.data import Corpus, DataConfig, open_corpus, prepare
 from ffn.device import Precision
-from ffn.optim import Schedule
+from ffn.optim import Schedule, ScheduledOptimizer, lr_factor
 from ffn.tokenizer import Tokenizer
-from ffn.transformer import TransformerConfig
+from ffn.transformer import Transformer, TransformerConfig
 
 WHERE = ("out", "device")  # say where a run takes place, and do not change what it computes
 
@@ -26,7 +26,7 @@ WHERE = ("out", "device")  # say where a run takes place, and do not change what
 class LoopConfig:
     """How to train. A step sees `accumulate` batches of `batch_size` windows of model.max_seq_len tokens."""
 
-    steps: int = 500
+    steps: int = 400
     batch_size: int = 24
     accumulate: int = 1
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -44,13 +44,13 @@ class LoopConfig:
     compile: bool = False  # the blocks, through torch.compile
     seed: int = 1337
     eval_every: int = 100  # steps
-    eval_batches: int = 32  # of the validation text, evenly spread; 0 for all of it
+    eval_batches: int = 16  # of the validation text, evenly spread; 0 for all of it
     patience: int = 0  # evaluations without a better validation loss before stopping; 0 to go on
     checkpoint_every: int = 100  # steps; a better validation loss makes one too
     keep: int = 2  # checkpoints besides the best
     log_every: int = 10  # steps
     sample_tokens: int = 200  # of text generated at each evaluation
-    sample_prompt: str = "\n"
+    sample_prompt: str = "def "
     sample_temperature: float = 0.8
 
     def __post_init__(self) -> None:
@@ -72,6 +72,23 @@ class LoopConfig:
             raise ValueError("train.sample_prompt: wants at least one character")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas: wants two numbers in [0, 1); got {list(self.betas)}")
+
+    def lr_factor(self, step: int) -> float:
+        """The share of the learning rate that step `step`, counted from 0, takes."""
+        return lr_factor(step, self.steps, self.schedule, self.warmup, self.lr_floor)
+
+    def build_optimizer(self, model: Transformer) -> ScheduledOptimizer:
+        """The optimizer of the model's parameters."""
+        return ScheduledOptimizer(
+            model,
+            self.optimizer,
+            lr=self.lr,
+            muon_lr=self.muon_lr,
+            weight_decay=self.weight_decay,
+            l1=self.l1,
+            betas=(self.betas[0], self.betas[1]),
+            momentum=self.momentum,
+        )
 
 
 def _default_model() -> TransformerConfig:
@@ -126,8 +143,9 @@ def fingerprint(config: TrainConfig) -> str:
 def open_run(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConfig, Corpus]:
     """The resolved config, written to the run's folder, and the corpus.
 
-    A run with checkpoints keeps the tokens it began with. ValueError, and nothing is touched, where the
-    folder holds a run of another configuration or other things.
+    A run with checkpoints keeps the tokens it began with; if lost, they are made again from the same text.
+    ValueError, and nothing is touched, where that is another by now, where no checkpoint is good, and where
+    the folder holds a run of another configuration or other things.
     """
     run = Path(config.out)
     file = run / "config.toml"
@@ -138,7 +156,7 @@ def open_run(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConf
         if any(not path.name.startswith(".") for path in run.iterdir()):
             raise ValueError(f"out={run}: the folder holds other files; give a new one or that of a run")
         write_file(file, to_toml(config))
-    corpus = prepare(config.data, run, reuse=goes_on)
+    corpus = _corpus_of_checkpoints(config, say) if goes_on else prepare(config.data, run)
     config = _resolve(config, corpus.tokenizer)
     write_file(file, to_toml(config))
     for note in corpus.notes:
@@ -146,6 +164,17 @@ def open_run(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConf
     sizes = f"{len(corpus.train):,} to train on, {len(corpus.val):,} to validate on"
     say(f"tokens       {sizes}, of {corpus.tokenizer.vocab_size} kinds")
     return config, corpus
+
+
+def _corpus_of_checkpoints(config: TrainConfig, say: Callable[[str], None]) -> Corpus:
+    run = Path(config.out)
+    corpus = open_corpus(run)
+    if corpus is None:
+        newest = newest_checkpoint(run, {}, say)
+        if newest is None:
+            raise ValueError(f"no checkpoint in {run} is good; to start anew give another folder: out=...")
+        corpus = prepare(config.data, run, wanted=newest[1]["data"])
+    return corpus
 
 
 def _refuse_other(config: TrainConfig, file: Path) -> None:

@@ -38,13 +38,13 @@ def accumulate_gradients(
 ) -> float:
     """Add the gradient of the mean loss of equal batches (tokens, targets) to `.grad`; returns that loss."""
     device = next(model.parameters()).device
-    total = 0.0
+    total = torch.zeros((), device=device)  # read once: each reading waits for the device
     for tokens, targets in batches:
         with autocast(device, precision):
             loss = model.loss(tokens.to(device), targets.to(device)) / len(batches)
         loss.backward()
-        total += loss.item()
-    return total
+        total += loss.detach()
+    return total.item()
 
 
 @contextmanager

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -167,6 +167,20 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     if name == "char":
         return CharTokenizer.from_texts(texts)
     return load_tokenizer(name)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, first: int, say: Callable[[str], None]
+) -> tuple[str, list[int]]:
+    """A default prompt and its tokens, or, with a line that says so, the token `first` where it has none."""
+    try:
+        if tokens := tokenizer.encode(prompt):
+            return prompt, tokens
+    except ValueError:  # a character outside the vocabulary
+        pass
+    text = tokenizer.decode([first])
+    say(f"prompt       {text!r}, how the training text begins: its tokenizer cannot encode {prompt!r}")
+    return text, [first]
 
 
 def _write(path: str | Path, content: dict[str, Any]) -> None:

@@ -31,10 +31,10 @@ from ffn.atomic import exclusive, write_file
 from ffn.data import Batches, Corpus, derive_seed
 from ffn.device import Precision, autocast, choose_device, choose_precision
 from ffn.generate import generate
-from ffn.optim import ScheduledOptimizer, lr_factor
 from ffn.recipe import TrainConfig, fingerprint, open_run
 from ffn.report import Log, Screen, closing_lines
 from ffn.steps import accumulate_gradients, evaluate, evaluating
+from ffn.tokenizer import encode_prompt
 from ffn.transformer import Transformer
 
 Say = Callable[[str], None]
@@ -87,24 +87,16 @@ class Trainer:
         self.config, self.corpus, self.device = config, corpus, device
         self.precision: Precision = precision
         self.run, self.say, self.at = Path(config.out), say, Progress()
+        self.last: Path | None = None  # the last good checkpoint
         window = config.model.max_seq_len
         self.batches = Batches(corpus.train, window, loop.batch_size, derive_seed(loop.seed, "data"))
-        self.prompt = corpus.tokenizer.encode(loop.sample_prompt)[: max(1, window - 1)]
-        if not self.prompt:
-            raise ValueError(f"train.sample_prompt={loop.sample_prompt!r}: not one token; give another")
+        first = int(corpus.train[0])
+        self.prompt_text, prompt = encode_prompt(corpus.tokenizer, loop.sample_prompt, first, say)
+        self.prompt = prompt[: max(1, window - 1)]
         self.tokens_per_step = loop.batch_size * loop.accumulate * window
         torch.manual_seed(loop.seed)
         self.model = Transformer(config.model, device=device)
-        self.optimizer = ScheduledOptimizer(
-            self.model,
-            loop.optimizer,
-            lr=loop.lr,
-            muon_lr=loop.muon_lr,
-            weight_decay=loop.weight_decay,
-            l1=loop.l1,
-            betas=(loop.betas[0], loop.betas[1]),
-            momentum=loop.momentum,
-        )
+        self.optimizer = loop.build_optimizer(self.model)
         if loop.compile:
             for block in self.model.blocks:
                 block.compile()
@@ -119,10 +111,10 @@ class Trainer:
         newest = checkpoint.newest_checkpoint(self.run, self.identity, self.say)
         sizes = None
         if newest is not None:
-            path, state = newest
-            checkpoint.restore(path, self.model, self.optimizer)
+            self.last, state = newest
+            checkpoint.restore(self.last, self.model, self.optimizer)
             self.at, sizes = Progress(**state["progress"]), state["logs"]
-            self.say(f"{'finished before' if self.at.stopped else 'going on    '} {path}")
+            self.say(f"{'finished before' if self.at.stopped else 'going on    '} {self.last}")
             here = self._environment()
             changed = [f"{k} {v}, now {here[k]}" for k, v in state["environment"].items() if here[k] != v]
             if changed and not self.at.stopped:
@@ -169,7 +161,7 @@ class Trainer:
         start = time.perf_counter()
         loss, norm = self._step()
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.device)
         seconds = time.perf_counter() - start
         self.at.step += 1
         self.at.train_seconds += seconds
@@ -182,7 +174,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), loop.clip or math.inf))
         self._finite(step + 1, "loss", loss)
         self._finite(step + 1, "gradient's norm", norm)
-        self.optimizer.step(lr_factor(step, loop.steps, loop.schedule, loop.warmup, loop.lr_floor))
+        self.optimizer.step(loop.lr_factor(step))
         self.optimizer.zero_grad()
         return loss, norm
 
@@ -224,11 +216,11 @@ class Trainer:
                 temperature=loop.sample_temperature,
                 seed=loop.seed,
             )
-        return loop.sample_prompt + self.corpus.tokenizer.decode(new[0])
+        return self.prompt_text + self.corpus.tokenizer.decode(new[0])
 
     def _log(self, loss: float, norm: float, speed: float, evaluated: bool) -> None:
         loop, at = self.config.train, self.at
-        factor = lr_factor(at.step - 1, loop.steps, loop.schedule, loop.warmup, loop.lr_floor)
+        factor = loop.lr_factor(at.step - 1)
         self.log.metrics(
             step=at.step,
             tokens=at.step * self.tokens_per_step,
@@ -247,12 +239,11 @@ class Trainer:
             "logs": self.log.sizes(),
             "environment": self._environment(),
         }
-        checkpoint.save_checkpoint(self.run, self.at.step, self.model, self.optimizer, state)
+        self.last = checkpoint.save_checkpoint(self.run, self.at.step, self.model, self.optimizer, state)
         checkpoint.prune(self.run, self.at.step, self.config.train.keep, self.at.best)
 
     def _kept(self) -> str:
-        good = checkpoint.list_checkpoints(self.run)
-        return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
 
     def _environment(self) -> dict[str, str]:
         where = {"device": self.device.type, "threads": str(torch.get_num_threads())}
@@ -269,7 +260,7 @@ class Trainer:
             "val_loss": at.val_loss,
             "best_val_loss": at.best_loss,
             "best_checkpoint": at.best,
-            "last_checkpoint": checkpoint.list_checkpoints(run)[-1].name,
+            "last_checkpoint": self.last.name if self.last else None,
             "parameters": self.model.num_parameters(),
             **self._environment(),
         }

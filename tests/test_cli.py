@@ -10,6 +10,7 @@ import pytest
 
 from ffn.cli import main
 from ffn.config import flatten
+from ffn.data import prepare
 from ffn.train import train
 from tests import tiny
 from tests.conftest import ROOT
@@ -45,6 +46,46 @@ def test_train_generate_eval(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert lines[1].endswith("in windows of 16")
     per_token, per_byte = (float(part.split()[0]) for part in lines[2].removeprefix("loss").split(","))
     assert per_token == per_byte
+
+
+def test_eval_makes_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny.config(tmp_path)
+    train(config, quiet)
+    run = Path(config.out)
+    data = run / "data"
+    whole = {path: path.read_bytes() for path in data.iterdir()}
+    (data / "val.bin").write_bytes(bytes(len(whole[data / "val.bin"])))
+    damaged = {path: path.read_bytes() for path in data.iterdir()}
+    assert main(["eval", str(run), "--device", "cpu"]) == 2
+    remedy = f"ffn train {run / 'config.toml'} out={run}"
+    message = f"ffn: {data} is absent, damaged or not what the model was trained on; "
+    assert capsys.readouterr().err == f"{message}to make it again from the same text: {remedy}\n"
+    assert {path: path.read_bytes() for path in data.iterdir()} == damaged
+    assert main(remedy.split()[1:]) == 0
+    assert {path: path.read_bytes() for path in data.iterdir()} == whole
+    assert main(["eval", str(run), "--device", "cpu"]) == 0
+    (tmp_path / "text.txt").write_text("another text altogether, " * 100)
+    prepare(config.data, run)
+    capsys.readouterr()
+    assert main(["eval", str(run), "--device", "cpu"]) == 2, "sound, but not what the model was trained on"
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_text_without_the_default_prompts_is_begun_as_it_begins(tmp_path: Path, capsys) -> None:
+    config = tiny.config(tmp_path, "data.tokenizer=char")
+    text = tiny.TEXT.replace("\n", "")
+    (tmp_path / "text.txt").write_text(text)
+    said: list[str] = []
+    train(config, said.append)
+    line = "prompt       '0', how the training text begins: its tokenizer cannot encode "
+    assert f"{line}'def '" in said
+    assert (Path(config.out) / "samples.txt").read_text().startswith("--- step 6\n0")
+    assert main(["generate", config.out, "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("0")
+    assert err == line + "'\\n'\n"
+    assert main(["generate", config.out, "--device", "cpu", "--prompt", "def"]) == 2
+    assert capsys.readouterr().err.startswith("ffn: character 'd' (U+0064) at 0 is not one of")
 
 
 @pytest.mark.parametrize("form", ["run", "file", "words"])

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffn import data
-from ffn.data import Batches, DataConfig, find_files, gather, prepare, split_files, validation_batches
+from ffn.data import (
+    Batches,
+    DataConfig,
+    find_files,
+    gather,
+    open_corpus,
+    prepare,
+    split_files,
+    validation_batches,
+)
 
 NAMES = st.lists(st.integers(0, 30), min_size=2, max_size=40)
 
@@ -93,25 +102,67 @@ def test_tokens_take_the_narrowest_type(size: int, dtype: torch.dtype, tmp_path:
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
 
 
-def test_the_cache_is_used_only_when_it_verifies(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
+def files_of(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_tokens_are_opened_only_when_they_verify(tmp_path: Path) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("one " * 50)
+    assert open_corpus(run) is None
+    first = prepare(DataConfig(str(text)), run)
+    text.write_text("two " * 50)
+    kept = open_corpus(run)
+    assert kept is not None
+    assert kept.fingerprint == first.fingerprint
+    assert text_of(kept.train) == text_of(first.train) == "one " * 45
+    for name in ("tokenizer.json", "data/train.bin", "data/val.bin", "data/manifest.json"):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(b"X" + whole[1:])
+        assert open_corpus(run) is None
+        (run / name).unlink()
+        assert open_corpus(run) is None
+        (run / name).write_bytes(whole)
+    assert text_of(prepare(DataConfig(str(text)), run).train) == "two " * 45, "a new start reads the file"
+
+
+def test_tokens_of_another_text_are_not_put_in_the_place_of_those_wanted(tmp_path: Path) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("one " * 50)
     config = DataConfig(str(text))
-    first = prepare(config, tmp_path)
+    wanted = prepare(config, run).fingerprint
+    (run / "data" / "train.bin").unlink()
     text.write_text("two " * 50)
-    assert text_of(prepare(config, tmp_path, reuse=True).train) == text_of(first.train), (
-        "the run keeps its tokens"
+    before = files_of(run)
+    with pytest.raises(
+        ValueError, match=r"text\.txt: not the text that .*run began with.* bring that text back"
+    ):
+        prepare(config, run, wanted)
+    assert files_of(run) == before
+    text.write_text("one " * 50)
+    assert prepare(config, run, wanted).fingerprint == wanted
+    assert not list(run.glob(".*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("pattern", [".", "**/*.*"])
+def test_a_corpus_does_not_take_in_what_training_left_in_it(pattern: str, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "project/config.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text {name} " * 9)
+    config, run = DataConfig(str(tmp_path / pattern)), tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / ".lock").touch()
+    (run / "config.toml").write_text("")
+    first = prepare(config, run)
+    (run / "samples.txt").write_text("a sample")
+    second = prepare(config, run)
+    assert second.fingerprint == first.fingerprint
+    assert len(second.train) + len(second.val) == sum(
+        len(f"text {n} " * 9) + 1 for n in ("a.txt", "b.txt", "project/config.toml")
     )
-    damaged = (tmp_path / "data" / "train.bin").read_bytes()
-    (tmp_path / "data" / "train.bin").write_bytes(b"X" + damaged[1:])
-    again = prepare(config, tmp_path, reuse=True)
-    assert text_of(again.train).startswith("two ")
-    assert again.fingerprint != first.fingerprint
-    assert (
-        text_of(prepare(DataConfig(str(text), val_fraction=0.5), tmp_path, reuse=True).train) == "two " * 25
-    )
-    text.write_text("six " * 50)
-    assert text_of(prepare(config, tmp_path).train).startswith("six "), "a new start reads the file"
+    assert second.notes[1] == f"left out what training left in {run}"
+    with pytest.raises(ValueError, match="all its files belong to training runs"):
+        prepare(DataConfig(str(tmp_path / "runs")), tmp_path / "other")
 
 
 def test_the_standard_library_is_a_corpus() -> None:
@@ -142,7 +193,7 @@ def test_texts_that_will_not_do_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("ab")
     with pytest.raises(ValueError, match="too little text, none is left for training"):
         prepare(DataConfig(str(tmp_path / "text.txt")), tmp_path)
-    assert not list((tmp_path / "data").iterdir()), "nothing half-written is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"], "nothing half-written is left"
     (tmp_path / "bin").mkdir()
     for name in "ab":
         (tmp_path / "bin" / name).write_bytes(b"\0")

@@ -1,6 +1,7 @@
 """Killed at any moment and started again, a run ends as one that was never killed: the same bytes."""
 
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -139,7 +140,7 @@ def test_without_a_good_checkpoint_nothing_is_begun_anew(tmp_path: Path) -> None
 
 
 def test_a_run_goes_on_with_the_tokens_it_began_with(tmp_path: Path) -> None:
-    """The text may change or vanish; damaged tokens are made again only from the same text."""
+    """The text may change or vanish; lost tokens are made again only from the same text."""
     whole = tiny.config(tmp_path, f"out={tmp_path / 'whole'}")
     train(whole, quiet)
     config = tiny.config(tmp_path)
@@ -148,11 +149,36 @@ def test_a_run_goes_on_with_the_tokens_it_began_with(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("another text altogether, " * 100)
     train(config, quiet)
     assert outcome(Path(config.out)) == outcome(Path(whole.out))
+    data = Path(config.out) / "data"
+    (data / "train.bin").unlink()
+    before = {path: path.read_bytes() for path in data.iterdir()}
+    with pytest.raises(ValueError, match=r"not the text that .* began with"):
+        train(config, quiet)
+    assert {path: path.read_bytes() for path in data.iterdir()} == before
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    shutil.rmtree(Path(config.out) / "checkpoints" / "step-000012")
+    train(config, quiet)
+    assert outcome(Path(config.out)) == outcome(Path(whole.out))
+
+
+def test_without_tokens_and_without_a_good_checkpoint_nothing_is_made(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path)
+    train(config, quiet)
+    for state in Path(config.out).rglob("state.json"):
+        state.write_text("{}")
     (Path(config.out) / "data" / "train.bin").unlink()
-    said: list[str] = []
-    with pytest.raises(ValueError, match="is good; to start anew"):
-        train(config, said.append)
-    assert any(line.endswith("refused: it belongs to another run, its data is another") for line in said)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is good; to start anew give another folder"):
+        train(config, quiet)
+    assert not (Path(config.out) / "data" / "train.bin").exists()
+
+
+def test_a_refused_checkpoint_is_not_called_the_last_good_one(tmp_path: Path, monkeypatch) -> None:
+    config = tiny.config(tmp_path)
+    train(config, quiet)
+    (Path(config.out) / "checkpoints" / "step-000012" / "state.json").write_text("{}")
+    monkeypatch.setattr("ffn.train.accumulate_gradients", lambda *_: math.nan)
+    with pytest.raises(FloatingPointError, match=r"the last good checkpoint is .*step-000008;"):
+        train(config, quiet)
 
 
 def test_other_threads_or_versions_are_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffn.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, load_tokenizer, make_tokenizer
+from ffn.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    HFTokenizer,
+    encode_prompt,
+    load_tokenizer,
+    make_tokenizer,
+)
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -83,3 +90,12 @@ def test_other_files_are_refused_by_name(content: str, tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "t.json")
     with pytest.raises(ValueError, match=r"absent.json: no such tokenizer file"):
         load_tokenizer(tmp_path / "absent.json")
+
+
+def test_a_default_prompt_that_cannot_be_encoded_gives_way_and_says_so() -> None:
+    said: list[str] = []
+    tokenizer = CharTokenizer("abc")
+    assert encode_prompt(tokenizer, "cab", 1, said.append) == ("cab", [2, 0, 1])
+    assert said == []
+    assert encode_prompt(tokenizer, "cabin", 1, said.append) == ("b", [1])
+    assert said == ["prompt       'b', how the training text begins: its tokenizer cannot encode 'cabin'"]
