@@ -1,9 +1,9 @@
 """The sentence as code: tokens -> Embedding -> Block x L -> Norm -> Head -> loss; decoder or encoder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,10 @@ class TransformerConfig:
         for name in ("dropout", "ffn_dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: want a probability in [0, 1)")
+        for field in fields(self):
+            choices, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(f"{field.name}={value!r}: want one of {', '.join(choices)}")
         activations.resolve(self.activation)
         check_init(self.init)
         check_heads(self.dim, self.num_heads, self.num_kv_heads, self.head_dim)
@@ -217,13 +221,15 @@ class Transformer(nn.Module):
             tokens: (B, T), int64 or int32.
             cache: one LayerCache a block; the tokens continue what it holds and are added to it.
             positions: (T) or (B, T); left out, each token's place among the real ones.
-            attention_mask: bool (B, S), False at padding, over the cached positions and these.
+            attention_mask: (B, S), bool or integers, False or 0 at padding, over all S positions: the cached
+                ones and these.
 
         Raises:
-            ValueError: no (B, T), a window that is too long, or a token outside the vocabulary.
+            ValueError: no (B, T), a window that is too long, a token outside the vocabulary, or a mask that
+                does not fit. TypeError: a mask of floats.
         """
         start = cache[0].length if cache else 0
-        S = start + tokens.shape[-1]
+        S = start + tokens.shape[-1] if tokens.ndim == 2 else 0
         if tokens.ndim != 2 or self.config.max_seq_len < S:
             held = f" after {start} cached" if start else ""
             raise ValueError(
@@ -232,6 +238,7 @@ class Transformer(nn.Module):
             )
         mask = None
         if attention_mask is not None:
+            attention_mask = _real(attention_mask, (tokens.shape[0], S))
             mask = padding_mask(attention_mask, S - start, self.config.causal)
         if positions is None and self.config.position != "none":
             if attention_mask is None:
@@ -252,14 +259,21 @@ class Transformer(nn.Module):
         return self.head(hidden, self._table())
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
         """The mean cross entropy, in nats, of targets (B, T) given tokens (B, T); a scalar.
 
-        The logits of a large vocabulary are never all stored; see `ffn.nn.loss`.
+        The logits of a large vocabulary are never all stored; see `ffn.nn.loss`. attention_mask (B, T) hides
+        padding from the other tokens, see `hidden`; what is not to be learned wants ignore_index as target.
         """
         return self.head.loss(
-            self.hidden(tokens),
+            self.hidden(tokens, attention_mask=attention_mask),
             targets,
             self._table(),
             ignore_index=ignore_index,
@@ -272,3 +286,14 @@ class Transformer(nn.Module):
 
     def _table(self) -> Tensor | None:
         return self.embedding.weight if self.config.tie_embeddings else None
+
+
+def _real(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The mask as bool, once it is known to fit."""
+    if attention_mask.shape != shape:
+        got = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask wants (B, S) = {shape}, the cached positions and these; got {got}")
+    if attention_mask.is_floating_point():
+        got = str(attention_mask.dtype)[6:]
+        raise TypeError(f"attention_mask wants bool or 0 and 1, False at padding; got {got}")
+    return attention_mask.bool()
