@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import RLock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ def stream(
     """The tokens of `generate(model, [prompt], ...)[0]`, each as soon as it is known.
 
     The arguments are checked at the call. The model is in eval mode from the first token until the iterator
-    ends or is closed.
+    ends or is closed; of several at once, until the last of them does.
     """
     sampling = Sampling(temperature, top_k, top_p)
     steps = _continue(model, [prompt], max_new_tokens, sampling, stop, seed, cache)
@@ -140,12 +142,20 @@ def _continue(
         if not row:
             raise ValueError(f"prompt {i} is empty; give at least one token to start from")
         if len(row) + max_new_tokens > model.config.max_seq_len:
-            raise ValueError(
-                f"prompt {i} has {len(row)} tokens, which with max_new_tokens={max_new_tokens} is more than "
-                f"max_seq_len={model.config.max_seq_len}; keep the last "
-                f"{max(0, model.config.max_seq_len - max_new_tokens)} tokens or ask for fewer"
-            )
+            raise ValueError(f"prompt {i} {_too_long(len(row), max_new_tokens, model.config.max_seq_len)}")
     return _steps(model, rows, max_new_tokens, sampling, endings, seed, cache)
+
+
+def _too_long(tokens: int, max_new_tokens: int, window: int) -> str:
+    """What is wrong with a prompt of so many tokens, and only such advice as can be followed."""
+    with_new = "" if tokens > window else f", which with max_new_tokens={max_new_tokens} is"
+    advice = []
+    if max_new_tokens < window:
+        advice.append(f"keep its last {window - max_new_tokens} tokens")
+    if tokens < window:
+        advice.append(f"ask for at most {window - tokens} new ones")
+    remedy = " or ".join(advice) or "keep fewer of them and ask for fewer new ones"
+    return f"has {tokens} tokens{with_new or ','} more than max_seq_len={window}; {remedy}"
 
 
 def _steps(
@@ -175,24 +185,48 @@ def _steps(
                 unfinished = [live and not end for live, end in zip(unfinished, ended, strict=True)]
 
 
+@dataclass
+class _Decoded:
+    """What generation has changed in a model, to be undone when the last of its users leaves."""
+
+    users: int = 0
+    training: list[nn.Module] = field(default_factory=list)
+    packed: list[nn.Module] = field(default_factory=list)
+
+    def unpack(self) -> None:
+        while self.packed:
+            del self.packed.pop().forward
+
+
+_decoded: WeakKeyDictionary[Transformer, _Decoded] = WeakKeyDictionary()
+_lock = RLock()  # streams may run in threads, and one may be closed by the collector at any time
+
+
 @contextmanager
 def _decoding(model: Transformer):
-    """Eval mode, and on the CPU packed weights, for as long as tokens are wanted."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    packed: list[nn.Module] = []
+    """Eval mode, and on the CPU packed weights, for as long as anybody wants tokens of the model."""
+    with _lock:
+        decoded = _decoded.setdefault(model, _Decoded())
+        decoded.users += 1
     try:
-        for module, weight, bias in _products(model):
-            forward = pack_linear(weight, bias)
-            if forward is not None:
-                module.forward = forward
-                packed.append(module)
+        with _lock:
+            decoded.training += [module for module in model.modules() if module.training]
+            model.eval()
+            decoded.unpack()  # the weights may have changed since
+            for module, weight, bias in _products(model):
+                forward = pack_linear(weight, bias)
+                if forward is not None:
+                    module.forward = forward
+                    decoded.packed.append(module)
         yield
     finally:
-        for module in packed:
-            del module.forward
-        for module in training:
-            module.training = True
+        with _lock:
+            decoded.users -= 1
+            if decoded.users == 0:
+                del _decoded[model]
+                decoded.unpack()
+                for module in decoded.training:
+                    module.training = True
 
 
 def _products(model: Transformer) -> Iterator[tuple[nn.Module, Tensor, Tensor | None]]:

@@ -1,12 +1,14 @@
 """Generation: the cache changes nothing, a row in a batch is that row alone, a seed is a promise."""
 
 import dataclasses
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from ffn.generate import Sampling, generate, stream
 from ffn.transformer import Transformer, TransformerConfig
@@ -88,6 +90,43 @@ def test_stream_yields_as_it_goes_and_leaves_no_mode_behind() -> None:
         assert torch.is_grad_enabled()
     tokens.close()
     assert model.training
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_streams_share_a_model(monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
+    pack = lambda weight, bias: lambda x, *_: F.linear(x, weight, bias)  # noqa: E731
+    monkeypatch.setattr(sys.modules[generate.__module__], "pack_linear", pack)
+    model = build(dropout=0.5)
+    want = [generate(model, [prompt], 10, seed=0)[0] for prompt in PROMPTS[:2]]
+    assert "forward" not in model.head.__dict__
+    first, second = (stream(model, prompt, 10, seed=0) for prompt in PROMPTS[:2])
+    got = [next(first)], [next(second)]
+    if closed:
+        first.close()
+    else:
+        got[0].extend(first)
+        assert got[0] == want[0]
+    assert not any(module.training for module in model.modules())
+    assert "forward" in model.head.__dict__
+    assert generate(model, PROMPTS[:1], 10, seed=0) == want[:1]
+    got[1].extend(second)
+    assert got[1] == want[1]
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_training_between_two_streams() -> None:
+    model = build(dropout=0.5)
+    first = stream(model, PROMPTS[0], 10, seed=0)
+    next(first)
+    model.train()
+    with torch.no_grad():
+        model.embedding.weight.mul_(-1.0)
+    fresh = build()
+    fresh.load_state_dict(model.state_dict())
+    assert generate(model, PROMPTS, 10, seed=0) == generate(fresh, PROMPTS, 10, seed=0)
+    first.close()
+    assert all(module.training for module in model.modules())
 
 
 def test_training_flags_come_back_as_they_were() -> None:
@@ -193,7 +232,11 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     ("prompts", "options", "message"),
     [
         ([[1], []], {}, "prompt 1 is empty; give at least one token to start from"),
-        ([[1] * 25], {}, "prompt 0 has 25 tokens, which with max_new_tokens=8 is more than max_seq_len=32"),
+        ([[1] * 25], {}, "prompt 0 has 25 tokens, which with max_new_tokens=8 is more than max_seq_len=32; "
+         "keep its last 24 tokens or ask for at most 7 new ones$"),
+        ([[1] * 33], {}, "prompt 0 has 33 tokens, more than max_seq_len=32; keep its last 24 tokens$"),
+        ([[1] * 9], {"max_new_tokens": 32}, "=32 is more than .*; ask for at most 23 new ones$"),
+        ([[1] * 33], {"max_new_tokens": 32}, "=32; keep fewer of them and ask for fewer new ones$"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0: want 0"),
         ([[1]], {"top_k": 0}, "top_k=0: want a positive number"),
         ([[1]], {"top_p": 0.0}, r"top_p=0.0: want a probability in \(0, 1\]"),
