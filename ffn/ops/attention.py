@@ -55,7 +55,7 @@ def _products():
     return float32_in_onednn() if dispatch.float32_faster_in_onednn() else nullcontext()
 
 
-def _textbook(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _textbook(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """(y, p) from q, k, v (n, T, C)."""
     scores = torch.bmm(q, k.transpose(1, 2)) * (1.0 / math.sqrt(q.shape[-1]))
     if causal:
@@ -76,7 +76,7 @@ class ShortAttentionRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal: bool):
         with _products():
-            y, weights = _textbook(*_heads(q, k, v), causal)
+            y, weights = _textbook(*_heads(q, k, v), causal=causal)
         ctx.save_for_backward(q, k, v, weights)
         ctx.causal = causal
         return y.view(q.shape)
@@ -94,7 +94,7 @@ def _backward(ctx, dy: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
     if create_graph or library.is_batched(dy):
         with torch.enable_grad():
             inputs = [t.view_as(t).requires_grad_() for t in (q, k, v)]  # cut from how they arose
-            y, _ = _textbook(*_heads(*inputs), ctx.causal)
+            y, _ = _textbook(*_heads(*inputs), causal=ctx.causal)
             y = y.view(q.shape)
         return torch.autograd.grad(y, inputs, dy, create_graph=create_graph)
     shape = q.shape
@@ -102,7 +102,8 @@ def _backward(ctx, dy: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
     with _products():
         dv = torch.bmm(weights.transpose(1, 2), dy)
         dweights = torch.bmm(dy, v.transpose(1, 2))
-        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        softmax_backward = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
+        dscores = softmax_backward(dweights, weights, -1, weights.dtype)
         dscores.mul_(1.0 / math.sqrt(q.shape[-1]))
         dq, dk = torch.bmm(dscores, k), torch.bmm(dscores.transpose(1, 2), q)
     return [t.view(shape) for t in (dq, dk, dv)]
