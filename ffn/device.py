@@ -46,6 +46,7 @@ def choose_precision(name: Precision, device: torch.device) -> tuple[Precision, 
         return name, "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16", "this GPU multiplies bfloat16 natively"
+    # Not oneDNN's answer, which is yes on any AVX-512: without its bfloat16 part the products are emulated.
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bfloat16", "this CPU multiplies bfloat16 natively"
     return "float32", "no native bfloat16 products here"

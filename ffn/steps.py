@@ -38,13 +38,13 @@ def accumulate_gradients(
 ) -> float:
     """Add the gradient of the mean loss of equal batches (tokens, targets) to `.grad`; returns that loss."""
     device = next(model.parameters()).device
-    total = torch.zeros((), device=device)  # read once: each reading waits for the device
+    losses = []
     for tokens, targets in batches:
         with autocast(device, precision):
             loss = model.loss(tokens.to(device), targets.to(device)) / len(batches)
         loss.backward()
-        total += loss.detach()
-    return total.item()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum().item()  # read once: a reading waits for the device
 
 
 @contextmanager

@@ -22,6 +22,19 @@ def test_two_batches_of_four_are_one_of_eight() -> None:
         torch.testing.assert_close(p.grad, gradient, atol=1e-14, rtol=1e-12)
 
 
+def test_the_loss_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [(torch.randint(11, (2, 6)), torch.randint(11, (2, 6)))] * 3
+    readings: list[torch.Tensor] = []
+
+    def item(tensor: torch.Tensor, real=torch.Tensor.item) -> object:
+        readings.append(tensor)
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "item", item)
+    accumulate_gradients(Transformer(CONFIG), batches)
+    assert len(readings) == 1
+
+
 @pytest.mark.parametrize("n", [3, 7, 13, 40])
 def test_evaluation_is_the_mean_over_every_token(n: int) -> None:
     torch.manual_seed(n)

@@ -5,7 +5,9 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 import ffn.train
 from ffn.checkpoint import load
+from ffn.data import prepare
 from ffn.recipe import read_config
 from ffn.steps import evaluate
 from ffn.train import train
@@ -229,3 +232,50 @@ def test_the_blocks_are_compiled_when_asked(tmp_path: Path, monkeypatch: pytest.
     )
     train(config, quiet)
     assert [type(module).__name__ for module in compiled] == ["Block"] * 3
+
+
+def _cannot_compile() -> str:
+    """Why Inductor cannot build code for this processor, or nothing."""
+    if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
+        return "no C++ compiler"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.is_file() else f"no {header}"
+
+
+@pytest.mark.skipif(bool(_cannot_compile()), reason=f"torch.compile: {_cannot_compile()}")
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning")  # torch 2.13's own
+@pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+@pytest.mark.filterwarnings(
+    r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # likewise
+def test_a_compiled_run_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
+    """Through Inductor, to the same losses as uncompiled code; dropout, whose draws would differ, is off."""
+    words = ["train.steps=2", "train.eval_every=1", "train.log_every=1", "train.checkpoint_every=1"]
+    words += ["model.dropout=0", "model.ffn_dropout=0", "train.optimizer=adamw"]
+    plain = tiny.config(tmp_path, *words, f"out={tmp_path / 'plain'}")
+    train(plain, quiet)
+    config = tiny.config(tmp_path, *words, "train.compile=true")
+    torch._dynamo.reset()
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 1/"):
+            signal.raise_signal(signal.SIGINT)
+
+    assert train(config, interrupt)["stopped"] == "interrupted"
+    assert train(config, quiet)["stopped"] == "finished"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+    for ours, theirs in zip(rows(Path(config.out)), rows(Path(plain.out)), strict=True):
+        for column in ("step", "train_loss", "val_loss", "grad_norm"):
+            assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-4)
+
+
+def test_a_step_waits_for_the_device_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.config(tmp_path)
+    corpus = prepare(config.data, Path(config.out))
+    trainer = ffn.train.Trainer(config, corpus, torch.device("cpu"), "float32", quiet)
+    trainer.device = torch.device("cuda:1")
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    trainer._timed_step()
+    assert waited == [trainer.device]
