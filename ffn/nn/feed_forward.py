@@ -10,7 +10,7 @@ from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
 from ffn.ops import dispatch
 from ffn.ops.dropout import check_probability
-from ffn.ops.feed_forward import check_options, to_autocast
+from ffn.ops.feed_forward import autocasts, check_options
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
@@ -155,7 +155,8 @@ class FeedForward(nn.Module):
         reason = self._reason_to_call_children(x)
         if reason is not None:
             return f"children: {reason}"
-        choice = dispatch.choose(self.backend, to_autocast(x))
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
+        choice = dispatch.choose(self.backend, x)
         if choice.backend == "reference":
             return f"reference: {choice.reason}"
         kept = len(self._linears()) - 1 if self.save == "preact" else 0

@@ -71,9 +71,9 @@ def feed_forward(
     row = activations.resolve(activation)
     check_options(row, dropout, save, chunk_tokens, backend)
     weights = (up, down, gate, up_bias, down_bias, gate_bias)
-    cast = to_autocast(x)
-    if cast.dtype != x.dtype:
-        x, weights = cast, tuple(None if t is None else t.to(cast.dtype) for t in weights)
+    if autocasts(x):  # the weights too, when x comes from another layer and has been cast already
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in weights)
     if not _fits(row, x, *weights):
         _explain_misfit(row, x, *weights)
     choice = dispatch.choose(backend, x)
@@ -91,12 +91,11 @@ def feed_forward(
     return y if x.ndim == 2 else y.view(*x.shape[:-1], down.shape[0])
 
 
-def to_autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where that is on: torch leaves float64, integers and meta alone, and so do we."""
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on and casts x: torch leaves float64, integers and meta alone, and so do we."""
     if x.is_meta or x.dtype == torch.float64 or not x.is_floating_point():
-        return x
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        return False
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None, backend: str) -> None:
