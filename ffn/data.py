@@ -181,12 +181,7 @@ def _build(config: DataConfig, folder: Path) -> dict[str, Any]:
 
 def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, str]]], list[str]]:
     """A function that goes through the corpus as (side, text), which may be called again, and notes on it."""
-    files, notes = find_files(config.path), []
-    if len(files) > 1:
-        files, runs = _without_runs(files)
-        notes = [f"left out what training left in {', '.join(map(str, runs))}"] if runs else []
-    if not files:
-        raise ValueError(f"data.path={config.path}: all its files belong to training runs")
+    files, notes = _without_runs(find_files(config.path), config.path)
     if len(files) == 1:
         text = read_text(files[0])
         cut = int(len(text) * (1 - config.val_fraction))
@@ -217,11 +212,14 @@ def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, st
     return texts, notes
 
 
-def _without_runs(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The files outside the folders of training runs, and those folders."""
-    folders = {folder for file in files for folder in file.parents}
+def _without_runs(files: list[Path], path: str) -> tuple[list[Path], list[str]]:
+    """The files that no training run wrote, and a note on those that one did; a file by its name is taken."""
+    folders = {folder for file in files for folder in file.parents} if len(files) > 1 else set()
     runs = {f for f in folders if (f / ".lock").is_file() and (f / "config.toml").is_file()}
-    return [file for file in files if runs.isdisjoint(file.parents)], sorted(runs)
+    kept = [file for file in files if runs.isdisjoint(file.parents)]
+    if not kept:
+        raise ValueError(f"data.path={path}: all its files belong to training runs")
+    return kept, [f"left out what training left in {run}" for run in sorted(runs)]
 
 
 def _encode(text: str, tokenizer: Tokenizer, file: BinaryIO) -> int:
