@@ -203,13 +203,21 @@ class FeedForwardRule(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (dy,) = grads
-        x, seed, up, down, gate, up_bias, down_bias, gate_bias, pre, pre_gate = ctx.saved_tensors
-        weights = (up, down, gate, up_bias, down_bias, gate_bias)
-        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if create_graph or library.is_batched(dy):
-            return _differentiable_backward(ctx, dy, x, seed, weights, create_graph)
-        with _products(ctx.plan):
-            return _backward(ctx.plan, ctx.needs_input_grad, dy, x, seed, weights, pre, pre_gate)
+        if not autocasts(dy):
+            return _gradients(ctx, dy)
+        with torch.autocast(dy.device.type, enabled=False):  # wherever it is called: forward's dtypes
+            return _gradients(ctx, dy)
+
+
+def _gradients(ctx, dy):
+    """The gradients of (x, seed, *weights, plan), by the rule or, where that will not do, by the textbook."""
+    x, seed, up, down, gate, up_bias, down_bias, gate_bias, pre, pre_gate = ctx.saved_tensors
+    weights = (up, down, gate, up_bias, down_bias, gate_bias)
+    create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if create_graph or library.is_batched(dy):
+        return _differentiable_backward(ctx, dy, x, seed, weights, create_graph)
+    with _products(ctx.plan):
+        return _backward(ctx.plan, ctx.needs_input_grad, dy, x, seed, weights, pre, pre_gate)
 
 
 def _backward(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate):

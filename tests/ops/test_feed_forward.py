@@ -107,6 +107,12 @@ def test_large_products_are_as_exact_as_plain_torch(name: str, dtype: torch.dtyp
         check_error_of_low_precision(name, arguments, 0.25, **save)
 
 
+def test_many_chunks_add_up_in_float32() -> None:
+    for dtype in LOW:
+        arguments = draw("gelu", shape=(512,), widths=(4, 6, 3), dtype=dtype)
+        check_error_of_low_precision("gelu", arguments, 0.25, save="input", chunk_tokens=1)
+
+
 @names
 def test_autocast_is_as_exact_as_plain_torch_under_it(name: str) -> None:
     arguments = draw(name, shape=(8,), widths=(24, 40, 16), dtype=torch.float32)
@@ -129,16 +135,31 @@ def test_autocast_is_as_exact_as_plain_torch_under_it(name: str) -> None:
 
 
 @names
-def test_backward_within_autocast_too(name: str) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        arguments = draw(name, dtype=torch.float32)
-        with torch.autocast("cpu", dtype):
-            y, _ = with_mask(arguments, 0.2, activation=name)
-            within = gradients(y, arguments, torch.ones_like(y))
-        with torch.autocast("cpu", dtype):
-            y, _ = with_mask(arguments, 0.2, activation=name)
-        for ours, outside in zip(within, gradients(y, arguments, torch.ones_like(y)), strict=True):
-            assert torch.equal(ours, outside)
+def test_backward_keeps_to_forwards_dtypes_wherever_it_is_called(name: str) -> None:
+    arguments = draw(name, dtype=torch.float32)
+    for forward in (True, False):
+        for options in ({"create_graph": True}, {}):
+            with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+                y, _ = with_mask(arguments, 0.2, activation=name)
+            dy = torch.randn_like(y)
+            without = torch.autograd.grad(y, arguments.given(), dy, retain_graph=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                within = torch.autograd.grad(y, arguments.given(), dy, **options)
+            precision = torch.bfloat16 if forward else torch.float32
+            for ours, theirs in zip(within, without, strict=True):
+                assert ours.dtype == torch.float32
+                room = 8 * torch.finfo(precision).eps * max(1.0, theirs.abs().max().item())
+                torch.testing.assert_close(ours, theirs, rtol=0.0, atol=room if options else 0.0)
+
+
+def test_autocast_takes_what_another_layer_has_cast() -> None:
+    first, second = draw("swiglu", dtype=torch.float32), draw("swiglu", widths=(5, 8, 3), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        between = feed_forward(*first, activation="swiglu")
+        y = feed_forward(*second._replace(x=between), activation="swiglu")
+    assert between.dtype == y.dtype == torch.bfloat16
+    grads = torch.autograd.grad(y.float().sum(), [*first.given(), *second.given()[1:]])
+    assert all(grad.dtype == torch.float32 for grad in grads)
 
 
 def test_autocast_leaves_float64_alone() -> None:
