@@ -13,8 +13,8 @@ The tree, in the order data flows through it:
     optim train     the loop; checkpoint saves it, recipe and config describe it, report shows it
     cli             ffn train | generate | eval | info | doctor
 
-The letters of shapes, everywhere: B batch, T time, S keys seen, N = B T tokens, D model width, H hidden width, O
-output width, Q query heads, G key/value heads, C head channels, V vocabulary.
+The letters of shapes, everywhere: B batch, T time, S keys seen, N = B T tokens, D model width, H hidden
+width, O output width, Q query heads, G key/value heads, C head channels, V vocabulary.
 """
 
 from ffn.checkpoint import load, load_tokenizer

@@ -60,7 +60,7 @@ def float32_faster_in_onednn() -> bool:
 
 @cache
 def bfloat16_in_onednn() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware, through oneDNN."""
+    """Whether oneDNN takes bfloat16 products here, in hardware or emulated: torch sends it those anyway."""
     return _has_onednn_linear() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
