@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ffn.nn import FeedForward
 from ffn.ops import dropout, feed_forward
-from ffn.ops.dropout import draw_seed, drop_, noise, scale
+from ffn.ops.dropout import _mix_, draw_seed, drop_, noise, scale
 from tests.ops.samples import F64, draw, gradients
 
 PROBABILITIES = [0.003, 0.1, 1 / 3, 0.5, 0.9]
@@ -104,6 +104,15 @@ def test_four_corners_are_uncorrelated() -> None:
             corners[:, 0, :, :, 0] ^ corners[:, 0, :, :, 1] ^ corners[:, 1, :, :, 0] ^ corners[:, 1, :, :, 1]
         )
         check_counts(parity.sum(), parity.numel(), 0.5)
+
+
+def test_every_bit_of_a_word_reaches_every_bit_of_its_mixture() -> None:
+    """Strict avalanche: whichever input bit flips, each output bit flips half the time."""
+    words = torch.randint(-(2**31), 2**31, (1 << 14,)).to(torch.int32)
+    mixed, bits = _mix_(words.clone()), torch.arange(32, dtype=torch.int32)
+    for bit in (1 << torch.arange(32)).to(torch.int32):
+        flips = (mixed ^ _mix_(words ^ bit))[:, None] >> bits & 1
+        assert (flips.double().mean(0) - 0.5).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
