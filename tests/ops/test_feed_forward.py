@@ -108,7 +108,7 @@ def test_large_products_are_as_exact_as_plain_torch(name: str, dtype: torch.dtyp
 
 
 def test_many_chunks_add_up_in_float32() -> None:
-    for dtype in LOW:
+    for dtype in (torch.bfloat16, torch.float16):
         arguments = draw("gelu", shape=(512,), widths=(4, 6, 3), dtype=dtype)
         check_error_of_low_precision("gelu", arguments, 0.25, save="input", chunk_tokens=1)
 
