@@ -45,6 +45,11 @@ class LoudLinear(nn.Linear):
         return 2.0 * super().forward(x)
 
 
+class CalledTwice(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2.0 * super().__call__(x)
+
+
 def replace_forward(block: FeedForward, child: str) -> None:
     linear = getattr(block, child)
     original = linear.forward
@@ -82,6 +87,10 @@ def subclass(block: FeedForward, child: str) -> None:
     setattr(block, child, new)
 
 
+def called_otherwise(block: FeedForward, child: str) -> None:
+    getattr(block, child).__class__ = CalledTwice
+
+
 def pre_hooked(block: FeedForward, child: str) -> None:
     getattr(block, child).register_forward_pre_hook(lambda module, args: (2.0 * args[0],))
 
@@ -94,8 +103,8 @@ def hooked_with_keywords(block: FeedForward, child: str) -> None:
     getattr(block, child).register_forward_hook(lambda module, args, kwargs, y: 2.0 * y, with_kwargs=True)
 
 
-CHANGES = [replace_forward, wrap, subclass_weight, parametrized, normed, pruned, subclass, pre_hooked, hooked,
-           hooked_with_keywords]  # fmt: skip
+CHANGES = [replace_forward, wrap, subclass_weight, parametrized, normed, pruned, subclass, called_otherwise,
+           pre_hooked, hooked, hooked_with_keywords]  # fmt: skip
 
 
 def written_out(block: FeedForward, x: Tensor) -> Tensor:
