@@ -208,7 +208,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("given", OTHERS, ids=repr)
+@pytest.mark.parametrize("given", OTHERS, ids=lambda given: getattr(given, "__name__", type(given).__name__))
 def test_everything_else_callable_runs_as_it_is(given) -> None:
     row = resolve(given)
     assert row.formula is None
