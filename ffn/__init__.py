@@ -9,7 +9,7 @@ The tree, in the order data flows through it:
     nn              modules that hold weights: Embedding, norms, Attention, FeedForward, Block, Head
     transformer     TransformerConfig and Transformer, the sentence above
     generate        sampling with a key/value cache
-    tokenizer data  text in, (B, T) batches out
+    tokenizer data  text in, tokens on disk out; batches makes them (B, T)
     optim train     the loop; checkpoint saves it, recipe and config describe it, report shows it
     cli             ffn train | generate | eval | info | doctor
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ffn.data import IGNORED, validation_batches
+from ffn.batches import IGNORED, validation_batches
 from ffn.device import Precision, autocast
 from ffn.transformer import Transformer
 

@@ -28,7 +28,8 @@ from torch import nn
 
 from ffn import checkpoint
 from ffn.atomic import exclusive, write_file
-from ffn.data import Batches, Corpus, derive_seed
+from ffn.batches import Batches, derive_seed
+from ffn.data import Corpus
 from ffn.device import Precision, autocast, choose_device, choose_precision
 from ffn.generate import generate
 from ffn.recipe import TrainConfig, fingerprint, open_run

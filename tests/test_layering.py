@@ -25,7 +25,7 @@ LAYERS = [
     ["ffn.nn"],
     ["ffn.transformer"],
     ["ffn.tokenizer", "ffn.optim", "ffn.cost", "ffn.report"],
-    ["ffn.data", "ffn.checkpoint", "ffn.generate"],
+    ["ffn.data", "ffn.batches", "ffn.checkpoint", "ffn.generate"],
     ["ffn.steps", "ffn.recipe"],
     ["ffn.train"],
     ["ffn.cli"],

@@ -1,0 +1,85 @@
+"""Tokens in, (B, T) batches of inputs and targets out: shuffled to train on, in order to validate on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the target that no loss counts
+
+
+class Batches:
+    """Shuffled training batches. Batch i is a pure function of (tokens, window, batch_size, seed, i).
+
+    Each epoch cuts the tokens into windows without overlap, from a random offset on, and visits them all in
+    a random order; so a position in the data is one number. `batches(i)` gives tokens and targets (B, T),
+    int64, the targets one token later.
+    """
+
+    def __init__(self, tokens: Tensor, window: int, batch_size: int, seed: int) -> None:
+        if len(tokens) < window + 1:
+            raise ValueError(
+                f"the training text has {len(tokens)} tokens where a window of {window} wants at least "
+                f"{window + 1}: give more text or a smaller model.max_seq_len"
+            )
+        self.tokens, self.window, self.batch_size, self.seed = tokens, window, batch_size, seed
+        self.windows_per_epoch = max(1, (len(tokens) - window) // window)
+        self._epoch = (-1, torch.empty(0, dtype=torch.int64))
+
+    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+        first = index * self.batch_size
+        starts = [self._start(number) for number in range(first, first + self.batch_size)]
+        return gather(self.tokens, starts, self.window)
+
+    def _start(self, number: int) -> int:
+        epoch, place = divmod(number, self.windows_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._starts(epoch))
+        return int(self._epoch[1][place])
+
+    def _starts(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+        offsets = min(self.window, len(self.tokens) - self.windows_per_epoch * self.window)
+        offset = torch.randint(offsets, (), generator=generator)
+        return offset + self.window * torch.randperm(self.windows_per_epoch, generator=generator)
+
+
+def validation_batches(
+    tokens: Tensor, window: int, batch_size: int, limit: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Full windows over all the tokens: each but the first is a target exactly once.
+
+    The last window reaches back to be full, with what was scored before as `IGNORED` targets; only a text
+    shorter than one window gives a shorter one. `limit` > 0 takes that many batches, evenly spread.
+    """
+    predicted = len(tokens) - 1
+    if predicted < 1:
+        raise ValueError(f"the validation text has {len(tokens)} tokens; at least 2 are wanted")
+    window = min(window, predicted)
+    starts = list(range(0, predicted - window + 1, window))
+    rest = predicted - len(starts) * window
+    if rest:
+        starts.append(predicted - window)
+    chosen = range(0, len(starts), batch_size)
+    if 0 < limit < len(chosen):
+        chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
+    for first in chosen:
+        inputs, targets = gather(tokens, starts[first : first + batch_size], window)
+        if rest and first + batch_size >= len(starts):
+            targets[-1, : window - rest] = IGNORED
+        yield inputs, targets
+
+
+def gather(tokens: Tensor, starts: list[int], window: int) -> tuple[Tensor, Tensor]:
+    """The windows at `starts` and the same one token later: two (B, T) of int64."""
+    rows = torch.stack([tokens[start : start + window + 1] for start in starts]).to(torch.int64)
+    return rows[:, :-1].clone(), rows[:, 1:].clone()  # of one row both would be views of the same memory
+
+
+def derive_seed(seed: int, *labels: str | int) -> int:
+    """A 63-bit seed for one purpose, from the run's seed and what it is for."""
+    name = "/".join(str(label) for label in (seed, *labels))
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
