@@ -1,4 +1,4 @@
-"""The whole model: configuration, causality, weights, precision, compilation."""
+"""The whole model: causality, weights, precision, compilation."""
 
 import copy
 import dataclasses
@@ -12,33 +12,8 @@ from torch.nn import functional as F
 
 from ffn.nn.attention import LayerCache
 from ffn.nn.init import INITS
-from ffn.transformer import Transformer, TransformerConfig
-
-F64 = torch.float64
-SMALL = TransformerConfig(vocab_size=13, dim=16, num_layers=2, num_heads=4, hidden_dim=24, max_seq_len=12)
-VARIANTS = {
-    "llama": {"num_kv_heads": 2},
-    "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True,
-             "attention_bias": True},
-    "post": {"norm_position": "post", "norm": "layernorm", "tie_embeddings": False},
-    "parallel": {"parallel": True, "head_dim": 6},
-    "qk_norm": {"qk_norm": True, "rope_base": 500.0, "rope_scaling": 2.0},
-    "encoder": {"causal": False, "position": "none"},
-}  # fmt: skip
-variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-
-
-def build(dtype: torch.dtype = F64, **options) -> Transformer:
-    """Large weights, so that nothing is hidden by being small."""
-    model = Transformer(dataclasses.replace(SMALL, **options), dtype=dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.3)
-    return model
-
-
-def tokens_of(*shape: int) -> Tensor:
-    return torch.randint(13, shape)
+from ffn.transformer import Transformer
+from tests.models import F64, SMALL, VARIANTS, build, tokens_of, variants
 
 
 @variants
@@ -285,48 +260,3 @@ def test_a_full_cache_is_a_full_window() -> None:
         model(tokens_of(1, 10), cache=cache)
         with pytest.raises(ValueError, match=r"T <= 12; got \(1, 3\) after 10 cached"):
             model(tokens_of(1, 3), cache=cache)
-
-
-def test_config_derives_what_is_left_out() -> None:
-    assert (SMALL.kv_heads, SMALL.head_channels, SMALL.hidden_width) == (4, 4, 24)
-    wide = dataclasses.replace(SMALL, hidden_dim=None, num_kv_heads=2, head_dim=10)
-    assert (wide.kv_heads, wide.head_channels, wide.hidden_width) == (2, 10, 128)
-    assert dataclasses.replace(wide, activation="relu").hidden_width == 64
-
-
-@variants
-def test_toml_both_ways(options: dict) -> None:
-    config = dataclasses.replace(SMALL, **options)
-    assert TransformerConfig.from_toml(config.to_toml()) == config
-    assert TransformerConfig.from_dict(dataclasses.asdict(config)) == config
-
-
-def test_toml_takes_defaults_for_what_is_left_out() -> None:
-    text = "vocab_size = 13\ndim = 16\nnum_layers = 2\nnum_heads = 4\nhidden_dim = 24\nmax_seq_len = 12"
-    assert TransformerConfig.from_toml(text) == SMALL
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"n_layer": 2}, r"^model.n_layer: no such key; did you mean model.num_layers\?$"),
-        ({"position": "rotery"}, r"model.position: wants one of .*; did you mean rotary\?"),
-        ({"dim": "wide"}, "model.dim: wants a whole number; got 'wide'"),
-        ({"dim": 15}, "dim=15 does not split into num_heads=4 heads"),
-        ({"num_kv_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
-        ({"head_dim": 5}, "position='rotary' turns pairs of channels, but head_dim=5 is odd; choose an even"),
-        ({"num_layers": 0}, "num_layers=0: want a positive number"),
-        ({"dropout": 1.0}, r"dropout=1.0: want a probability in \[0, 1\)"),
-        ({"activation": "swigloo"}, "activation='swigloo': no such row"),
-        ({"init": "orthogonal"}, "init='orthogonal': no such initialisation"),
-        ({"save": "input", "chunk_tokens": 0}, "chunk_tokens=0: want a positive number"),
-    ],
-)
-def test_config_refuses(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TransformerConfig.from_dict({**dataclasses.asdict(SMALL), **options})
-
-
-def test_config_is_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        SMALL.dim = 3  # pyright: ignore[reportAttributeAccessIssue]

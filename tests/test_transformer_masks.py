@@ -1,4 +1,4 @@
-"""Padding as tokenizers mark it, and choices that are no choices."""
+"""Padding as tokenizers mark it, and masks that do not fit."""
 
 import dataclasses
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ffn.nn.attention import LayerCache
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.transformer import Transformer
+from tests.models import SMALL
 
-CONFIG = TransformerConfig(vocab_size=13, dim=16, num_layers=2, num_heads=4, hidden_dim=24, max_seq_len=12)
 TOKENS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
 REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
@@ -16,14 +16,14 @@ REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_integers_mark_padding_as_booleans_do(dtype: torch.dtype) -> None:
     for causal in (True, False):
-        model = Transformer(dataclasses.replace(CONFIG, causal=causal), dtype=torch.float64)
+        model = Transformer(dataclasses.replace(SMALL, causal=causal), dtype=torch.float64)
         want = model(TOKENS, attention_mask=REAL.bool())
         assert torch.equal(model(TOKENS, attention_mask=REAL.to(dtype)), want)
         torch.testing.assert_close(want[1:, :3], model(TOKENS[1:, :3]))
 
 
 def test_the_loss_takes_the_mask() -> None:
-    model = Transformer(dataclasses.replace(CONFIG, causal=False), dtype=torch.float64)
+    model = Transformer(dataclasses.replace(SMALL, causal=False), dtype=torch.float64)
     targets = torch.where(REAL.bool(), TOKENS, -100)
     together = model.loss(TOKENS, targets, attention_mask=REAL)
     alone = 5 * model.loss(TOKENS[:1], targets[:1]) + 3 * model.loss(TOKENS[1:, :3], targets[1:, :3])
@@ -31,7 +31,7 @@ def test_the_loss_takes_the_mask() -> None:
 
 
 def test_masks_that_do_not_fit() -> None:
-    model = Transformer(CONFIG)
+    model = Transformer(SMALL)
     for wrong in (REAL[:1], REAL[:, 1:], REAL[:, None]):
         with pytest.raises(ValueError, match=r"^attention_mask wants \(B, S\) = \(2, 5\), .*; got \(.*\)$"):
             model(TOKENS, attention_mask=wrong)
@@ -42,17 +42,3 @@ def test_masks_that_do_not_fit() -> None:
         model(TOKENS, cache=cache)
         with pytest.raises(ValueError, match=r"= \(2, 6\), the cached positions and these; got \(2, 5\)"):
             model(TOKENS[:, :1], cache=cache, attention_mask=REAL)
-
-
-@pytest.mark.parametrize(
-    ("field", "wrong", "choices"),
-    [
-        ("position", "rope", "rotary, learned, none"),
-        ("norm", "rms", "rmsnorm, layernorm"),
-        ("norm_position", "sandwich", "pre, post"),
-        ("save", "nothing", "preact, input"),
-    ],
-)
-def test_a_choice_that_is_none(field: str, wrong: str, choices: str) -> None:
-    with pytest.raises(ValueError, match=f"^{field}={wrong!r}: want one of {choices}$"):
-        dataclasses.replace(CONFIG, **{field: wrong})

@@ -1,0 +1,35 @@
+"""Small transformers of every kind, and tokens for them."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from ffn.transformer import Transformer, TransformerConfig
+
+F64 = torch.float64
+SMALL = TransformerConfig(vocab_size=13, dim=16, num_layers=2, num_heads=4, hidden_dim=24, max_seq_len=12)
+VARIANTS = {
+    "llama": {"num_kv_heads": 2},
+    "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True,
+             "attention_bias": True},
+    "post": {"norm_position": "post", "norm": "layernorm", "tie_embeddings": False},
+    "parallel": {"parallel": True, "head_dim": 6},
+    "qk_norm": {"qk_norm": True, "rope_base": 500.0, "rope_scaling": 2.0},
+    "encoder": {"causal": False, "position": "none"},
+}  # fmt: skip
+variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+
+
+def build(dtype: torch.dtype = F64, **options) -> Transformer:
+    """Large weights, so that nothing is hidden by being small."""
+    model = Transformer(dataclasses.replace(SMALL, **options), dtype=dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.3)
+    return model
+
+
+def tokens_of(*shape: int) -> Tensor:
+    return torch.randint(13, shape)
