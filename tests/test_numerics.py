@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ffn.activations import GATES, PLAIN, TABLE
 from ffn.ops import feed_forward
-from tests.ops.samples import F64, Arguments, draw, gradients, leaf
+from tests.ops.samples import F64, SAVES, Arguments, draw, gradients, leaf
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-SAVES = [{"save": "preact"}, {"save": "input"}, {"save": "input", "chunk_tokens": 3}]
 seeds = st.integers(0, 2**31)
 widths = st.integers(1, 12)
 

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from ffn import ops
 from ffn.activations import TABLE
 from ffn.nn import FeedForward
+from tests.ops.samples import F64, NAMES, SAVES
 
 # Warnings of torch 2.13 about itself: Inductor and forward-mode differentiation still script functions, and
 # Dynamo instantiates autograd contexts.
@@ -19,9 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning"),
 ]
-F64 = torch.float64
-NAMES = list(TABLE)
-SAVES = [{"save": "preact"}, {"save": "input"}, {"save": "input", "chunk_tokens": 3}]
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from ffn.activations import TABLE
 
 F64 = torch.float64
 NAMES = list(TABLE)
+SAVES = [{"save": "preact"}, {"save": "input"}, {"save": "input", "chunk_tokens": 3}]
 
 
 class Arguments(NamedTuple):
