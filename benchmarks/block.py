@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.report import arguments, publish
-from benchmarks.timing import measure, quartiles, saved_bytes, speedup
+from benchmarks.timing import comparison, measure, saved_bytes
 
 MODES = ("float32", "autocast", "bfloat16")  # autocast: float32 weights and input under bfloat16 autocast
 WORK = ("training", "inference")
@@ -140,10 +140,8 @@ def run_case(case: Case, work: str, names: list[str], rounds: int) -> list[dict]
     seconds = measure({n: work_of(m, case, x, dy, work) for n, m in modules.items()}, rounds=rounds)
     rows = []
     for name, module in modules.items():
-        low, median, high = quartiles(seconds[name])
         row = {"case": case.name, "tokens": case.tokens, "mode": case.mode, "dropout": case.dropout}
-        row |= {"work": work, "implementation": name, "ms": 1e3 * median, "iqr": 1e3 * (high - low)}
-        row |= dict(zip(("speedup", "low", "high"), speedup(seconds[names[0]], seconds[name]), strict=True))
+        row |= {"work": work, "implementation": name} | comparison(seconds[names[0]], seconds[name])
         if work == "training":
             row["saved_MB"] = saved_bytes(partial(forward_of, module, case, x), module) / 1e6
         rows.append(row | {"error": error_of(module, case, x, exact)})

@@ -47,6 +47,13 @@ def speedup(base: list[float], other: list[float], *, draws: int = 2000) -> tupl
     return statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
+def comparison(base: list[float], other: list[float]) -> dict[str, float]:
+    """What a row says of the seconds of `other`: their median and spread in ms, the speedup over `base`."""
+    first, median, third = quartiles(other)
+    ratio, low, high = speedup(base, other)
+    return {"ms": 1e3 * median, "iqr": 1e3 * (third - first), "speedup": ratio, "low": low, "high": high}
+
+
 def saved_bytes(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:
     """Bytes that autograd keeps for backward: each storage once, the parameters of the model left out."""
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}

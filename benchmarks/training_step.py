@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.baseline import GPT
 from benchmarks.report import arguments, publish
-from benchmarks.timing import measure, quartiles, saved_bytes, speedup
+from benchmarks.timing import comparison, measure, saved_bytes
 
 COLUMNS = ["shape", "batch", "mode", "dropout", "implementation", "parameters"]
 COLUMNS += ["ms", "iqr", "speedup", "low", "high", "saved_MB", "saved_ratio"]
@@ -100,11 +100,9 @@ def run_case(shape_name: str, dropout: float, mode: str, rounds: int) -> list[di
     kept = {name: saved_bytes(step.loss, step.model) for name, step in steps.items()}
     rows = []
     for name, step in steps.items():
-        low, median, high = quartiles(seconds[name])
         row = {"shape": shape_name, "batch": shape.batch, "mode": mode, "dropout": dropout}
         row |= {"implementation": name, "parameters": sum(p.numel() for p in step.model.parameters())}
-        row |= {"ms": 1e3 * median, "iqr": 1e3 * (high - low)}
-        row |= dict(zip(("speedup", "low", "high"), speedup(seconds["torch"], seconds[name]), strict=True))
+        row |= comparison(seconds["torch"], seconds[name])
         rows.append(row | {"saved_MB": kept[name] / 1e6, "saved_ratio": kept[name] / kept["torch"]})
     return rows
 

@@ -26,6 +26,8 @@ def test_a_speedup_is_the_median_of_the_rounds_ratios_inside_its_interval() -> N
     ratio, low, high = timing.speedup(base, other)
     assert ratio == statistics.median([2.0, 3.0, 2.0, 2.0])
     assert low <= ratio <= high
+    row = timing.comparison(base, other)
+    assert row == {"ms": 1500.0, "iqr": 3000.0, "speedup": ratio, "low": low, "high": high}
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:

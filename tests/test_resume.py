@@ -128,15 +128,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(name: str, tmp_pa
     assert outcome(Path(config.out)) == outcome(Path(whole.out))
 
 
-def test_without_a_good_checkpoint_nothing_is_begun_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", ["kept", "lost"])
+def test_without_a_good_checkpoint_nothing_is_begun_anew(tokens: str, tmp_path: Path) -> None:
     config = tiny.config(tmp_path)
     train(config, quiet)
     for state in Path(config.out).rglob("state.json"):
         state.write_text("{}")
+    train_bin = Path(config.out) / "data" / "train.bin"
+    if tokens == "lost":
+        train_bin.unlink()
     before = outcome(Path(config.out))
     with pytest.raises(ValueError, match=r"no checkpoint in .* is good; to start anew give another folder"):
         train(config, quiet)
     assert outcome(Path(config.out)) == before
+    assert train_bin.exists() == (tokens == "kept")
 
 
 def test_a_run_goes_on_with_the_tokens_it_began_with(tmp_path: Path) -> None:
@@ -159,17 +164,6 @@ def test_a_run_goes_on_with_the_tokens_it_began_with(tmp_path: Path) -> None:
     shutil.rmtree(Path(config.out) / "checkpoints" / "step-000012")
     train(config, quiet)
     assert outcome(Path(config.out)) == outcome(Path(whole.out))
-
-
-def test_without_tokens_and_without_a_good_checkpoint_nothing_is_made(tmp_path: Path) -> None:
-    config = tiny.config(tmp_path)
-    train(config, quiet)
-    for state in Path(config.out).rglob("state.json"):
-        state.write_text("{}")
-    (Path(config.out) / "data" / "train.bin").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is good; to start anew give another folder"):
-        train(config, quiet)
-    assert not (Path(config.out) / "data" / "train.bin").exists()
 
 
 def test_a_refused_checkpoint_is_not_called_the_last_good_one(tmp_path: Path, monkeypatch) -> None:
