@@ -93,7 +93,8 @@ class Activation:
     name: how users ask for it.
     formula: x -> (value, slope), both of x's shape; None for a callable that is not in the table.
     forward: torch's own x -> value; None where the formula serves.
-    backward: torch's own (dvalue, x, grad_input=where to write) -> grad of x, an ATen op; None as above.
+    backward: torch's own (dvalue, x, grad_input=where to write) -> grad of x; None as above. A named overload
+        of an ATen op spares the search for one at each call.
     gated: whether the block multiplies the value with a second product, up.
     """
 
@@ -122,19 +123,20 @@ _aten = torch.ops.aten
 
 PLAIN = [
     Activation("identity", identity, torch.clone, lambda dvalue, x, grad_input: dvalue),
-    Activation("relu", relu, F.relu, partial(_aten.threshold_backward, threshold=0)),
+    Activation("relu", relu, F.relu, partial(_aten.threshold_backward.grad_input, threshold=0)),
     Activation("leaky_relu", leaky_relu, F.leaky_relu,
-               partial(_aten.leaky_relu_backward, negative_slope=0.01, self_is_result=False)),
+               partial(_aten.leaky_relu_backward.grad_input, negative_slope=0.01, self_is_result=False)),
     Activation("relu2", relu2),
-    Activation("gelu", gelu, F.gelu, _aten.gelu_backward),
+    Activation("gelu", gelu, F.gelu, _aten.gelu_backward.grad_input),
     Activation("gelu_tanh", gelu_tanh, partial(F.gelu, approximate="tanh"),
-               partial(_aten.gelu_backward, approximate="tanh")),
+               partial(_aten.gelu_backward.grad_input, approximate="tanh")),
     Activation("quick_gelu", quick_gelu),
-    Activation("silu", silu, F.silu, _aten.silu_backward),
+    Activation("silu", silu, F.silu, _aten.silu_backward.grad_input),
     Activation("sigmoid", sigmoid, torch.sigmoid),
     Activation("tanh", tanh, torch.tanh),
-    Activation("mish", mish, F.mish, lambda dvalue, x, grad_input: _aten.mish_backward(dvalue, x)),
-    Activation("softplus", softplus, F.softplus, partial(_aten.softplus_backward, beta=1, threshold=20)),
+    Activation("mish", mish, F.mish, lambda dvalue, x, grad_input: _aten.mish_backward.default(dvalue, x)),
+    Activation("softplus", softplus, F.softplus,
+               partial(_aten.softplus_backward.grad_input, beta=1, threshold=20)),
 ]  # fmt: skip
 GATES = {"glu": "sigmoid", "bilinear": "identity", "reglu": "relu", "geglu": "gelu",
          "geglu_tanh": "gelu_tanh", "swiglu": "silu"}  # fmt: skip

@@ -194,6 +194,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     print(f"device       {device} ({why})")
     print(f"precision    {precision} ({why_precision})")
     for dtype in (torch.float32, torch.bfloat16):
-        choice = choose("auto", torch.empty(0, dtype=dtype, device=device))
+        choice = choose("auto", device, dtype)
         print(f"feed-forward {choice.backend} in {str(dtype)[6:]} ({choice.reason})")
     return 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn.nn.attention import LayerCache
-from ffn.nn.feed_forward import is_plain
+from ffn.nn.feed_forward import plain_parameters
 from ffn.nn.head import Head
 from ffn.ops.packed import pack_linear
 from ffn.transformer import Transformer
@@ -232,8 +232,9 @@ def _decoding(model: Transformer):
 def _products(model: Transformer) -> Iterator[tuple[nn.Module, Tensor, Tensor | None]]:
     """What a token is multiplied with: (module, weight, bias) of every plain linear, and of the head."""
     for module in model.blocks.modules():
-        if isinstance(module, nn.Linear) and is_plain(module):
-            yield module, module.weight, module.bias
+        found = plain_parameters(module)
+        if found is not None:
+            yield module, *found
     head = model.head
     if type(head) is Head and "forward" not in head.__dict__ and not head._forward_hooks:
         yield head, model.embedding.weight if head.weight is None else head.weight, None

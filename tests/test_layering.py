@@ -16,6 +16,7 @@ LAYERS = [
     ["ffn.activations", "ffn.config", "ffn.atomic", "ffn.device", "ffn.ops.library"],
     ["ffn.ops.dropout"],
     ["ffn.ops.reference", "ffn.ops.eager"],
+    ["ffn.ops.traced"],
     ["ffn.ops.dispatch"],
     ["ffn.ops.feed_forward", "ffn.ops.packed", "ffn.ops.attention"],
     ["ffn.ops"],

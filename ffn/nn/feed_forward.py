@@ -24,6 +24,7 @@ def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
     return -(-8 * dim // (3 * multiple_of)) * multiple_of
 
 
+_CHILDREN = ("up_proj", "down_proj", "gate_proj")  # as the op takes them
 _LINEAR_FORWARD = nn.Linear.forward  # as it was at import: a patch of the class must take effect too
 
 
@@ -113,20 +114,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
-        if self._reason_to_call_children(x) is None:
-            y = self._fused(x, p)
-        else:
+        weights = self._weights_or_reason(x)
+        if isinstance(weights, str):
             y = self._through_children(x, p)
+        else:
+            y = ops.feed_forward(
+                x, *weights, activation=self.activation, dropout=p,
+                save=self.save, chunk_tokens=self.chunk_tokens, backend=self.backend,
+            )  # fmt: skip
         return ops.dropout(y, self.out_dropout) if self.training and self.out_dropout else y
-
-    def _fused(self, x: Tensor, p: float) -> Tensor:
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return ops.feed_forward(
-            x, up.weight, down.weight, None if gate is None else gate.weight,
-            up.bias, down.bias, None if gate is None else gate.bias,
-            activation=self.activation, dropout=p, save=self.save, chunk_tokens=self.chunk_tokens,
-            backend=self.backend,
-        )  # fmt: skip
 
     def _through_children(self, x: Tensor, p: float) -> Tensor:
         act = activations.TABLE[self.activation] if self.act is None else self.act
@@ -137,26 +133,34 @@ class FeedForward(nn.Module):
     def _linears(self) -> list[nn.Linear]:
         return [linear for linear in (self.gate_proj, self.up_proj, self.down_proj) if linear is not None]
 
-    def _reason_to_call_children(self, x: Tensor) -> str | None:
-        """Asked at each call, since an adapter, hook or quantized weight may have arrived since the last."""
+    def _weights_or_reason(self, x: Tensor) -> tuple | str:
+        """What the op takes beside x or, where the children must be called, why.
+
+        Asked at each call, since an adapter, hook or quantized weight may have arrived since the last.
+        """
         if self.act is not None:
             return f"{self.activation} is not in the table of activations"
-        if type(x) not in (Tensor, nn.Parameter):
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}"
         if has_global_hooks():
             return "a hook is registered for all modules"
-        for linear in self._linears():
-            if not is_plain(linear):
+        weights, biases = [], []
+        for name in _CHILDREN:
+            linear = self._modules.get(name)
+            found = (None, None) if linear is None else plain_parameters(linear)
+            if found is None:
                 return f"{linear} is replaced, hooked, parametrized, or its weight is no plain parameter"
-        return None
+            weights.append(found[0])
+            biases.append(found[1])
+        return *weights, *biases
 
     def explain(self, x: Tensor) -> str:
         """One line: which path and backend x would take, why, and what a token keeps for backward."""
-        reason = self._reason_to_call_children(x)
-        if reason is not None:
-            return f"children: {reason}"
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
-        choice = dispatch.choose(self.backend, x)
+        weights = self._weights_or_reason(x)
+        if isinstance(weights, str):
+            return f"children: {weights}"
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+        choice = dispatch.choose(self.backend, x.device, dtype)
         if choice.backend == "reference":
             return f"reference: {choice.reason}"
         kept = len(self._linears()) - 1 if self.save == "preact" else 0
@@ -177,17 +181,18 @@ class FeedForward(nn.Module):
         return ", ".join(parts + [f"{key}={value}" for key, value in given.items() if value != usual[key]])
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether calling this Linear does nothing but F.linear with two plain parameters."""
+def plain_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) if calling this Linear does nothing but F.linear with these two plain parameters."""
     if type(linear) is not nn.Linear:
-        return False
+        return None
     forward = linear.forward  # torch.compile watches the attribute, and not __dict__, for a later change
     if type(forward) is not MethodType or forward.__func__ is not _LINEAR_FORWARD:
-        return False
-    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    return (
-        type(weight) is nn.Parameter
-        and (bias is None or type(bias) is nn.Parameter)
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not (linear._backward_hooks or linear._backward_pre_hooks)
-    )
+        return None
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    if linear._backward_hooks or linear._backward_pre_hooks:
+        return None
+    weight, bias = map(linear._parameters.get, ("weight", "bias"))
+    if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
+        return None
+    return weight, bias

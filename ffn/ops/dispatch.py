@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ffn.ops import eager, traced
+
 BACKENDS = ("auto", "eager", "reference")
+MODULES = {"eager": eager, "traced": traced}  # whose functions the rule calls
 
 
 @dataclass(frozen=True)
@@ -79,28 +82,20 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r}: no such backend; choose one of {', '.join(BACKENDS)}")
 
 
-@cache
-def _choose(backend: str, device: str, dtype: torch.dtype) -> Choice:
-    check_backend(backend)
-    if backend == "reference":
-        return Choice("reference", "asked for by name: the textbook, with plain autograd")
-    reason = "asked for by name" if backend == "eager" else f"torch ops serve {device} {str(dtype)[6:]}"
-    if device == "cpu" and dtype == torch.float32 and float32_faster_in_onednn():
-        return Choice("eager", f"{reason}, products in oneDNN, faster than MKL on this processor", True, True)
-    if device == "cpu" and dtype == torch.bfloat16 and bfloat16_in_onednn():
-        return Choice("eager", f"{reason}, products in oneDNN", True)
-    return Choice("eager", reason)
-
-
-_COMPILED = {name: Choice("reference" if name == "reference" else "eager", "compiled") for name in BACKENDS}
-
-
-def choose(backend: str, x: Tensor) -> Choice:
-    """The backend for an input.
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend for inputs of that device and dtype.
 
     Raises:
         ValueError: no backend of that name.
     """
-    if torch.compiler.is_compiling():  # the compiler owns the products
-        return _COMPILED[backend]
-    return _choose(backend, x.device.type, x.dtype)
+    check_backend(backend)
+    if backend == "reference":
+        return Choice("reference", "asked for by name: the textbook, with plain autograd")
+    if torch.compiler.is_compiling():
+        return Choice("traced", "compiled: the compiler owns the products")
+    reason = "asked for by name" if backend == "eager" else f"torch ops serve {device.type} {str(dtype)[6:]}"
+    if device.type == "cpu" and dtype == torch.float32 and float32_faster_in_onednn():
+        return Choice("eager", f"{reason}, products in oneDNN, faster than MKL on this processor", True, True)
+    if device.type == "cpu" and dtype == torch.bfloat16 and bfloat16_in_onednn():
+        return Choice("eager", f"{reason}, products in oneDNN", True)
+    return Choice("eager", reason)

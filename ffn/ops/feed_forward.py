@@ -7,7 +7,7 @@ preactivations, the dropout mask a function of a seed. With h = act(pre) of widt
     dpre  = dh * act'(pre)     dup   = dpre^T x         dx = dpre up
 """
 
-from contextlib import nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,20 +16,20 @@ from torch.nn import functional as F
 
 from ffn import activations
 from ffn.activations import Activation
-from ffn.ops import dispatch, eager, library, reference
+from ffn.ops import dispatch, library, reference
 from ffn.ops.dropout import check_probability, draw_seed, noise
+from ffn.ops.eager import float32_in_onednn
 
 SAVES = ("preact", "input")
 
 
-class Plan(NamedTuple):
-    """What the rule must know besides tensors."""
+class Options(NamedTuple):
+    """What the rule must know besides tensors and backend."""
 
     activation: str
     p: float
     save: str
     chunk_tokens: int | None
-    choice: dispatch.Choice
 
 
 def feed_forward(
@@ -68,34 +68,46 @@ def feed_forward(
 
     Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
     """
-    row = activations.resolve(activation)
-    check_options(row, dropout, save, chunk_tokens, backend)
     weights = (up, down, gate, up_bias, down_bias, gate_bias)
     if autocasts(x):  # the weights too, when x comes from another layer and has been cast already
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in weights)
+    known = type(activation) is str and not torch.compiler.is_compiling()
+    options = activation, dropout, save, chunk_tokens, backend
+    row, options, choice = (_known if known else _checked)(*options, x.device, x.dtype)
     if not _fits(row, x, *weights):
         _explain_misfit(row, x, *weights)
-    choice = dispatch.choose(backend, x)
     if choice.backend == "reference" or row.formula is None or library.needs_textbook():
         hidden = (*x.shape[:-1], up.shape[0])
         factors = F.dropout(x.new_ones(hidden), dropout) if dropout > 0.0 else None
         return _textbook(row, factors, x, *weights)
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    flat = x.ndim == 2
+    rows = x if flat else x.reshape(-1, x.shape[-1])
     seed = draw_seed(x.device) if dropout > 0.0 else None
-    plan = Plan(row.name, dropout, save, chunk_tokens, choice)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
-        y = FeedForwardRule.apply(rows, seed, *weights, plan)
+    if torch.is_grad_enabled():
+        y = FeedForwardRule.apply(rows, seed, *weights, options, choice)
     else:
-        y, _, _ = _forward(plan, rows, seed, *weights)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], down.shape[0])
+        forward = _forward if chunk_tokens is None else _forward_by_chunks
+        y, _, _ = forward(options, choice, rows, seed, weights)
+    return y if flat else y.view(*x.shape[:-1], down.shape[0])
+
+
+def _checked(activation, p, save, chunk_tokens, backend, device, dtype):
+    row = activations.resolve(activation)
+    check_options(row, p, save, chunk_tokens, backend)
+    return row, Options(row.name, p, save, chunk_tokens), dispatch.choose(backend, device, dtype)
+
+
+_known = cache(_checked)  # the same options are checked once
 
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on and casts x: torch leaves float64, integers and meta alone, and so do we."""
-    if x.is_meta or x.dtype == torch.float64 or not x.is_floating_point():
-        return False
-    return torch.is_autocast_enabled(x.device.type)
+    if x.is_cpu:
+        on = torch.is_autocast_enabled("cpu")
+    else:
+        on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return on and x.dtype != torch.float64 and x.is_floating_point()
 
 
 def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None, backend: str) -> None:
@@ -115,19 +127,17 @@ def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None
 
 def _fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> bool:
     """Whether shapes, dtypes and devices go together; asked at each call, so it is quick."""
-    if up.ndim != 2 or down.ndim != 2 or x.ndim == 0 or row.gated != (gate is not None):
+    shape, out_shape, in_shape = up.shape, down.shape, x.shape
+    if len(shape) != 2 or len(out_shape) != 2 or not in_shape or row.gated != (gate is not None):
         return False
-    H, D = up.shape
-    if x.shape[-1] != D or down.shape[1] != H or not x.is_floating_point():
+    H, D = shape
+    if in_shape[-1] != D or out_shape[1] != H:
         return False
-    if gate is not None and gate.shape != up.shape:
-        return False
-    for bias, width in ((up_bias, H), (down_bias, down.shape[0]), (gate_bias, H)):
-        if bias is not None and (bias.ndim != 1 or bias.shape[0] != width):
-            return False
     dtype, device = x.dtype, x.device
-    given = (up, down, gate, up_bias, down_bias, gate_bias)
-    return all(t is None or (t.dtype == dtype and t.device == device) for t in given)
+    for t, want in ((gate, shape), (up_bias, (H,)), (down_bias, out_shape[:1]), (gate_bias, (H,))):
+        if t is not None and (t.shape != want or t.dtype != dtype or t.device != device):
+            return False
+    return up.dtype == down.dtype == dtype and up.device == down.device == device and x.is_floating_point()
 
 
 def _explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias):
@@ -163,41 +173,40 @@ def _textbook(row, factors, x, up, down, gate, up_bias, down_bias, gate_bias) ->
     return reference.feed_forward(x, *weights, activation=row, noise=factors)
 
 
-def _products(plan: Plan):
-    return eager.float32_in_onednn() if plan.choice.float32_in_onednn else nullcontext()
-
-
-def _chunks(plan: Plan, tokens: int) -> list[slice]:
-    if plan.chunk_tokens is None:
-        return [slice(0, tokens)]
-    step = plan.chunk_tokens
+def _chunks(tokens: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, tokens)) for i in range(0, max(tokens, 1), step)]
 
 
-def _forward(plan: Plan, x, seed, up, down, gate, up_bias, down_bias, gate_bias):
-    """(y, pre, pre_gate); the preactivations are those of the last chunk, the only one unless chunked."""
-    row = activations.TABLE[plan.activation]
-    ys, pre, pre_gate = [], None, None
-    chunks = _chunks(plan, x.shape[0])
-    for rows in chunks:
-        pre, pre_gate = eager.linear_pre(
-            x[rows] if len(chunks) > 1 else x, up, up_bias, gate, gate_bias, plan.choice.onednn
-        )
-        h = eager.activate(pre, pre_gate, row, seed, plan.p, rows.start)
-        ys.append(eager.linear(h, down, down_bias, plan.choice.onednn))
-    return (ys[0] if len(ys) == 1 else torch.cat(ys)), pre, pre_gate
+def _forward(options, choice, x, seed, weights, row_start: int = 0):
+    """(y, pre, pre_gate) of tokens x (N, D), which begin at row_start of the dropout mask."""
+    up, down, gate, up_bias, down_bias, gate_bias = weights
+    backend, row = dispatch.MODULES[choice.backend], activations.TABLE[options.activation]
+    pre, pre_gate = backend.linear_pre(x, up, up_bias, gate, gate_bias, choice.onednn)
+    h = backend.activate(pre, pre_gate, row, seed, options.p, row_start)
+    return backend.linear(h, down, down_bias, choice.onednn), pre, pre_gate
+
+
+def _forward_by_chunks(options, choice, x, seed, weights):
+    """(y, None, None), a chunk of tokens at a time."""
+    ys = []
+    for rows in _chunks(x.shape[0], options.chunk_tokens):
+        y, _, _ = _forward(options, choice, x[rows], seed, weights, rows.start)
+        ys.append(y)
+    return torch.cat(ys), None, None
 
 
 class FeedForwardRule(torch.autograd.Function):
     """The rule over tokens x (N, D); `feed_forward` explains the rest."""
 
     @staticmethod
-    def forward(ctx, x, seed, up, down, gate, up_bias, down_bias, gate_bias, plan: Plan):
-        y, pre, pre_gate = _forward(plan, x, seed, up, down, gate, up_bias, down_bias, gate_bias)
-        if plan.save == "input":
+    def forward(ctx, x, seed, up, down, gate, up_bias, down_bias, gate_bias, options, choice):
+        ctx.options, ctx.choice = options, choice
+        weights = (up, down, gate, up_bias, down_bias, gate_bias)
+        forward = _forward if options.chunk_tokens is None else _forward_by_chunks
+        y, pre, pre_gate = forward(options, choice, x, seed, weights)
+        if options.save == "input":
             pre = pre_gate = None
-        ctx.save_for_backward(x, seed, up, down, gate, up_bias, down_bias, gate_bias, pre, pre_gate)
-        ctx.plan = plan
+        ctx.save_for_backward(x, seed, *weights, pre, pre_gate)
         return y
 
     @staticmethod
@@ -210,74 +219,76 @@ class FeedForwardRule(torch.autograd.Function):
 
 
 def _gradients(ctx, dy):
-    """The gradients of (x, seed, *weights, plan), by the rule or, where that will not do, by the textbook."""
-    x, seed, up, down, gate, up_bias, down_bias, gate_bias, pre, pre_gate = ctx.saved_tensors
-    weights = (up, down, gate, up_bias, down_bias, gate_bias)
-    create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if create_graph or library.is_batched(dy):
-        return _differentiable_backward(ctx, dy, x, seed, weights, create_graph)
-    with _products(ctx.plan):
-        return _backward(ctx.plan, ctx.needs_input_grad, dy, x, seed, weights, pre, pre_gate)
+    """What backward returns: by the rule or, where that will not do, by the textbook."""
+    x, seed, *weights, pre, pre_gate = ctx.saved_tensors
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or library.is_batched(dy)):
+        return *_differentiable_backward(ctx, dy, x, seed, weights), None, None
+    options, choice = ctx.options, ctx.choice
+    backward = _backward if options.chunk_tokens is None else _backward_by_chunks
+    arguments = options, choice, ctx.needs_input_grad, dy, x, seed, weights, pre, pre_gate
+    if not choice.float32_in_onednn:
+        return *backward(*arguments), None, None
+    with float32_in_onednn():
+        return *backward(*arguments), None, None
 
 
-def _backward(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate):
-    """The gradients of (x, seed, *weights, plan), in chunks of tokens where the plan says so."""
-    chunks = _chunks(plan, x.shape[0])
-    if len(chunks) == 1:
-        dx, *dweights = _backward_chunk(plan, needs, dy, x, seed, weights, pre, pre_gate, 0)
-        return dx, None, *dweights, None
+def _backward_by_chunks(options, choice, needs, dy, x, seed, weights, pre, pre_gate):
+    """What `_backward` gives, a chunk of tokens at a time; no preactivations were kept."""
+    assert pre is None
+    assert pre_gate is None
     dx = torch.empty_like(x) if needs[0] else None
-    wide = torch.promote_types(x.dtype, torch.float32)  # many half-precision parts are summed in float32
+    wide = torch.float32 if x.dtype.itemsize == 2 else torch.float64  # however many the parts, one rounding
     sums: list[Tensor | None] = [None] * len(weights)
-    for rows in chunks:
-        dx_c, *parts = _backward_chunk(plan, needs, dy[rows], x[rows], seed, weights, None, None, rows.start)
+    for rows in _chunks(x.shape[0], options.chunk_tokens):
+        dx_c, _, *parts = _backward(
+            options, choice, needs, dy[rows], x[rows], seed, weights, None, None, rows.start
+        )
         if dx is not None and dx_c is not None:
             dx[rows] = dx_c
         for k, (total, part) in enumerate(zip(sums, parts, strict=True)):
             if part is not None:
                 sums[k] = part.to(wide) if total is None else total.add_(part)
-    return dx, None, *(None if total is None else total.to(x.dtype) for total in sums), None
+    return dx, None, *(None if total is None else total.to(x.dtype) for total in sums)
 
 
-def _backward_chunk(plan: Plan, needs, dy, x, seed, weights, pre, pre_gate, row_start: int):
-    """The gradients of (x, *weights) that are asked for, over tokens x (N, D)."""
+def _backward(options, choice, needs, dy, x, seed, weights, pre, pre_gate, row_start: int = 0):
+    """The gradients of (x, seed, *weights) that are asked for, over tokens x (N, D)."""
     up, down, gate, up_bias, _, gate_bias = weights
-    need_x, _, need_up, need_down, need_gate, need_up_bias, need_down_bias, need_gate_bias, _ = needs
-    row = activations.TABLE[plan.activation]
+    need_x, _, need_up, need_down, need_gate, need_up_bias, need_down_bias, need_gate_bias, _, _ = needs
+    backend, row = dispatch.MODULES[choice.backend], activations.TABLE[options.activation]
     dx = dup = ddown = dgate = dup_bias = dgate_bias = None
     into_hidden = need_x or need_up or need_gate or need_up_bias or need_gate_bias
-    if plan.save == "input" and (into_hidden or need_down):
-        x = eager.after(x, dy)
-        pre, pre_gate = eager.linear_pre(x, up, up_bias, gate, gate_bias, plan.choice.onednn)
+    if options.save == "input" and (into_hidden or need_down):
+        pre, pre_gate = backend.linear_pre(x, up, up_bias, gate, gate_bias, choice.onednn, after=dy)
     if into_hidden:
-        dpre, dpre_gate, ddown = eager.linear_dact(
-            dy, down, pre, pre_gate, row, seed, plan.p, row_start, need_down
-        )  # fmt: skip
-        dx = dpre @ up if need_x else None
-        dup = dpre.t() @ x if need_up else None
+        dpre, dpre_gate, ddown = backend.linear_dact(
+            dy, down, pre, pre_gate, row, seed, options.p, row_start, need_down
+        )
         dup_bias = dpre.sum(0) if need_up_bias else None
+        dup = dpre.t() @ x if need_up else None
+        dx = dpre @ up if need_x else None
         if dpre_gate is not None:
             dx = dx.addmm_(dpre_gate, gate) if dx is not None else None
             dgate = dpre_gate.t() @ x if need_gate else None
             dgate_bias = dpre_gate.sum(0) if need_gate_bias else None
     elif need_down:
-        ddown = dy.t() @ eager.activate(pre, pre_gate, row, seed, plan.p, row_start)
+        ddown = dy.t() @ backend.activate(pre, pre_gate, row, seed, options.p, row_start)
     ddown_bias = dy.sum(0) if need_down_bias else None
-    return dx, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias
+    return dx, None, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias
 
 
-def _differentiable_backward(ctx, dy, x, seed, weights, create_graph: bool):
+def _differentiable_backward(ctx, dy, x, seed, weights):
     """The same gradients through the textbook: they can be differentiated, and taken for many dy at once."""
-    plan = ctx.plan
-    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-1])
+    options, create_graph = ctx.options, torch.is_grad_enabled()
+    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-2])
     with torch.enable_grad():
         inputs = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how they arose
         rows, up = inputs[:2]
         assert rows is not None
         assert up is not None
-        factors = None if seed is None else noise(seed, rows.shape[0], up.shape[0], plan.p, rows.dtype)
-        y = _textbook(activations.TABLE[plan.activation], factors, *inputs)
+        factors = None if seed is None else noise(seed, rows.shape[0], up.shape[0], options.p, rows.dtype)
+        y = _textbook(activations.TABLE[options.activation], factors, *inputs)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     dx, *dweights = (next(found) if need else None for need in needs)
-    return dx, None, *dweights, None
+    return dx, None, *dweights

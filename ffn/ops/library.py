@@ -20,17 +20,18 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"ffn::{name}", fake, lib=_library)
 
 
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def needs_textbook() -> bool:
     """Whether torch.func, forward-mode differentiation or torch.export want to see plain torch ops."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0:
+    if _functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0:
         return True
     return torch.compiler.is_exporting()
 
 
 def is_batched(x: torch.Tensor) -> bool:
     """Whether x stands for many tensors at once, as the gradients of a vectorised backward do."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if torch.compiler.is_compiling():
         return False
-    return functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
+    return _functorch.is_legacy_batchedtensor(x) or _functorch.is_batchedtensor(x)

@@ -11,8 +11,8 @@ CACHED = [
     dispatch._has_onednn_linear,
     dispatch.float32_faster_in_onednn,
     dispatch.bfloat16_in_onednn,
-    dispatch._choose,
 ]
+CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -31,7 +31,7 @@ def test_names() -> None:
     assert dispatch.BACKENDS == ("auto", "eager", "reference")
     for name in dispatch.BACKENDS:
         check_backend(name)
-    for ask in (check_backend, lambda name: choose(name, torch.ones(1))):
+    for ask in (check_backend, lambda name: choose(name, CPU, torch.float32)):
         with pytest.raises(
             ValueError, match=r"^backend='triton': no such backend; choose one of auto, eager, "
         ):
@@ -40,14 +40,13 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_who_is_chosen_and_why(dtype: torch.dtype) -> None:
-    x = torch.ones(1, dtype=dtype)
-    auto, eager = choose("auto", x), choose("eager", x)
+    auto, eager = choose("auto", CPU, dtype), choose("eager", CPU, dtype)
     assert auto.backend == eager.backend == "eager"
     assert auto.reason.startswith(f"torch ops serve cpu {str(dtype)[6:]}")
     assert eager.reason.startswith("asked for by name")
     assert (auto.onednn, auto.float32_in_onednn) == (eager.onednn, eager.float32_in_onednn)
     assert ("oneDNN" in auto.reason) == auto.onednn
-    reference = choose("reference", x)
+    reference = choose("reference", CPU, dtype)
     assert reference == Choice("reference", "asked for by name: the textbook, with plain autograd")
     if dtype in (torch.float64, torch.float16):
         assert not auto.onednn
@@ -55,13 +54,14 @@ def test_who_is_chosen_and_why(dtype: torch.dtype) -> None:
 
 def test_only_float32_products_change_their_library_wholesale() -> None:
     for dtype in DTYPES:
-        choice = choose("auto", torch.ones(1, dtype=dtype))
+        choice = choose("auto", CPU, dtype)
         assert not choice.float32_in_onednn or dtype == torch.float32
         assert not choice.float32_in_onednn or dispatch.float32_faster_in_onednn()
 
 
 def test_meta_tensors_are_served_by_torch() -> None:
-    assert choose("auto", torch.ones(1, device="meta")) == Choice("eager", "torch ops serve meta float32")
+    choice = choose("auto", torch.device("meta"), torch.float32)
+    assert choice == Choice("eager", "torch ops serve meta float32")
 
 
 @pytest.mark.usefixtures("_asked_anew")
@@ -84,10 +84,10 @@ def test_float32_goes_to_onednn_only_where_it_stays_float32(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert dispatch.float32_faster_in_onednn() == faster
-    choice = choose("auto", torch.ones(1))
+    choice = choose("auto", CPU, torch.float32)
     assert (choice.onednn, choice.float32_in_onednn) == (faster, faster)
     if not onednn:
-        assert not choose("auto", torch.ones(1, dtype=torch.bfloat16)).onednn
+        assert not choose("auto", CPU, torch.bfloat16).onednn
 
 
 @pytest.mark.usefixtures("_asked_anew")
@@ -98,7 +98,7 @@ def test_a_build_without_the_private_op_is_no_error(monkeypatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", Empty())
     assert dispatch._has_onednn_linear() is False
     for dtype in DTYPES:
-        assert not choose("auto", torch.ones(1, dtype=dtype)).onednn
+        assert not choose("auto", CPU, dtype).onednn
 
 
 def test_while_compiling_the_compiler_owns_the_products() -> None:
@@ -106,11 +106,11 @@ def test_while_compiling_the_compiler_owns_the_products() -> None:
 
     @torch.compile(backend="eager", fullgraph=True)
     def compiled(x: torch.Tensor) -> torch.Tensor:
-        choice = choose("auto", x)
+        choice = choose("auto", x.device, x.dtype)
         seen.append((choice.backend, choice.reason, choice.onednn, choice.float32_in_onednn))
         return x + 1
 
     compiled(torch.ones(3))
-    assert seen == [("eager", "compiled", False, False)]
+    assert seen == [("traced", "compiled: the compiler owns the products", False, False)]
     with pytest.raises(ValueError, match="backend='triton'"):
-        choose("triton", torch.ones(3))
+        choose("triton", CPU, torch.float32)

@@ -1,5 +1,7 @@
 """The backend in torch ops, piece by piece; and that the oneDNN route changes speed, not numbers."""
 
+import sys
+
 import pytest
 import torch
 
@@ -17,12 +19,20 @@ SEED = torch.tensor([11])
 WIDE = {"shape": (64,), "widths": (128, 640, 512), "dtype": torch.float32}  # above eager._WORTH_ONEDNN
 
 
+def force(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
+    """Make this the choice for whatever comes, and forget choices that are remembered."""
+    rule = sys.modules["ffn.ops.feed_forward"]
+    monkeypatch.setattr(dispatch, "choose", lambda backend, device, dtype: choice)
+    monkeypatch.setattr(rule, "_known", rule._checked)
+
+
 def factors(pre: torch.Tensor, row_start: int) -> torch.Tensor:
     return noise(SEED, *pre.shape, 0.4, F64, row_start)
 
 
+@pytest.mark.parametrize("backend", dispatch.MODULES.values(), ids=dispatch.MODULES)
 @pytest.mark.parametrize("name", NAMES)
-def test_activate_and_back(name: str) -> None:
+def test_activate_and_back(name: str, backend) -> None:
     row = TABLE[name]
     pre, pre_gate = torch.randn(5, 8, dtype=F64), torch.randn(5, 8, dtype=F64) if row.gated else None
     dy, down = torch.randn(5, 3, dtype=F64), torch.randn(3, 8, dtype=F64)
@@ -34,17 +44,12 @@ def test_activate_and_back(name: str) -> None:
         if pre_gate is not None:
             h, dpre, dpre_gate = h * pre, dh * value, dh * pre * slope
         kept = [t.clone() for t in (pre, dy, down)]
-        torch.testing.assert_close(eager.activate(pre, pre_gate, row, seed, 0.4, row_start), h)
-        found = eager.linear_dact(dy, down, pre, pre_gate, row, seed, 0.4, row_start, True)
-        torch.testing.assert_close(found, (dpre, dpre_gate, dy.t() @ h))
-        found = eager.linear_dact(dy, down, pre, pre_gate, row, seed, 0.4, row_start, False)
-        torch.testing.assert_close(found, (dpre, dpre_gate, None))
+        rest = row, seed, 0.4, row_start
+        torch.testing.assert_close(backend.activate(pre, pre_gate, *rest), h)
+        for need_down, ddown in ((True, dy.t() @ h), (False, None)):
+            found = backend.linear_dact(dy, down, pre, pre_gate, *rest, need_down)
+            torch.testing.assert_close(found, (dpre, dpre_gate, ddown))
         assert all(torch.equal(a, b) for a, b in zip(kept, (pre, dy, down), strict=True))
-        # The ops that the compiler sees say the same.
-        torch.testing.assert_close(torch.ops.ffn.activate(pre, pre_gate, seed, name, 0.4, row_start), h)
-        back = torch.ops.ffn.dactivate(dy @ down, pre, pre_gate, seed, name, 0.4, row_start)
-        nothing = torch.empty(0, dtype=F64)
-        torch.testing.assert_close(back, (dpre, nothing if dpre_gate is None else dpre_gate, h))
 
 
 @needs_onednn
@@ -74,7 +79,7 @@ def test_the_float32_route_changes_nothing_but_rounding(monkeypatch, name: str, 
     results = []
     for onednn in (True, False):
         choice = Choice("eager", "", onednn, onednn)
-        monkeypatch.setattr(dispatch, "choose", lambda backend, x, c=choice: c)
+        force(monkeypatch, choice)
         torch.manual_seed(0)
         y = feed_forward(*arguments, activation=name, dropout=0.1, save=save)
         results.append([y, *gradients(y, arguments, dy)])
@@ -96,7 +101,7 @@ def precision(request):
 def test_the_setting_is_put_back_even_when_backward_raises(monkeypatch, precision: str) -> None:
     matmul = torch.backends.mkldnn.matmul
     choice = Choice("eager", "", onednn=False, float32_in_onednn=True)
-    monkeypatch.setattr(dispatch, "choose", lambda backend, x: choice)
+    force(monkeypatch, choice)
     arguments = draw("gelu", dtype=torch.float32)
     inside = []
     real = eager.linear_dact
