@@ -10,7 +10,7 @@ from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
 from ffn.ops import dispatch
 from ffn.ops.dropout import check_probability
-from ffn.ops.feed_forward import autocasts, check_options
+from ffn.ops.feed_forward import autocasts, check_options, run
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
@@ -24,7 +24,6 @@ def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
     return -(-8 * dim // (3 * multiple_of)) * multiple_of
 
 
-_CHILDREN = ("up_proj", "down_proj", "gate_proj")  # as the op takes them
 _LINEAR_FORWARD = nn.Linear.forward  # as it was at import: a patch of the class must take effect too
 
 
@@ -118,10 +117,7 @@ class FeedForward(nn.Module):
         if isinstance(weights, str):
             y = self._through_children(x, p)
         else:
-            y = ops.feed_forward(
-                x, *weights, activation=self.activation, dropout=p,
-                save=self.save, chunk_tokens=self.chunk_tokens, backend=self.backend,
-            )  # fmt: skip
+            y = run(x, weights, self.activation, p, self.save, self.chunk_tokens, self.backend)
         return ops.dropout(y, self.out_dropout) if self.training and self.out_dropout else y
 
     def _through_children(self, x: Tensor, p: float) -> Tensor:
@@ -144,15 +140,12 @@ class FeedForward(nn.Module):
             return f"the input is a {type(x).__name__}"
         if has_global_hooks():
             return "a hook is registered for all modules"
-        weights, biases = [], []
-        for name in _CHILDREN:
-            linear = self._modules.get(name)
-            found = (None, None) if linear is None else plain_parameters(linear)
-            if found is None:
-                return f"{linear} is replaced, hooked, parametrized, or its weight is no plain parameter"
-            weights.append(found[0])
-            biases.append(found[1])
-        return *weights, *biases
+        children = self._modules
+        up, down = plain_parameters(children["up_proj"]), plain_parameters(children["down_proj"])
+        gate = plain_parameters(children["gate_proj"]) if "gate_proj" in children else (None, None)
+        if up is None or down is None or gate is None:
+            return "a child is replaced, hooked or parametrized, or its weight is no plain parameter"
+        return up[0], down[0], gate[0], up[1], down[1], gate[1]
 
     def explain(self, x: Tensor) -> str:
         """One line: which path and backend x would take, why, and what a token keeps for backward."""

@@ -69,16 +69,22 @@ def feed_forward(
     Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
     """
     weights = (up, down, gate, up_bias, down_bias, gate_bias)
+    return run(x, weights, activation, dropout, save, chunk_tokens, backend)
+
+
+def run(x: Tensor, weights: tuple, activation, dropout, save, chunk_tokens, backend) -> Tensor:
+    """`feed_forward`, its weights given as (up, down, gate, up_bias, down_bias, gate_bias)."""
     if autocasts(x):  # the weights too, when x comes from another layer and has been cast already
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in weights)
+        x, weights = x.to(dtype), tuple([None if t is None else t.to(dtype) for t in weights])
     known = type(activation) is str and not torch.compiler.is_compiling()
-    options = activation, dropout, save, chunk_tokens, backend
-    row, options, choice = (_known if known else _checked)(*options, x.device, x.dtype)
+    row, options, choice = (_known if known else _checked)(
+        activation, dropout, save, chunk_tokens, backend, x.device, x.dtype
+    )
     if not _fits(row, x, *weights):
         _explain_misfit(row, x, *weights)
     if choice.backend == "reference" or row.formula is None or library.needs_textbook():
-        hidden = (*x.shape[:-1], up.shape[0])
+        hidden = (*x.shape[:-1], weights[0].shape[0])
         factors = F.dropout(x.new_ones(hidden), dropout) if dropout > 0.0 else None
         return _textbook(row, factors, x, *weights)
     flat = x.ndim == 2
@@ -89,7 +95,7 @@ def feed_forward(
     else:
         forward = _forward if chunk_tokens is None else _forward_by_chunks
         y, _, _ = forward(options, choice, rows, seed, weights)
-    return y if flat else y.view(*x.shape[:-1], down.shape[0])
+    return y if flat else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _checked(activation, p, save, chunk_tokens, backend, device, dtype):

@@ -1,7 +1,8 @@
 """Linears for decoding on the CPU: the weight once in oneDNN's own layout, which streams at memory speed.
 
 One token at a time, a product is bound by reading its weight; the usual routines read it at half the speed
-of the memory. The packed copy doubles the weight's memory for as long as it is kept.
+of the memory. The packed copy doubles the weight's memory for as long as it is kept. Its sums run in one
+chain: in float32 their rounding error is some 2.5 times that of F.linear.
 """
 
 from collections.abc import Callable
