@@ -140,11 +140,12 @@ class FeedForward(nn.Module):
             return f"the input is a {type(x).__name__}"
         if has_global_hooks():
             return "a hook is registered for all modules"
-        children = self._modules
+        children = self._modules  # quicker than the attributes
         up, down = plain_parameters(children["up_proj"]), plain_parameters(children["down_proj"])
         gate = plain_parameters(children["gate_proj"]) if "gate_proj" in children else (None, None)
         if up is None or down is None or gate is None:
-            return "a child is replaced, hooked or parametrized, or its weight is no plain parameter"
+            culprit = next(linear for linear in self._linears() if plain_parameters(linear) is None)
+            return f"{culprit} is replaced, hooked, parametrized, or its weight is no plain parameter"
         return up[0], down[0], gate[0], up[1], down[1], gate[1]
 
     def explain(self, x: Tensor) -> str:
@@ -174,7 +175,7 @@ class FeedForward(nn.Module):
         return ", ".join(parts + [f"{key}={value}" for key, value in given.items() if value != usual[key]])
 
 
-def plain_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def plain_parameters(linear: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
     """(weight, bias) if calling this Linear does nothing but F.linear with these two plain parameters."""
     if type(linear) is not nn.Linear:
         return None

@@ -1,12 +1,14 @@
 """The backend in torch ops: the CPU's, and that of every case no kernel takes.
 
-A backend is a module with `linear_pre` (the first product), `activate` (activation, gate, dropout), `linear`
-(the second product) and `linear_dact` (back through the second product and the activation).
+A backend is a module with `linear_act` (first product, activation, gate, dropout), `linear` (second product),
+`linear_dact` (back through the second product and the activation), the parts `linear_pre` and `activate`, and
+`noise` (the factors of its dropout).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from ffn.activations import Activation
 from ffn.ops.dropout import drop_
+from ffn.ops.dropout import noise as noise
 
 # Multiply-adds from which oneDNN's set-up is repaid: in float32 by a faster product; in bfloat16, which
 # F.linear hands to oneDNN too, only by the saved pass over the output.
@@ -55,6 +58,15 @@ def float32_in_onednn() -> Iterator[None]:
                 matmul.fp32_precision = _before
 
 
+def linear_act(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None,
+    activation: Activation, seed: Tensor | None, p: float, row_start: int, onednn: bool, keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(h, pre, pre_gate), each (N, H); the preactivations are wanted only if `keep`."""
+    pre, pre_gate = linear_pre(x, up, up_bias, gate, gate_bias, onednn)
+    return activate(pre, pre_gate, activation, seed, p, row_start), pre, pre_gate
+
+
 def linear_pre(
     x: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None,
     onednn: bool, after: Tensor | None = None,
@@ -75,19 +87,34 @@ def activate(
     return h
 
 
+class Back(NamedTuple):
+    """What `linear_dact` gives: (N, H), (N, H), (O, H), (H), (H); None for what was not asked for."""
+
+    dpre: Tensor
+    dpre_gate: Tensor | None
+    ddown: Tensor | None
+    dup_bias: Tensor | None
+    dgate_bias: Tensor | None
+
+
 def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
-    activation: Activation, seed: Tensor | None, p: float, row_start: int, need_down: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dpre, dpre_gate, ddown), dpre and dpre_gate (N, H), ddown (O, H): back through the second product."""
+    activation: Activation, seed: Tensor | None, p: float, row_start: int,
+    need_down: bool, need_up_bias: bool, need_gate_bias: bool,
+) -> Back:  # fmt: skip
+    """Back through the second product and the activation; need_*: whether that gradient is asked for."""
     if seed is not None:
         dpre, dpre_gate, h = dactivate_(dy @ down, pre, pre_gate, activation, seed, p, row_start)
-        return dpre, dpre_gate, dy.t() @ h if need_down else None
-    value = activation(pre if pre_gate is None else pre_gate)
-    h = value if pre_gate is None else value * pre
-    ddown = dy.t() @ h if need_down else None
-    dh = torch.mm(dy, down, out=h)  # h is done with
-    return *_through(activation, dh, value, pre, pre_gate), ddown
+        ddown = dy.t() @ h if need_down else None
+    else:
+        value = activation(pre if pre_gate is None else pre_gate)
+        h = value if pre_gate is None else value * pre
+        ddown = dy.t() @ h if need_down else None
+        dh = torch.mm(dy, down, out=h)  # h is done with
+        dpre, dpre_gate = _through(activation, dh, value, pre, pre_gate)
+    dup_bias = dpre.sum(0) if need_up_bias else None
+    dgate_bias = dpre_gate.sum(0) if need_gate_bias and dpre_gate is not None else None
+    return Back(dpre, dpre_gate, ddown, dup_bias, dgate_bias)
 
 
 def dactivate_(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import dispatch, library, reference
-from ffn.ops.dropout import check_probability, draw_seed, noise
+from ffn.ops.dropout import check_probability, draw_seed
 from ffn.ops.eager import float32_in_onednn
 
 SAVES = ("preact", "input")
@@ -94,7 +94,7 @@ def run(x: Tensor, weights: tuple, activation, dropout, save, chunk_tokens, back
         y = FeedForwardRule.apply(rows, seed, *weights, options, choice)
     else:
         forward = _forward if chunk_tokens is None else _forward_by_chunks
-        y, _, _ = forward(options, choice, rows, seed, weights)
+        y, _, _ = forward(options, choice, rows, seed, weights, False)
     return y if flat else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -183,20 +183,21 @@ def _chunks(tokens: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, tokens)) for i in range(0, max(tokens, 1), step)]
 
 
-def _forward(options, choice, x, seed, weights, row_start: int = 0):
+def _forward(options, choice, x, seed, weights, keep: bool, row_start: int = 0):
     """(y, pre, pre_gate) of tokens x (N, D), which begin at row_start of the dropout mask."""
     up, down, gate, up_bias, down_bias, gate_bias = weights
     backend, row = dispatch.MODULES[choice.backend], activations.TABLE[options.activation]
-    pre, pre_gate = backend.linear_pre(x, up, up_bias, gate, gate_bias, choice.onednn)
-    h = backend.activate(pre, pre_gate, row, seed, options.p, row_start)
+    h, pre, pre_gate = backend.linear_act(
+        x, up, up_bias, gate, gate_bias, row, seed, options.p, row_start, choice.onednn, keep
+    )
     return backend.linear(h, down, down_bias, choice.onednn), pre, pre_gate
 
 
-def _forward_by_chunks(options, choice, x, seed, weights):
+def _forward_by_chunks(options, choice, x, seed, weights, keep: bool):
     """(y, None, None), a chunk of tokens at a time."""
     ys = []
     for rows in _chunks(x.shape[0], options.chunk_tokens):
-        y, _, _ = _forward(options, choice, x[rows], seed, weights, rows.start)
+        y, _, _ = _forward(options, choice, x[rows], seed, weights, keep, rows.start)
         ys.append(y)
     return torch.cat(ys), None, None
 
@@ -209,8 +210,9 @@ class FeedForwardRule(torch.autograd.Function):
         ctx.options, ctx.choice = options, choice
         weights = (up, down, gate, up_bias, down_bias, gate_bias)
         forward = _forward if options.chunk_tokens is None else _forward_by_chunks
-        y, pre, pre_gate = forward(options, choice, x, seed, weights)
-        if options.save == "input":
+        keep = options.save == "preact"
+        y, pre, pre_gate = forward(options, choice, x, seed, weights, keep)
+        if not keep:
             pre = pre_gate = None
         ctx.save_for_backward(x, seed, *weights, pre, pre_gate)
         return y
@@ -267,16 +269,14 @@ def _backward(options, choice, needs, dy, x, seed, weights, pre, pre_gate, row_s
     if options.save == "input" and (into_hidden or need_down):
         pre, pre_gate = backend.linear_pre(x, up, up_bias, gate, gate_bias, choice.onednn, after=dy)
     if into_hidden:
-        dpre, dpre_gate, ddown = backend.linear_dact(
-            dy, down, pre, pre_gate, row, seed, options.p, row_start, need_down
+        dpre, dpre_gate, ddown, dup_bias, dgate_bias = backend.linear_dact(
+            dy, down, pre, pre_gate, row, seed, options.p, row_start, need_down, need_up_bias, need_gate_bias
         )
-        dup_bias = dpre.sum(0) if need_up_bias else None
         dup = dpre.t() @ x if need_up else None
         dx = dpre @ up if need_x else None
         if dpre_gate is not None:
             dx = dx.addmm_(dpre_gate, gate) if dx is not None else None
             dgate = dpre_gate.t() @ x if need_gate else None
-            dgate_bias = dpre_gate.sum(0) if need_gate_bias else None
     elif need_down:
         ddown = dy.t() @ backend.activate(pre, pre_gate, row, seed, options.p, row_start)
     ddown_bias = dy.sum(0) if need_down_bias else None
@@ -292,6 +292,7 @@ def _differentiable_backward(ctx, dy, x, seed, weights):
         rows, up = inputs[:2]
         assert rows is not None
         assert up is not None
+        noise = dispatch.MODULES[ctx.choice.backend].noise
         factors = None if seed is None else noise(seed, rows.shape[0], up.shape[0], options.p, rows.dtype)
         y = _textbook(activations.TABLE[options.activation], factors, *inputs)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]

@@ -11,11 +11,21 @@ from torch.nn import functional as F
 from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import eager, library
+from ffn.ops.dropout import noise as noise
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
     """x (N, in) -> (N, out); the library is the compiler's choice."""
     return F.linear(x, weight, bias)
+
+
+def linear_act(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None,
+    activation: Activation, seed: Tensor | None, p: float, row_start: int, onednn: bool, keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(h, pre, pre_gate), each (N, H)."""
+    pre, pre_gate = linear_pre(x, up, up_bias, gate, gate_bias, onednn)
+    return activate(pre, pre_gate, activation, seed, p, row_start), pre, pre_gate
 
 
 def linear_pre(
@@ -40,12 +50,19 @@ def activate(
 
 def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
-    activation: Activation, seed: Tensor | None, p: float, row_start: int, need_down: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dpre, dpre_gate, ddown), dpre and dpre_gate (N, H), ddown (O, H): back through the second product."""
+    activation: Activation, seed: Tensor | None, p: float, row_start: int,
+    need_down: bool, need_up_bias: bool, need_gate_bias: bool,
+) -> eager.Back:  # fmt: skip
+    """Back through the second product and the activation; need_*: whether that gradient is asked for."""
     back = torch.ops.ffn.dactivate(dy @ down, pre, pre_gate, seed, activation.name, p, row_start)
     dpre, dpre_gate, h = back
-    return dpre, None if pre_gate is None else dpre_gate, dy.t() @ h if need_down else None
+    return eager.Back(
+        dpre,
+        None if pre_gate is None else dpre_gate,
+        dy.t() @ h if need_down else None,
+        dpre.sum(0) if need_up_bias else None,
+        dpre_gate.sum(0) if need_gate_bias else None,
+    )
 
 
 def _activate(pre, pre_gate, seed, activation, p, row_start):

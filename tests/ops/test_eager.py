@@ -46,9 +46,12 @@ def test_activate_and_back(name: str, backend) -> None:
         kept = [t.clone() for t in (pre, dy, down)]
         rest = row, seed, 0.4, row_start
         torch.testing.assert_close(backend.activate(pre, pre_gate, *rest), h)
-        for need_down, ddown in ((True, dy.t() @ h), (False, None)):
-            found = backend.linear_dact(dy, down, pre, pre_gate, *rest, need_down)
-            torch.testing.assert_close(found, (dpre, dpre_gate, ddown))
+        gated = pre_gate is not None
+        sums = dpre.sum(0), dpre_gate.sum(0) if gated else None
+        found = backend.linear_dact(dy, down, pre, pre_gate, *rest, True, True, gated)
+        torch.testing.assert_close(tuple(found), (dpre, dpre_gate, dy.t() @ h, *sums))
+        found = backend.linear_dact(dy, down, pre, pre_gate, *rest, False, False, False)
+        torch.testing.assert_close(tuple(found), (dpre, dpre_gate, None, None, None))
         assert all(torch.equal(a, b) for a, b in zip(kept, (pre, dy, down), strict=True))
 
 
