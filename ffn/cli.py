@@ -22,7 +22,7 @@ from ffn.cost import flops_per_token, render_table
 from ffn.data import open_corpus
 from ffn.device import choose_device, choose_precision, keep_freed_memory
 from ffn.generate import stream
-from ffn.ops.dispatch import choose
+from ffn.ops.dispatch import choose, why_not_triton
 from ffn.report import printable
 from ffn.steps import evaluate
 from ffn.tokenizer import Tokenizer, encode_prompt
@@ -196,4 +196,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     for dtype in (torch.float32, torch.bfloat16):
         choice = choose("auto", device, dtype)
         print(f"feed-forward {choice.backend} in {str(dtype)[6:]} ({choice.reason})")
+    why_not = why_not_triton(device, torch.bfloat16)
+    print(f"kernels      {'run here' if why_not is None else 'do not run here: ' + why_not}")
     return 0

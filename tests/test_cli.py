@@ -100,7 +100,7 @@ def test_info_counts_parameters(form: str, run: Path, capsys: pytest.CaptureFixt
 def test_doctor_names_versions_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     heads = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert {"python", "torch", "device", "precision", "feed-forward"} <= set(heads)
+    assert {"python", "torch", "device", "precision", "feed-forward", "kernels"} <= set(heads)
 
 
 @pytest.mark.parametrize(

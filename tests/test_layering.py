@@ -15,7 +15,9 @@ from tests.conftest import ROOT
 LAYERS = [
     ["ffn.activations", "ffn.config", "ffn.atomic", "ffn.device", "ffn.ops.library"],
     ["ffn.ops.dropout"],
-    ["ffn.ops.reference", "ffn.ops.eager"],
+    ["ffn.ops.kernels", "ffn.ops.kernels.language", "ffn.ops.kernels.tilings"],
+    [f"ffn.ops.kernels.{name}" for name in ("act", "dact", "linear_act", "linear_dact", "decode")],
+    ["ffn.ops.reference", "ffn.ops.eager", "ffn.ops.kernels.backend"],
     ["ffn.ops.traced"],
     ["ffn.ops.dispatch"],
     ["ffn.ops.feed_forward", "ffn.ops.packed", "ffn.ops.attention"],
@@ -112,6 +114,8 @@ def test_triton_stays_in_the_kernels(module: str) -> None:
 @pytest.mark.parametrize("module", FILES)
 def test_optional_packages_are_imported_where_they_are_used(module: str) -> None:
     core = requirements() | {"ffn"} | set(sys.stdlib_module_names)
+    if module.startswith("ffn.ops.kernels"):  # which dispatch imports where triton is
+        core |= {"triton"}
     tree = ast.parse(FILES[module].read_text("utf-8"))
     at_import = {target.split(".")[0] for node in run_at_import(tree) for target, _ in imports(node, module)}
     assert at_import <= core, "at module level only the core dependencies"

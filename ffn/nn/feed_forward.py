@@ -46,7 +46,7 @@ class FeedForward(nn.Module):
         save: "preact" keeps x and the preactivations for backward, D + H elements a token (D + 2H gated);
             "input" keeps x alone and repeats the first product.
         chunk_tokens: with save="input", how many tokens at a time.
-        backend: "auto", "eager" or "reference"; see `explain`.
+        backend: "auto", "eager", "triton" or "reference"; see `explain`.
         init: torch, xavier, he, gpt2, depth_scaled or zero_out; see `ffn.nn.init`.
 
     Shape:

@@ -1,8 +1,10 @@
 """Which backend runs: the only file that asks what hardware or package exists."""
 
+import os
 import platform
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from ffn.ops import eager, traced
 
-BACKENDS = ("auto", "eager", "reference")
+BACKENDS = ("auto", "eager", "triton", "reference")
+OLDEST = (8, 0)  # compute capability that the kernels are written for
 MODULES = {"eager": eager, "traced": traced}  # whose functions the rule calls
 
 
@@ -82,18 +85,49 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r}: no such backend; choose one of {', '.join(BACKENDS)}")
 
 
+@torch.compiler.assume_constant_result
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run here on such inputs; None, with the kernels loaded, if they can."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no kernel takes {str(dtype)[6:]}"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted:
+        if device.type != "cuda" or torch.version.hip is not None:
+            other = "ROCm" if device.type == "cuda" else device.type
+            return f"the kernels run on NVIDIA GPUs, not on {other}"
+        if not torch.cuda.is_available():
+            return "torch sees no GPU"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            return f"the GPU's compute capability is {capability[0]}.{capability[1]}; 8.0 is the least"
+    from ffn.ops.kernels import backend
+
+    MODULES["triton"] = backend
+    return None
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for inputs of that device and dtype.
 
     Raises:
-        ValueError: no backend of that name.
+        ValueError: no backend of that name, or "triton" where it cannot run.
     """
     check_backend(backend)
     if backend == "reference":
         return Choice("reference", "asked for by name: the textbook, with plain autograd")
+    asked = "asked for by name"
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        reason = why_not_triton(device, dtype)
+        if reason is None:
+            return Choice("triton", asked if backend == "triton" else "kernels serve this GPU")
+        if backend == "triton":
+            raise ValueError(f"backend='triton' cannot run: {reason}; use 'auto' or 'eager'")
+    else:
+        reason = asked if backend == "eager" else f"torch ops serve {device.type} {str(dtype)[6:]}"
     if torch.compiler.is_compiling():
         return Choice("traced", "compiled: the compiler owns the products")
-    reason = "asked for by name" if backend == "eager" else f"torch ops serve {device.type} {str(dtype)[6:]}"
     if device.type == "cpu" and dtype == torch.float32 and float32_faster_in_onednn():
         return Choice("eager", f"{reason}, products in oneDNN, faster than MKL on this processor", True, True)
     if device.type == "cpu" and dtype == torch.bfloat16 and bfloat16_in_onednn():

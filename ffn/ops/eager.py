@@ -8,7 +8,6 @@ A backend is a module with `linear_act` (first product, activation, gate, dropou
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,22 +86,15 @@ def activate(
     return h
 
 
-class Back(NamedTuple):
-    """What `linear_dact` gives: (N, H), (N, H), (O, H), (H), (H); None for what was not asked for."""
-
-    dpre: Tensor
-    dpre_gate: Tensor | None
-    ddown: Tensor | None
-    dup_bias: Tensor | None
-    dgate_bias: Tensor | None
-
-
 def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
     activation: Activation, seed: Tensor | None, p: float, row_start: int,
     need_down: bool, need_up_bias: bool, need_gate_bias: bool,
-) -> Back:  # fmt: skip
-    """Back through the second product and the activation; need_*: whether that gradient is asked for."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Back through the second product and the activation: (dpre, dpre_gate, ddown, dup_bias, dgate_bias).
+
+    dpre and dpre_gate (N, H), ddown (O, H), the biases' (H); None for what need_* does not ask for.
+    """
     if seed is not None:
         dpre, dpre_gate, h = dactivate_(dy @ down, pre, pre_gate, activation, seed, p, row_start)
         ddown = dy.t() @ h if need_down else None
@@ -114,7 +106,7 @@ def linear_dact(
         dpre, dpre_gate = _through(activation, dh, value, pre, pre_gate)
     dup_bias = dpre.sum(0) if need_up_bias else None
     dgate_bias = dpre_gate.sum(0) if need_gate_bias and dpre_gate is not None else None
-    return Back(dpre, dpre_gate, ddown, dup_bias, dgate_bias)
+    return dpre, dpre_gate, ddown, dup_bias, dgate_bias
 
 
 def dactivate_(

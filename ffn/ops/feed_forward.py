@@ -58,7 +58,8 @@ def feed_forward(
         save: what is kept for backward, a token. "preact": x and the preactivations, D + H elements when
             plain and D + 2H when gated. "input": x alone, D; backward repeats the first product.
         chunk_tokens: with save="input", so many tokens at a time, so that no (N, H) tensor exists at all.
-        backend: "auto", "eager" or "reference" (the textbook under plain autograd).
+        backend: "auto", "eager" (torch ops), "triton" (kernels, on NVIDIA GPUs) or "reference" (the textbook
+            under plain autograd). Only "auto" falls back.
 
     Returns:
         (..., O), in x's dtype (autocast's where it is on).

@@ -52,17 +52,14 @@ def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
     activation: Activation, seed: Tensor | None, p: float, row_start: int,
     need_down: bool, need_up_bias: bool, need_gate_bias: bool,
-) -> eager.Back:  # fmt: skip
-    """Back through the second product and the activation; need_*: whether that gradient is asked for."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dpre, dpre_gate, ddown, dup_bias, dgate_bias): back through the second product and the activation."""
     back = torch.ops.ffn.dactivate(dy @ down, pre, pre_gate, seed, activation.name, p, row_start)
     dpre, dpre_gate, h = back
-    return eager.Back(
-        dpre,
-        None if pre_gate is None else dpre_gate,
-        dy.t() @ h if need_down else None,
-        dpre.sum(0) if need_up_bias else None,
-        dpre_gate.sum(0) if need_gate_bias else None,
-    )
+    ddown = dy.t() @ h if need_down else None
+    dup_bias = dpre.sum(0) if need_up_bias else None
+    dgate_bias = dpre_gate.sum(0) if need_gate_bias else None
+    return dpre, None if pre_gate is None else dpre_gate, ddown, dup_bias, dgate_bias
 
 
 def _activate(pre, pre_gate, seed, activation, p, row_start):

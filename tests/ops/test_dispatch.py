@@ -28,14 +28,14 @@ def _asked_anew():
 
 
 def test_names() -> None:
-    assert dispatch.BACKENDS == ("auto", "eager", "reference")
+    assert dispatch.BACKENDS == ("auto", "eager", "triton", "reference")
     for name in dispatch.BACKENDS:
         check_backend(name)
     for ask in (check_backend, lambda name: choose(name, CPU, torch.float32)):
         with pytest.raises(
-            ValueError, match=r"^backend='triton': no such backend; choose one of auto, eager, "
+            ValueError, match=r"^backend='cuda': no such backend; choose one of auto, eager, "
         ):
-            ask("triton")
+            ask("cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,6 +57,43 @@ def test_only_float32_products_change_their_library_wholesale() -> None:
         choice = choose("auto", CPU, dtype)
         assert not choice.float32_in_onednn or dtype == torch.float32
         assert not choice.float32_in_onednn or dispatch.float32_faster_in_onednn()
+
+
+@pytest.mark.parametrize(
+    ("installed", "available", "capability", "hip", "device", "reason"),
+    [
+        (True, True, (9, 0), None, "cuda", None),
+        (True, True, (8, 0), None, "cuda", None),
+        (False, True, (9, 0), None, "cuda", "the package triton is not installed"),
+        (True, False, (9, 0), None, "cuda", "torch sees no GPU"),
+        (True, True, (7, 5), None, "cuda", "the GPU's compute capability is 7.5; 8.0 is the least"),
+        (True, True, (9, 0), "6.0", "cuda", "the kernels run on NVIDIA GPUs, not on ROCm"),
+        (True, True, (9, 0), None, "mps", "the kernels run on NVIDIA GPUs, not on mps"),
+    ],
+)
+def test_kernels_run_where_they_can_and_else_say_why(
+    monkeypatch, installed: bool, available: bool, capability, hip, device: str, reason: str | None
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    real = dispatch.find_spec
+    absent = {} if installed else {"triton"}
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name in absent else real(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    where = torch.device(device)
+    assert dispatch.why_not_triton(where, torch.bfloat16) == reason
+    auto = choose("auto", where, torch.bfloat16)
+    if reason is None:
+        assert auto.backend == choose("triton", where, torch.bfloat16).backend == "triton"
+        assert choose("auto", where, torch.float64).backend == "eager"
+        with pytest.raises(ValueError, match=r"^backend='triton' cannot run: no kernel takes float64; use "):
+            choose("triton", where, torch.float64)
+    else:
+        assert auto.backend == "eager"
+        with pytest.raises(ValueError, match=rf"^backend='triton' cannot run: {reason}; use "):
+            choose("triton", where, torch.bfloat16)
 
 
 def test_meta_tensors_are_served_by_torch() -> None:
@@ -112,5 +149,5 @@ def test_while_compiling_the_compiler_owns_the_products() -> None:
 
     compiled(torch.ones(3))
     assert seen == [("traced", "compiled: the compiler owns the products", False, False)]
-    with pytest.raises(ValueError, match="backend='triton'"):
-        choose("triton", CPU, torch.float32)
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        choose("cuda", CPU, torch.float32)

@@ -1,0 +1,116 @@
+"""Back through dropout, gate and activation in one pass: from dh to dpre, with h rebuilt.
+
+h takes the place of dh, which is the backward's own; nothing that was saved is written. The gradients of the
+biases are sums over rows: each program sums its own in float32, and what they leave is added up in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ffn.ops import library
+from ffn.ops.kernels.language import (
+    float32_nothing,
+    formula,
+    kept,
+    nothing,
+    rounded,
+    rows_of,
+    scale,
+    threshold,
+)
+
+ROWS, COLS, STRETCH = 2, 512, 64  # a tile; rows a program walks down
+
+
+@triton.jit(do_not_specialize=["N", "row_start", "col_start", "least"])
+def _dact(
+    dh_ptr, pre_ptr, gate_ptr, bias_ptr, gate_bias_ptr,
+    dpre_ptr, dgate_ptr, sums_ptr, gate_sums_ptr, seed_ptr,
+    N, H, dh_stride, pre_stride, gate_stride, row_start, col_start, least, factor,
+    FORMULA: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, KEEP_H: tl.constexpr, SUMS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STRETCH: tl.constexpr,
+):  # fmt: skip
+    first, col = tl.program_id(0).to(tl.int64) * STRETCH, tl.program_id(1) * COLS
+    cols = col + tl.arange(0, COLS)[None, :]
+    dtype: tl.constexpr = dh_ptr.dtype.element_ty
+    total, gate_total = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, COLS], tl.float32)
+    for step in range(0, STRETCH, ROWS):
+        row = first + step
+        rows = row + tl.arange(0, ROWS)[:, None]
+        inside = (rows < N) & (cols < H)
+        x = tl.load(pre_ptr + rows * pre_stride + cols, inside, 0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + rows * dh_stride + cols, inside, 0.0).to(tl.float32)
+        if BIAS:
+            x = rounded(x + tl.load(bias_ptr + cols, cols < H, 0.0).to(tl.float32), dtype)
+        keep = tl.full([ROWS, COLS], 1.0, tl.float32)
+        if DROPOUT:
+            keep = tl.where(kept(seed_ptr, row_start + row, col_start + col, least, ROWS, COLS), factor, 0.0)
+            dh *= keep
+        if GATED:
+            gate = tl.load(gate_ptr + rows * gate_stride + cols, inside, 0.0).to(tl.float32)
+            if GATE_BIAS:
+                gate = rounded(gate + tl.load(gate_bias_ptr + cols, cols < H, 0.0).to(tl.float32), dtype)
+            value, slope = FORMULA(gate)
+            h, dpre, dgate = value * x, dh * value, dh * x * slope
+            tl.store(dgate_ptr + rows * H + cols, dgate.to(dtype), inside)
+            gate_total += dgate
+        else:
+            h, slope = FORMULA(x)
+            dpre = dh * slope
+        tl.store(dpre_ptr + rows * H + cols, dpre.to(dtype), inside)
+        total += dpre
+        if KEEP_H:
+            tl.store(dh_ptr + rows * dh_stride + cols, (h * keep).to(dtype), inside)
+    if SUMS:
+        at = tl.program_id(0).to(tl.int64) * H + col + tl.arange(0, COLS)
+        tl.store(sums_ptr + at, tl.sum(total, 0), col + tl.arange(0, COLS) < H)
+        if GATED:
+            tl.store(gate_sums_ptr + at, tl.sum(gate_total, 0), col + tl.arange(0, COLS) < H)
+
+
+def dact_(
+    dh, pre, gate, bias, gate_bias, seed, activation: str, p: float, row_start: int, col_start: int,
+    keep_h: bool, sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dpre, dgate, dbias, dgate_bias), the last two in float32; dh becomes h where keep_h asks for it."""
+    pre, gate = rows_of(pre), None if gate is None else rows_of(gate)
+    assert dh.stride(1) == 1
+    (N, H), gated = pre.shape, gate is not None
+    dpre = torch.empty(N, H, dtype=pre.dtype, device=pre.device)
+    dgate = torch.empty_like(dpre) if gated else nothing(dpre)
+    stretches = triton.cdiv(N, STRETCH)
+    parts = dpre.new_empty(1 + gated, stretches, H, dtype=torch.float32) if sums else None
+    if dpre.numel() > 0:
+        _dact[stretches, triton.cdiv(H, COLS)](
+            dh, pre, gate, bias, gate_bias, dpre, dgate if gated else None,
+            None if parts is None else parts[0], parts[1] if parts is not None and gated else None, seed,
+            N, H, dh.stride(0), pre.stride(0), 0 if gate is None else gate.stride(0),
+            row_start, col_start, threshold(p), scale(p), formula(activation),
+            gated, bias is not None, gate_bias is not None, seed is not None, keep_h, sums,
+            ROWS, COLS, STRETCH, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    if parts is None:
+        return dpre, dgate, float32_nothing(dpre), float32_nothing(dpre)
+    found = parts.sum(1)
+    return dpre, dgate, found[0], found[1].clone() if gated else float32_nothing(dpre)
+
+
+def _fake(
+    dh, pre, gate, bias, gate_bias, seed, activation, p, row_start, col_start, keep_h, sums
+):  # fmt: skip
+    dpre, H = pre.new_empty(pre.shape), pre.shape[1]
+    wide = pre.new_empty(H if sums else 0, dtype=torch.float32)
+    gate_wide = pre.new_empty(H if sums and gate is not None else 0, dtype=torch.float32)
+    return dpre, pre.new_empty(0 if gate is None else pre.shape), wide, gate_wide
+
+
+op = library.define(
+    "dact_(Tensor(a!) dh, Tensor pre, Tensor? gate, Tensor? bias, Tensor? gate_bias, Tensor? seed, "
+    "str activation, float p, SymInt row_start, SymInt col_start, bool keep_h, bool sums) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    dact_,
+    fake=_fake,
+)

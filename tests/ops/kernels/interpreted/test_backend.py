@@ -1,0 +1,124 @@
+"""The block over the kernels: forward, every gradient, and everything that goes through the rule."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ffn import FeedForward
+from ffn.activations import TABLE
+from ffn.ops import dispatch, feed_forward, reference
+from ffn.ops.dropout import draw_seed
+from ffn.ops.kernels import tilings
+from tests.ops.samples import F64, NAMES, Arguments, draw, gradients
+
+FUSED = tilings.Tiling(16, 64, 16, 2, 2, 4, 2)
+
+
+def factors(arguments: Arguments, p: float) -> torch.Tensor | None:
+    """What dropout multiplies with in the next call after the same seed, and what it will draw."""
+    if p == 0.0:
+        return None
+    rows, H = arguments.x.numel() // arguments.x.shape[-1], arguments.up.shape[0]
+    dispatch.choose("triton", arguments.x.device, torch.float32)
+    noise = dispatch.MODULES["triton"].noise(draw_seed(arguments.x.device), rows, H, p, torch.float32)
+    return noise.view(*arguments.x.shape[:-1], H)
+
+
+def results(run, arguments: Arguments, dy: torch.Tensor) -> list[torch.Tensor]:
+    y = run(*arguments)
+    return [y, *gradients(y, arguments, dy.to(y.dtype))]
+
+
+def check(name: str, dtype: torch.dtype, p: float, **options) -> None:
+    """At most twice plain torch's error in the same dtype, plus one ulp of the largest value."""
+    arguments = draw(name, shape=(2, 18), widths=(24, 40, 16), dtype=dtype)
+    dy = torch.randn(2, 18, 16).to(dtype)
+    torch.manual_seed(5)
+    noise = factors(arguments, p)
+    torch.manual_seed(5)
+    run = {"activation": name, "dropout": p, "backend": "triton", **options}
+    ours = results(lambda *a: feed_forward(*a, **run), arguments, dy)
+    by_the_book = {"activation": TABLE[name]}
+    low = None if noise is None else noise.to(dtype)
+    plain = results(lambda *a: reference.feed_forward(*a, **by_the_book, noise=low), arguments, dy)
+    wide = None if noise is None else noise.double()
+    exact = results(lambda *a: reference.feed_forward(*a, **by_the_book, noise=wide), arguments.to(F64), dy)
+    for got, theirs, oracle in zip(ours, plain, exact, strict=True):
+        assert got.dtype == dtype
+        error, allowed = ((t.double() - oracle).abs().max().item() for t in (got, theirs))
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * oracle.abs().max().item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_activation(name: str) -> None:
+    check(name, torch.float32, 0.0)
+
+
+CHUNKED = {"save": "input", "chunk_tokens": 20}
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"save": "input"}, CHUNKED], ids=["preact", "input", "chunks"])
+def test_dropout_and_what_is_kept(name: str, dtype: torch.dtype, options: dict) -> None:
+    check(name, dtype, 0.3, **options)
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_fused_products(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    asked = []
+    monkeypatch.setattr(tilings, "choose", lambda *case: asked.append(case) or FUSED)
+    check(name, torch.bfloat16, 0.3)
+    assert {(forward, gated) for forward, _, _, gated, *_ in asked} == {
+        (forward, TABLE[name].gated) for forward in (True, False)
+    }
+
+
+def test_no_tokens_and_one() -> None:
+    for tokens in (0, 1):
+        arguments = draw("swiglu", shape=(tokens,), widths=(24, 40, 16), dtype=torch.float32)
+        y = feed_forward(*arguments, activation="swiglu", backend="triton")
+        torch.testing.assert_close(y, reference.feed_forward(*arguments, activation=TABLE["swiglu"]))
+        assert all(torch.isfinite(grad).all() for grad in gradients(y, arguments, torch.randn(tokens, 16)))
+
+
+def test_a_few_tokens_without_gradients() -> None:
+    arguments = draw("geglu", shape=(3,), widths=(24, 40, 16), dtype=torch.float32)
+    with torch.no_grad():
+        y = feed_forward(*arguments, activation="geglu", backend="triton")
+        torch.testing.assert_close(y, reference.feed_forward(*arguments, activation=TABLE["geglu"]))
+
+
+def test_double_backward_drops_what_forward_dropped() -> None:
+    arguments = draw("gelu", shape=(5,), widths=(8, 16, 8), dtype=torch.float32)
+    torch.manual_seed(2)
+    y = feed_forward(*arguments, activation="gelu", dropout=0.4, backend="triton")
+    dy = torch.randn(5, 8)
+    once = torch.autograd.grad(y, arguments.given(), dy, retain_graph=True)
+    twice = torch.autograd.grad(y, arguments.given(), dy, create_graph=True)
+    torch.testing.assert_close(twice, once)
+    assert all(grad.requires_grad for grad in twice[:-1])  # down_bias has dy's sum, and dy is a constant
+
+
+@pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+def test_compiled_in_one_graph_for_every_token_count() -> None:
+    def run(*tensors: torch.Tensor | None) -> torch.Tensor:
+        return feed_forward(*tensors, activation="swiglu", dropout=0.2, backend="triton")
+
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, backend=graphs, fullgraph=True, dynamic=True)
+    for tokens in (10, 33, 64):
+        arguments = draw("swiglu", shape=(tokens,), widths=(24, 40, 16), dtype=torch.float32)
+        dy, found = torch.randn(tokens, 16), []
+        for call in (run, compiled):
+            torch.manual_seed(0)
+            found.append(results(call, arguments, dy))
+        torch.testing.assert_close(*found)
+    assert graphs.frame_count == 1
+
+
+def test_explain_names_the_kernels() -> None:
+    block = FeedForward(24, 40, backend="triton")
+    assert block.explain(torch.randn(2, 24)).startswith("triton: asked for by name; keeps 64 elements")
+    with pytest.raises(ValueError, match="no kernel takes float64; use 'auto' or 'eager'"):
+        FeedForward(24, 40, backend="triton", dtype=F64)(torch.randn(2, 24, dtype=F64))
