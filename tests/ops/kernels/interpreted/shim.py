@@ -2,7 +2,8 @@
 
 As shipped it truncates float32 to bfloat16 instead of rounding to the nearest even, computes with bfloat16
 (products of matrices included) on the raw 16-bit words, and leaves a kernel's float arguments Python floats.
-All of it is silent but the last. Reductions over bfloat16 stay wrong: kernels widen before they sum.
+All of it is silent but the last. Reductions over bfloat16 stay wrong: kernels widen before they sum. Triton
+3.6 also counts with one-element arrays in a way that NumPy 2.4 refuses.
 """
 
 from collections.abc import Callable
@@ -69,6 +70,14 @@ def _float_arguments(convert: Callable) -> Callable:
     return run
 
 
+def _with_index(patch: Callable) -> Callable:
+    def run(tensor: type, scope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return run
+
+
 def install() -> None:
     """Mend the interpreter of this process; called again it does nothing."""
     if hasattr(InterpreterBuilder, "mended"):
@@ -77,4 +86,5 @@ def install() -> None:
         setattr(InterpreterBuilder, name, _in_float32(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.cast_impl = _rounding(InterpreterBuilder.cast_impl)
     interpreter._implicit_cvt = _float_arguments(interpreter._implicit_cvt)
+    interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
     InterpreterBuilder.mended = True

@@ -1,0 +1,144 @@
+"""What the kernels must give: Philox in NumPy, the textbook in torch, and the error that is allowed.
+
+The contract rounds a preactivation to its storage type and computes what follows in float32. So the exact
+answer is the textbook's in float64 from rounded preactivations, and an error may be at most twice the
+textbook's in float32, plus a few ulps of float32 for another order of operations, plus half an ulp of the
+storage type for storing the result. For the half types that is far less than twice plain torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ffn.activations import TABLE, Activation
+
+NAMES = list(TABLE)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+F32, F64 = torch.float32, torch.float64
+
+
+def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox 4x32-10 (Salmon et al. 2011) of counters (..., 4): four words each, uint32."""
+    c = [counter[..., i].astype(np.uint64) for i in range(4)]
+    low, word = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for turn in range(10):
+        k = [np.uint64((half + turn * step) % 2**32) for half, step in zip(key, KEY_STEPS, strict=True)]
+        first, second = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [second >> word ^ c[1] ^ k[0], second & low, first >> word ^ c[3] ^ k[1], first & low]
+    return np.stack(c, -1).astype(np.uint32)
+
+
+KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+
+
+def draws(seed: int, rows: int, cols: int, row_start: int = 0, col_start: int = 0) -> np.ndarray:
+    """The 32-bit draw of each element: (rows, cols), uint32; col_start a multiple of 4."""
+    row = np.arange(row_start, row_start + rows, dtype=np.int64).view(np.uint64)[:, None]
+    column = np.arange(col_start // 4, (col_start + cols + 3) // 4, dtype=np.uint64)[None, :]
+    low = np.uint64(0xFFFFFFFF)
+    counter = np.stack(np.broadcast_arrays(column & low, row & low, row >> np.uint64(32), row * 0), -1)
+    words = philox(counter, (seed % 2**32, (seed >> 32) % 2**32))
+    return words.reshape(rows, 4 * column.size)[:, :cols]
+
+
+def level(p: float) -> int:
+    """Of the draws' upper 31 bits, the first that is kept."""
+    return min(round(p * 2**31), 2**31 - 1)
+
+
+def factors(seed: int, p: float, rows: int, cols: int, row_start: int = 0, col_start: int = 0) -> Tensor:
+    """What dropout multiplies with, 0 or one over the share kept: (rows, cols), float32."""
+    kept = draws(seed, rows, cols, row_start, col_start) >> 1 >= level(p)
+    return torch.from_numpy(kept).float() * (2**31 / (2**31 - level(p)))
+
+
+class Results(NamedTuple):
+    """h and the gradients around a block's middle; None where there is no gate."""
+
+    h: Tensor
+    dpre: Tensor
+    dgate: Tensor | None
+    dbias: Tensor
+    dgate_bias: Tensor | None
+
+
+def middle(
+    row: Activation, dh: Tensor, pre: Tensor, gate: Tensor | None, noise: Tensor, dtype: torch.dtype
+) -> Results:
+    """The table's formula in dtype, from preactivations that have their biases to h, and back from dh."""
+    pre, dh, noise = pre.to(dtype), dh.to(dtype) * noise.to(dtype), noise.to(dtype)
+    if gate is None:
+        h, slope = row.formula(pre)
+        dpre, dgate = dh * slope, None
+    else:
+        value, slope = row.formula(gate.to(dtype))
+        h, dpre, dgate = value * pre, dh * value, dh * pre * slope
+    return Results(h * noise, dpre, dgate, dpre.sum(0), None if dgate is None else dgate.sum(0))
+
+
+def check(name: str, ours: Tensor, exact: Tensor, plain: Tensor, ulps: int = 4) -> None:
+    """That the error is one allowed: exact is float64's answer, plain float32's, from inputs of order one."""
+    assert ours.shape == exact.shape, name
+    if exact.numel() == 0:
+        return
+    largest = max(1.0, exact.abs().max().item())
+    allowed = 2.0 * (plain.double() - exact).abs().max().item() + ulps * torch.finfo(F32).eps * largest
+    info = torch.finfo(ours.dtype)
+    storing = 0.0 if ours.dtype == F32 else 0.5 * info.eps * exact.abs().clamp_min(info.tiny)
+    worst = ((ours.double() - exact).abs() - storing).max().item()
+    assert worst <= allowed, f"{name}: off by {worst:.2e} beyond storing, {allowed:.2e} allowed"
+
+
+def bits(x: Tensor) -> Tensor:
+    """x as integers: equal only where every bit is, of zeros and NaNs too."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
+
+
+def embedded(x: Tensor, side: int = 8, filling: float = float("nan")) -> Tensor:
+    """x (N, H) as a view of a larger buffer, whose other elements nobody may write, or use if read."""
+    N, H = x.shape
+    buffer = x.new_full((N + 2, H + 2 * side), filling)
+    view = buffer[1 : 1 + N, side : side + H]
+    return view.copy_(x)
+
+
+def whole(view: Tensor) -> Tensor:
+    """The buffer that a view is embedded in, flat."""
+    return view.as_strided((view.untyped_storage().nbytes() // view.dtype.itemsize,), (1,), 0)
+
+
+@contextmanager
+def guarded(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever torch allocates here lies between canaries, which must live to the end.
+
+    The interpreter writes where a kernel tells it to, beyond the end of a tensor too.
+    """
+    made = []
+
+    def within(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args, **options) -> Tensor:
+            x = allocate(*args, **options)
+            if x.numel() == 0:
+                return x
+            edge = 64
+            buffer = x.new_full((edge + x.numel() + edge,), 77.0)
+            made.append((buffer, edge, edge + x.numel()))
+            return buffer[edge:-edge].view(x.shape)
+
+        return run
+
+    with patch.context() as inside:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            inside.setattr(owner, name, within(getattr(owner, name)))
+        yield
+    assert made, "nothing was allocated in the ways that are watched"
+    for buffer, start, end in made:
+        assert (buffer[:start] == 77.0).all(), "something was written before a tensor"
+        assert (buffer[end:] == 77.0).all(), "something was written behind a tensor"

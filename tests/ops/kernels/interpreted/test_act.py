@@ -1,0 +1,135 @@
+"""The elementwise forward against the textbook in float64, and what it leaves alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.library import opcheck
+
+from ffn.activations import TABLE
+from ffn.ops.kernels import act
+from tests.ops.kernels.interpreted.cases import SEED, Case, cases, draw
+from tests.ops.kernels.interpreted.oracle import (
+    DTYPES,
+    F32,
+    F64,
+    NAMES,
+    bits,
+    check,
+    embedded,
+    factors,
+    guarded,
+    whole,
+)  # fmt: skip
+
+names = pytest.mark.parametrize("name", NAMES)
+SHAPES = [(7, 70), (1, 1), (3, 1030), (1, 64), (0, 70), (5, 0)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_tiles():
+    """Enough of them for every edge, few enough for the interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(act, "ROWS", 8)
+        patch.setattr(act, "COLS", 64)
+        yield
+
+
+def check_case(case: Case, ulps: int = 4) -> None:
+    before = [bits(whole(t)).clone() for t in case.saved()]
+    h = case.act()
+    assert h.dtype == case.pre.dtype
+    assert h.is_contiguous()
+    check("h", h, case.textbook(F64).h, case.textbook(F32).h, ulps)
+    assert all(torch.equal(bits(whole(t)), b) for t, b in zip(case.saved(), before, strict=True))
+
+
+@names
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_act_is_the_textbook(name: str, dtype: torch.dtype) -> None:
+    for bias in (True, False):
+        for p in (0.0, 0.3):
+            check_case(draw(name, (7, 70), dtype, bias=bias, p=p))
+
+
+@given(cases(most_rows=9))
+@settings(max_examples=20)
+def test_act_is_the_textbook_wherever(case: Case) -> None:
+    check_case(case, ulps=16)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_any_shape_in_the_tiles_that_a_gpu_gets(monkeypatch, name: str, shape: tuple[int, int]) -> None:
+    monkeypatch.setattr(act, "ROWS", 2)
+    monkeypatch.setattr(act, "COLS", 1024)
+    check_case(draw(name, shape))
+
+
+@pytest.mark.parametrize("name", ["relu", "geglu"])
+def test_nothing_is_written_beside_h(monkeypatch, name: str) -> None:
+    for shape in ((7, 70), (4, 64), (1, 1)):
+        case = draw(name, shape)
+        with guarded(monkeypatch):
+            case.act()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_halves_of_one_packed_tensor(dtype: torch.dtype) -> None:
+    packed = embedded(torch.randn(5, 2 * 24).to(dtype))
+    gate, up = packed.chunk(2, dim=1)
+    case = draw("swiglu", (5, 24), dtype)._replace(pre=up, gate=gate)
+    check_case(case)
+    check_case(case._replace(pre=gate, gate=up))
+
+
+def test_columns_that_lie_apart() -> None:
+    pre, gate = torch.randn(70, 7).t(), torch.randn(7, 140)[:, ::2]
+    check_case(draw("geglu", (7, 70))._replace(pre=pre, gate=gate))
+    check_case(draw("geglu", (7, 70))._replace(pre=gate, gate=pre))
+    check_case(draw("silu", (7, 70))._replace(pre=torch.randn(1, 70).expand(7, 70)))
+
+
+@pytest.mark.parametrize("name", ["gelu", "geglu"])
+def test_one_bias_without_the_other(name: str) -> None:
+    case = draw(name, (3, 20))
+    check_case(case._replace(bias=None))
+    check_case(case._replace(gate_bias=None))
+
+
+@pytest.mark.parametrize("start", [(0, 0), (2**31 - 3, 0), (2**33 + 1, 2**30)], ids=str)
+def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
+    whole_case = draw("swiglu", (9, 96), p=0.5, start=start)
+    expected = whole_case.act()
+    for rows, cols in ((slice(0, 4), slice(0, 48)), (slice(3, 9), slice(20, 96))):
+        case = whole_case._replace(
+            pre=whole_case.pre[rows, cols], gate=whole_case.gate[rows, cols], bias=whole_case.bias[cols],
+            gate_bias=whole_case.gate_bias[cols],
+            row_start=start[0] + rows.start, col_start=start[1] + cols.start,
+        )  # fmt: skip
+        assert torch.equal(bits(case.act()), bits(expected[rows, cols]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_factors_are_philoxs(dtype: torch.dtype) -> None:
+    for p in (0.0, 1e-6, 0.25, 0.999):
+        ones, seed = torch.ones(6, 70, dtype=dtype), torch.tensor([SEED])
+        h = torch.ops.ffn.act(ones, None, None, None, seed, "identity", p, 11, 8)
+        assert torch.equal(h, factors(SEED, p, 6, 70, 11, 8).to(dtype))
+
+
+def test_what_is_dropped_is_zero_even_where_it_overflowed() -> None:
+    case = draw("identity", (4, 64), bias=False, p=0.5)
+    case.pre.fill_(float("-inf"))
+    h, noise = case.act(), case.noise()
+    assert torch.equal(bits(h[noise == 0.0]), torch.zeros(int((noise == 0.0).sum()), dtype=torch.int32))
+    assert torch.isneginf(h[noise != 0.0]).all()
+
+
+@names
+def test_torchs_contract_for_ops(name: str) -> None:
+    for rows in (3, 0):
+        for bias, p in ((True, 0.3), (False, 0.0)):
+            _, _, *rest = draw(name, (rows, 20), bias=bias, p=p)
+            arguments = (*rest[:5], name, *rest[5:])
+            opcheck(torch.ops.ffn.act.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert TABLE[name].gated == (rest[1] is not None)
