@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ffn.ops import library
-from ffn.ops.kernels.language import formula, kept, rounded, rows_of, scale, threshold
+from ffn.ops.kernels.language import check_offset, formula, kept, rounded, rows_of, scale, threshold
 
 ROWS, COLS = 2, 1024
 
@@ -46,6 +46,7 @@ def act(
     pre, gate, bias, gate_bias, seed, activation: str, p: float, row_start: int, col_start: int
 ) -> Tensor:  # fmt: skip
     """h (N, H) from pre and gate (N, H); row_start and col_start: where they lie within the whole mask."""
+    check_offset(col_start)
     pre, gate = rows_of(pre), None if gate is None else rows_of(gate)
     (N, H), dtype = pre.shape, pre.dtype
     h = torch.empty(N, H, dtype=dtype, device=pre.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ffn.ops import library
 from ffn.ops.kernels.language import (
+    check_offset,
     float32_nothing,
     formula,
     kept,
@@ -45,10 +46,9 @@ def _dact(
         dh = tl.load(dh_ptr + rows * dh_stride + cols, inside, 0.0).to(tl.float32)
         if BIAS:
             x = rounded(x + tl.load(bias_ptr + cols, cols < H, 0.0).to(tl.float32), dtype)
-        keep = tl.full([ROWS, COLS], 1.0, tl.float32)
         if DROPOUT:
-            keep = tl.where(kept(seed_ptr, row_start + row, col_start + col, least, ROWS, COLS), factor, 0.0)
-            dh *= keep
+            keep = kept(seed_ptr, row_start + row, col_start + col, least, ROWS, COLS)
+            dh = tl.where(keep, dh * factor, 0.0)
         if GATED:
             gate = tl.load(gate_ptr + rows * gate_stride + cols, inside, 0.0).to(tl.float32)
             if GATE_BIAS:
@@ -63,7 +63,9 @@ def _dact(
         tl.store(dpre_ptr + rows * H + cols, dpre.to(dtype), inside)
         total += dpre
         if KEEP_H:
-            tl.store(dh_ptr + rows * dh_stride + cols, (h * keep).to(dtype), inside)
+            if DROPOUT:
+                h = tl.where(keep, h * factor, 0.0)
+            tl.store(dh_ptr + rows * dh_stride + cols, h.to(dtype), inside)
     if SUMS:
         at = tl.program_id(0).to(tl.int64) * H + col + tl.arange(0, COLS)
         tl.store(sums_ptr + at, tl.sum(total, 0), col + tl.arange(0, COLS) < H)
@@ -76,6 +78,7 @@ def dact_(
     keep_h: bool, sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dpre, dgate, dbias, dgate_bias), the last two in float32; dh becomes h where keep_h asks for it."""
+    check_offset(col_start)
     pre, gate = rows_of(pre), None if gate is None else rows_of(gate)
     assert dh.stride(1) == 1
     (N, H), gated = pre.shape, gate is not None

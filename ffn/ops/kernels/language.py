@@ -55,6 +55,12 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype).to(tl.float32)
 
 
+def check_offset(col_start: int) -> None:
+    """Raise ValueError for a column within a draw."""
+    if col_start % 4:
+        raise ValueError(f"col_start={col_start}: want a multiple of 4, the columns of one draw")
+
+
 def rows_of(x: Tensor) -> Tensor:
     """x (N, width) with neighbouring columns side by side, as the kernels read it."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -11,7 +11,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ffn.ops import library
-from ffn.ops.kernels.language import formula, kept, nothing, pieces, rounded, scale, threshold, tile_of
+from ffn.ops.kernels.language import (
+    check_offset,
+    formula,
+    kept,
+    nothing,
+    pieces,
+    rounded,
+    scale,
+    threshold,
+    tile_of,
+)
 from ffn.ops.kernels.tilings import Tiling
 
 
@@ -41,7 +51,8 @@ def _finish(
     else:
         h, _ = FORMULA(x)
     if DROPOUT:
-        h = tl.where(kept(seed_ptr, row_start + row, col_start + col, least, ROWS, COLS), h * factor, 0.0)
+        keep = kept(seed_ptr, row_start + row.to(tl.int64), col_start + col, least, ROWS, COLS)
+        h = tl.where(keep, h * factor, 0.0)
     h_desc.store([row, col], h.to(dtype))
 
 
@@ -59,9 +70,9 @@ def _linear_act(
     gate = tl.zeros([ROWS, COLS], tl.float32)
     for k in range(0, D, DEPTH):
         x = x_desc.load([row, k])
-        pre = tl.dot(x, up_desc.load([col, k]).T, pre)
+        pre = tl.dot(x, up_desc.load([col, k]).T, pre, input_precision="ieee")
         if GATED:
-            gate = tl.dot(x, gate_up_desc.load([col, k]).T, gate)
+            gate = tl.dot(x, gate_up_desc.load([col, k]).T, gate, input_precision="ieee")
     WIDTH: tl.constexpr = COLS // PARTS
     pres, gates = pieces(pre, PARTS), pieces(gate, PARTS)
     for part in tl.static_range(PARTS):
@@ -77,6 +88,7 @@ def linear_act(
     keep_pre: bool, tiling: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(h, pre, gate), each (N, H); the last two only where keep_pre asks for them."""
+    check_offset(col_start)
     t = Tiling(*tiling)
     (N, D), H, gated = x.shape, up.shape[0], gate_up is not None
     h = torch.empty(N, H, dtype=x.dtype, device=x.device)

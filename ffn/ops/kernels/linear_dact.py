@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ffn.ops import library
 from ffn.ops.kernels.language import (
+    check_offset,
     float32_nothing,
     formula,
     kept,
@@ -45,7 +46,7 @@ def _finish(
     # spread as its store would have it.
     h, dh = tl.split(tl.join(h, dh))
     if DROPOUT:
-        keep = kept(seed_ptr, row_start + row, col_start + col, least, ROWS, COLS)
+        keep = kept(seed_ptr, row_start + row.to(tl.int64), col_start + col, least, ROWS, COLS)
         dh = tl.where(keep, dh * factor, 0.0)
         h = tl.where(keep, h * factor, 0.0)
     if KEEP_H:
@@ -74,7 +75,7 @@ def _linear_dact(
     row, col = tile_row * ROWS, tile_col * COLS
     dh = tl.zeros([ROWS, COLS], tl.float32)
     for k in range(0, WIDTH_OUT, DEPTH):
-        dh = tl.dot(dy_desc.load([row, k]), down_desc.load([k, col]), dh)
+        dh = tl.dot(dy_desc.load([row, k]), down_desc.load([k, col]), dh, input_precision="ieee")
     WIDTH: tl.constexpr = COLS // PARTS
     dhs = pieces(dh, PARTS)
     for part in tl.static_range(PARTS):
@@ -90,6 +91,7 @@ def linear_dact(
     keep_h: bool, sums: bool, tiling: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dpre, dgate, h, dbias, dgate_bias): the first three (N, H), the sums (H) in float32; as asked for."""
+    check_offset(col_start)
     t = Tiling(*tiling)
     (N, width), H, gated = dy.shape, down.shape[1], gate is not None
     dpre = torch.empty(N, H, dtype=dy.dtype, device=dy.device)
