@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("block", "training_step", "generation", "shakespeare")
+NAMES = ("block", "training_step", "generation", "shakespeare", "gpu", "tune")
 
 
 def main(argv: list[str]) -> int:

@@ -56,13 +56,13 @@ class Case:
 class Plain(nn.Module):
     """The block as one writes it: stock Linear, GELU or SiLU, Dropout."""
 
-    def __init__(self, dim: int, hidden_dim: int, activation: str, dropout: float):
+    def __init__(self, dim: int, hidden_dim: int, activation: str, dropout: float, bias: bool = True):
         super().__init__()
         self.gated = activation == "swiglu"
         if self.gated:
-            self.gate_proj = nn.Linear(dim, hidden_dim)
-        self.up_proj = nn.Linear(dim, hidden_dim)
-        self.down_proj = nn.Linear(hidden_dim, dim)
+            self.gate_proj = nn.Linear(dim, hidden_dim, bias)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -30,14 +31,27 @@ def commit() -> str:
         return ""
 
 
+def version(package: str) -> str:
+    """The package's name and installed version."""
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return f"no {package}"
+
+
 def machine() -> dict[str, object]:
-    return {
+    facts = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "gpu_bytes": gpu.total_memory}
+        facts |= {"cuda": torch.version.cuda, "triton": version("triton")}
+    return facts
 
 
 def cell(value: object) -> str:
@@ -67,8 +81,15 @@ def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
 def publish(name: str, rows: list[dict], columns: list[str], folder: Path) -> None:
     """Print the table and append the rows to FOLDER/NAME.jsonl."""
     facts = machine()
-    print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}\n")
+    where = facts.get("gpu", f"{facts['cpu']}, {facts['threads']} threads")
+    print(f"{where}, torch {facts['torch']}\n")
     print(table(rows, columns), flush=True)
+    keep(name, rows, folder)
+
+
+def keep(name: str, rows: list[dict], folder: Path) -> None:
+    """Append the rows, each with the machine's facts, to FOLDER/NAME.jsonl."""
+    facts = machine()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.jsonl").open("a") as file:
         file.writelines(json.dumps({**row, **facts}) + "\n" for row in rows)

@@ -12,9 +12,49 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+Run = Callable[[], object]
+FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
+HEAD_START = 4_000_000  # of the GPU's cycles, some 2 ms
+
+
+def host_seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class GpuClock:
+    """Seconds that the GPU takes for a call, between two events.
+
+    The cache is flushed first, for a call in use finds others' data there. Then the GPU idles while the host
+    queues the call's launches, so that the time is the kernels' own; `back_to_back` shows the host's.
+    """
+
+    def __init__(self, device: torch.device):
+        self.buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def __call__(self, run: Run) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.buffer.zero_()
+        torch.cuda._sleep(HEAD_START)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def clock_of(device: torch.device) -> Callable[[Run], float]:
+    return GpuClock(device) if device.type == "cuda" else host_seconds
+
 
 def measure(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2, seed: int = 0
+    candidates: Mapping[str, Run],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    seed: int = 0,
+    clock: Callable[[Run], float] = host_seconds,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each round, by name."""
     order = random.Random(seed)
@@ -23,9 +63,7 @@ def measure(
     for round_number in range(-warmup, rounds):
         order.shuffle(names)
         for name in names:
-            start = time.perf_counter()
-            candidates[name]()
-            elapsed = time.perf_counter() - start
+            elapsed = clock(candidates[name])
             if round_number >= 0:
                 seconds[name].append(elapsed)
     return {name: seconds[name] for name in candidates}
@@ -68,3 +106,33 @@ def saved_bytes(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:
     total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in owned)
     del output
     return total
+
+
+def back_to_back(run: Run, device: torch.device, calls: int = 10) -> float:
+    """Seconds a call by the host's clock, with no pause between calls: slow launching shows."""
+
+    def burst() -> None:
+        for _ in range(calls):
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    burst()
+    return host_seconds(burst) / calls
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """The most memory that a call holds on the GPU beyond what was held before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    """||out - exact|| / ||exact||."""
+    return ((out.to(exact.dtype) - exact).norm() / exact.norm()).item()

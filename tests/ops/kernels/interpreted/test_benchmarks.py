@@ -1,0 +1,48 @@
+"""The benchmarks that need kernels run in the interpreter, at toy sizes; their times mean nothing there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu, tune
+from ffn.ops.kernels import tilings
+from ffn.ops.kernels.tilings import Tiling
+
+TILING = Tiling(16, 16, 16, 8, 1, 4, 2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_tune_writes_what_choose_reads(gated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unable = Tiling(16, 16, 3, 8, 1, 4, 2)
+    monkeypatch.setattr(tilings, "DEFAULTS", {})
+    monkeypatch.setattr(tune, "BLOCKS", {"toy": (16, 32, gated)})
+    monkeypatch.setattr(tune, "CANDIDATES", {way: [TILING, unable] for way in tune.CANDIDATES})
+    table = tmp_path / "tilings.json"
+    table.write_text('{"another device": null}\n')
+    words = f"--device cpu --tokens 16 --rounds 1 --table {table} --results {tmp_path}"
+    tune.main([*words.split(), "--blocks", "toy"])
+    written = json.loads(table.read_text())
+    form = "gated" if gated else "plain"
+    keys = {f"{way} {form} sm90 bfloat16 D16 H32 N4" for way in ("forward", "backward")}
+    assert set(written) == keys | {"another device"}
+    rows = [json.loads(line) for line in (tmp_path / "tune.jsonl").read_text().splitlines()]
+    assert {row["case"] for row in rows} == keys
+    for row in rows:
+        assert row["error"] <= tune.WRONG
+        assert "16x16x3x8x1x4x2: " in row["left_out"]
+        assert (written[row["case"]] is None) == (row["tiling"] == "unfused") == (row["speedup"] < 1.01)
+    monkeypatch.setattr(tilings, "TABLE", table)
+    tilings._measured.cache_clear()
+    found = tilings.choose(True, (9, 0), "bfloat16", gated, 16, 32, 16)
+    tilings._measured.cache_clear()
+    assert found in (None, TILING)
+
+
+def test_ffn_runs_on_its_kernels_beside_torch(tmp_path: Path) -> None:
+    words = f"--device cpu --backend triton --cases qwen-8192 decode-1 --rounds 1 --results {tmp_path}"
+    gpu.main([*words.split(), "--implementations", "torch", "ffn fused"])
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    ours = [row for row in rows if row["implementation"] == "ffn fused"]
+    assert [row["note"] for row in ours] == ["backend triton"] * 2
+    assert all(row["error"] <= gpu.WRONG for row in ours)
