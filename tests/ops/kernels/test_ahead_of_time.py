@@ -16,16 +16,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ffn.activations import TABLE
 from ffn.ops.kernels import act, dact, decode, linear_act, linear_dact
-from ffn.ops.kernels.tilings import DEFAULTS
+from ffn.ops.kernels.tilings import DEFAULTS, FUSED_ON
 from tests.ops.kernels.ahead_of_time import SHARED, Compiled, compiled, tensor
 
 N, D, H = 8192, 1024, 4096
-FUSED = {major * 10: tilings for major, tilings in DEFAULTS.items()}  # by architecture, from capability
 MATRIX_INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 CASES = [("gelu", 0.1), ("mish", 0.1), ("relu", 0.0), ("geglu", 0.1), ("swiglu", 0.0)]
 
 on_each = pytest.mark.parametrize("arch", SHARED)
-on_those_that_fuse = pytest.mark.parametrize("arch", FUSED)
+on_those_that_fuse = pytest.mark.parametrize("arch", [10 * major for major in FUSED_ON])
 each_case = pytest.mark.parametrize(("name", "p"), CASES)
 
 
@@ -79,7 +78,7 @@ def test_linear_act(arch: int, name: str, p: float) -> None:
     gated = TABLE[name].gated
     found = compiled(
         arch, linear_act.linear_act, tensor(N, D), tensor(H, D), optional(gated, H, D), tensor(H),
-        optional(gated, H), seed(p), name, p, 0, 0, True, list(astuple(FUSED[arch][True, gated])),
+        optional(gated, H), seed(p), name, p, 0, 0, True, list(astuple(DEFAULTS[True, gated])),
     )  # fmt: skip
     check(found, arch)
     assert MATRIX_INSTRUCTION[arch] in found.ptx
@@ -91,7 +90,7 @@ def test_linear_dact(arch: int, name: str, p: float) -> None:
     gated = TABLE[name].gated
     found = compiled(
         arch, linear_dact.linear_dact, tensor(N, D), tensor(D, H), tensor(N, H), optional(gated, N, H),
-        seed(p), name, p, 0, 0, True, True, list(astuple(FUSED[arch][False, gated])),
+        seed(p), name, p, 0, 0, True, True, list(astuple(DEFAULTS[False, gated])),
     )  # fmt: skip
     check(found, arch)
     assert MATRIX_INSTRUCTION[arch] in found.ptx
