@@ -28,14 +28,15 @@ class Tiling:
     stages: int
 
 
-# Large tiles that compile without spilling, asserted ahead of time for each of FUSED_ON; by (forward, gated).
-DEFAULTS = {
+# Large tiles that compile without spilling, asserted ahead of time; by the first number of the compute
+# capability, then by (forward, gated). Newer devices than these have too little shared memory.
+_LARGE = {
     (True, False): Tiling(128, 256, 64, 8, 4, 8, 4),
     (True, True): Tiling(128, 128, 64, 8, 2, 8, 4),
     (False, False): Tiling(128, 128, 64, 8, 4, 8, 4),
     (False, True): Tiling(128, 128, 64, 8, 4, 8, 3),
 }
-FUSED_ON = (9, 10)  # the first number of the compute capability: others have too little shared memory
+DEFAULTS = {9: _LARGE, 10: _LARGE}
 FUSE_FORWARD_UP_TO = 2048  # D from which the library's product alone is worth more than the saved passes
 
 
@@ -81,9 +82,9 @@ def choose(
     if name in measured:
         return measured[name]
     narrow = dtype in ("bfloat16", "float16")
-    if not narrow or N < 128 or capability[0] not in FUSED_ON or (forward and D > FUSE_FORWARD_UP_TO):
+    if not narrow or N < 128 or capability[0] not in DEFAULTS or (forward and D > FUSE_FORWARD_UP_TO):
         return None
-    return DEFAULTS[forward, gated]
+    return DEFAULTS[capability[0]][forward, gated]
 
 
 def to_json(table: dict[str, Tiling | None]) -> str:

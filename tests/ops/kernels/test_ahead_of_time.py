@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ffn.activations import TABLE
 from ffn.ops.kernels import act, dact, decode, linear_act, linear_dact
-from ffn.ops.kernels.tilings import DEFAULTS, FUSED_ON
+from ffn.ops.kernels.tilings import DEFAULTS
 from tests.ops.kernels.ahead_of_time import SHARED, Compiled, compiled, tensor
 
 N, D, H = 8192, 1024, 4096
@@ -24,7 +24,7 @@ MATRIX_INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 CASES = [("gelu", 0.1), ("mish", 0.1), ("relu", 0.0), ("geglu", 0.1), ("swiglu", 0.0)]
 
 on_each = pytest.mark.parametrize("arch", SHARED)
-on_those_that_fuse = pytest.mark.parametrize("arch", [10 * major for major in FUSED_ON])
+on_those_that_fuse = pytest.mark.parametrize("arch", [10 * major for major in DEFAULTS])
 each_case = pytest.mark.parametrize(("name", "p"), CASES)
 
 
@@ -78,7 +78,7 @@ def test_linear_act(arch: int, name: str, p: float) -> None:
     gated = TABLE[name].gated
     found = compiled(
         arch, linear_act.linear_act, tensor(N, D), tensor(H, D), optional(gated, H, D), tensor(H),
-        optional(gated, H), seed(p), name, p, 0, 0, True, list(astuple(DEFAULTS[True, gated])),
+        optional(gated, H), seed(p), name, p, 0, 0, True, list(astuple(DEFAULTS[arch // 10][True, gated])),
     )  # fmt: skip
     check(found, arch)
     assert MATRIX_INSTRUCTION[arch] in found.ptx
@@ -90,7 +90,7 @@ def test_linear_dact(arch: int, name: str, p: float) -> None:
     gated = TABLE[name].gated
     found = compiled(
         arch, linear_dact.linear_dact, tensor(N, D), tensor(D, H), tensor(N, H), optional(gated, N, H),
-        seed(p), name, p, 0, 0, True, True, list(astuple(DEFAULTS[False, gated])),
+        seed(p), name, p, 0, 0, True, True, list(astuple(DEFAULTS[arch // 10][False, gated])),
     )  # fmt: skip
     check(found, arch)
     assert MATRIX_INSTRUCTION[arch] in found.ptx

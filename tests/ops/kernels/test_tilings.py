@@ -37,8 +37,9 @@ def test_keys_count_tokens_by_their_power_of_two() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_defaults_are_tiles_that_the_compiler_takes(form: tuple[bool, bool]) -> None:
-    t = DEFAULTS[form]
+@pytest.mark.parametrize("major", DEFAULTS)
+def test_defaults_are_tiles_that_the_compiler_takes(major: int, form: tuple[bool, bool]) -> None:
+    t = DEFAULTS[major][form]
     for n in (t.rows, t.cols, t.depth, t.parts, t.warps):
         assert n & (n - 1) == 0
     assert min(astuple(t)) > 0
@@ -51,7 +52,7 @@ def test_defaults_are_tiles_that_the_compiler_takes(form: tuple[bool, bool]) -> 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
 def test_off_the_table_the_defaults_serve(table, capability, dtype: str, forward: bool, gated: bool) -> None:
     tiling = choose(forward, capability, dtype, gated, 768, 3072, 8192)
-    assert tiling == DEFAULTS[forward, gated]
+    assert tiling == DEFAULTS[capability[0]][forward, gated]
 
 
 @pytest.mark.parametrize(("forward", "gated"), FORMS)
@@ -83,13 +84,13 @@ def test_the_table_wins_over_the_defaults(table: Path) -> None:
     rows = {key(*fused, 4096): SMALL, key(*apart, 4096): None, key(*old, 4096): SMALL}
     table.write_text(to_json(rows))
     assert choose(*fused, 5000) == SMALL
-    assert choose(*fused, 9000) == DEFAULTS[True, True]
+    assert choose(*fused, 9000) == DEFAULTS[9][True, True]
     assert choose(*apart, 5000) is None
     assert choose(*old, 5000) == SMALL
 
 
 def test_a_table_reads_back_as_written(table: Path) -> None:
-    rows = {"b": SMALL, "a": None, "c": DEFAULTS[True, False]}
+    rows = {"b": SMALL, "a": None, "c": DEFAULTS[9][True, False]}
     table.write_text(to_json(rows))
     assert tilings._measured() == rows
     assert to_json(tilings._measured()) == table.read_text()
