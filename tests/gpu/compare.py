@@ -1,0 +1,76 @@
+"""Samples on a device, and the block beside plain torch in their type and the textbook in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ffn.activations import TABLE
+from ffn.ops import dispatch, feed_forward, reference
+from ffn.ops.dropout import draw_seed
+from tests.ops.samples import F64, Arguments, draw, gradients, leaf
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FUSED = (300,), (256, 1024, 256)  # tokens and widths D, H, O of products that are fused in half precision
+ODD = (33,), (37, 61, 29)  # and of such as no copy engine reads
+
+
+def sample(name: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] = FUSED[0],
+           widths: tuple[int, int, int] = FUSED[1], bias: bool = True) -> Arguments:  # fmt: skip
+    """Leaves; in half precision multiples of 1/64, whose products add up exactly in float32, in any order.
+
+    So a preactivation lies on one side of an activation's kink, whoever computed it.
+    """
+    with device:
+        drawn = draw(name, bias=bias, shape=shape, widths=widths, dtype=dtype)
+    if dtype == torch.float32:
+        return drawn
+    return Arguments(*(None if t is None else leaf(t.detach().mul(64).round().div(64)) for t in drawn))
+
+
+def results(run: Callable[..., Tensor], arguments: Arguments, dy: Tensor) -> list[Tensor]:
+    """y and, where it has them, all gradients."""
+    y = run(*arguments)
+    return [y, *gradients(y, arguments, dy.to(y.dtype))] if y.requires_grad else [y]
+
+
+def check(name: str, arguments: Arguments, p: float = 0.0, *, backend: str = "triton",
+          dy: Tensor | None = None, **options) -> None:  # fmt: skip
+    """At most twice plain torch's error in the same dtype, plus one ulp of the largest value.
+
+    In float32 plus four: a GPU's quick exp and division, two ulps off each, count beside the products there.
+    """
+    assert not torch.backends.cuda.matmul.allow_tf32
+    x, H, ulps = arguments.x, arguments.up.shape[0], 4 if arguments.x.dtype == torch.float32 else 1
+    if dy is None:
+        dy = torch.randn(*x.shape[:-1], arguments.down.shape[0], device=x.device).to(x.dtype)
+    options |= {"activation": name, "dropout": p, "backend": backend}
+    torch.manual_seed(5)
+    ours = results(lambda *a: feed_forward(*a, **options), arguments, dy)
+    noise = torch.ones(*x.shape[:-1], H, device=x.device)
+    if p > 0.0:
+        torch.manual_seed(5)
+        factors = dispatch.MODULES[backend].noise
+        noise = factors(draw_seed(x.device), noise.numel() // H, H, p, torch.float32).view_as(noise)
+
+    def textbook(dtype: torch.dtype) -> list[Tensor]:
+        book = {"activation": TABLE[name], "noise": noise.to(dtype)}
+        return results(lambda *a: reference.feed_forward(*a, **book), arguments.to(dtype), dy)
+
+    for got, plain, exact in zip(ours, textbook(x.dtype), textbook(F64), strict=True):
+        assert got.dtype == x.dtype
+        error, theirs = ((t.double() - exact).abs().max().item() for t in (got, plain))
+        allowed = 2 * theirs + ulps * torch.finfo(x.dtype).eps * exact.abs().max().item()
+        assert error <= allowed, f"{tuple(got.shape)}: off by {error:.2e}, plain torch by {theirs:.2e}"
+
+
+def assert_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Off by at most a fiftieth of the largest value: the same numbers, rounded in other places."""
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=0.02 * b.abs().max().item())
+
+
+def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    torch.testing.assert_close(list(ours), list(theirs), rtol=0.0, atol=0.0)

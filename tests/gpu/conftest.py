@@ -1,0 +1,27 @@
+"""What only a GPU can show; where there is none, everything here is collected and skipped."""
+
+import warnings
+from functools import cache
+
+import pytest
+import torch
+
+from ffn.ops import dispatch
+
+
+@cache
+def _warm(device: torch.device) -> None:
+    """In autograd's thread the first product makes torch warn, once, that it sets the context."""
+    x = torch.ones(8, 8, device=device, requires_grad=True)
+    with warnings.catch_warnings(action="ignore"):
+        (x @ x).sum().backward()
+
+
+@pytest.fixture(autouse=True)
+def device() -> torch.device:
+    device = torch.device("cuda", 0)
+    reason = dispatch.why_not_triton(device, torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    _warm(device)
+    return device
