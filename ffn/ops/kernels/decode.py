@@ -17,7 +17,7 @@ from ffn.ops.kernels.language import formula, rounded, rows_of
 
 MOST_TOKENS = 32
 PROGRAMS = 128  # what keeps every processor of a large device reading
-STEP = 2048  # bytes of a weight that a warp reads in one step; two or three steps are under way at any time
+STEP = 2048  # bytes of a weight that a warp reads in a step; two or three steps are under way at any time
 STAGES = 4
 
 
@@ -34,14 +34,16 @@ def tile(N: int, H: int, itemsize: int, gated: bool, aligned: bool) -> Tile:
     """Twice the rows halve the readings of x, where programs enough are left; aligned: loads can be wide."""
     tokens = next(size for size in (1, 16, MOST_TOKENS) if size >= N)
     rows, warps = max(tokens, 16), 4
-    if itemsize < 4 and tokens > 1:
-        if 2 * rows * PROGRAMS <= H:
-            rows *= 2
-        elif gated:
-            warps = 2  # two products of a square tile are split by tokens: each warp reads all the weights
-    # Narrow loads hold more addresses in registers, float32 products more of their operands.
-    step = STEP if aligned and (itemsize < 4 or tokens == 1) else STEP // 2
-    return Tile(tokens, rows, warps * step // (rows * itemsize), warps)
+    if tokens > 1 and itemsize == 4:
+        warps = tokens // 4  # without tensor cores the operands take registers
+    elif tokens > 1 and 2 * rows * PROGRAMS <= H:
+        rows *= 2
+    elif tokens > 1 and gated:
+        warps = 2  # two products of a square tile are split by tokens: each warp reads all the weights
+    step = min(warps, 4) * STEP
+    if not aligned:
+        step //= 2  # narrow loads hold more addresses
+    return Tile(tokens, rows, step // (rows * itemsize), warps)
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def decode(x, up, gate_up, bias, gate_bias, activation: str) -> Tensor:
     h = torch.empty(N, H, dtype=x.dtype, device=x.device)
     if h.numel() == 0:
         return h
-    x, up, gate_up = rows_of(x), rows_of(up), rows_of(gate_up) if gated else None
+    x, up, gate_up, bias, gate_bias = map(rows_of, (x, up, gate_up, bias, gate_bias))
     strides = x.stride(0), up.stride(0), gate_up.stride(0) if gated else 0
     t = tile(N, H, x.itemsize, gated, aligned=all(size % 16 == 0 for size in (D, *strides)))
     _decode[(triton.cdiv(H, t.rows),)](
