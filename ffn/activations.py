@@ -65,9 +65,9 @@ def gelu(x):
 
 def gelu_tanh(x):
     z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    s = m.sigmoid(2.0 * z)  # 0.5 * (1 + tanh z)
+    s, c = m.sigmoid(2.0 * z), m.sigmoid(-2.0 * z)  # 0.5 * (1 + tanh z), and 1 - s without cancellation
     dz = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-    return x * s, s + 2.0 * x * s * (1.0 - s) * dz
+    return x * s, s + 2.0 * x * s * c * dz
 
 
 def softplus(x):

@@ -85,7 +85,6 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r}: no such backend; choose one of {', '.join(BACKENDS)}")
 
 
-@torch.compiler.assume_constant_result
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here on such inputs; None, with the kernels loaded, if they can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -106,6 +105,10 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
     MODULES["triton"] = backend
     return None
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler.
+setattr(why_not_triton, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:

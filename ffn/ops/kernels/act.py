@@ -47,7 +47,7 @@ def act(
 ) -> Tensor:  # fmt: skip
     """h (N, H) from pre and gate (N, H); row_start and col_start: where they lie within the whole mask."""
     check_offset(col_start)
-    pre, gate = rows_of(pre), None if gate is None else rows_of(gate)
+    pre, gate, bias, gate_bias = map(rows_of, (pre, gate, bias, gate_bias))
     (N, H), dtype = pre.shape, pre.dtype
     h = torch.empty(N, H, dtype=dtype, device=pre.device)
     grid = (triton.cdiv(N, ROWS), triton.cdiv(H, COLS))

@@ -37,8 +37,9 @@ def _tiling(forward: bool, gated: bool, tokens: Tensor, others: list[Tensor], D:
 
 
 def _describable(t: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes and their elements lie side by side."""
-    return t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+    """Whether rows follow one another from multiples of 16 bytes on, their elements side by side."""
+    apart = t.stride(0) >= t.shape[1] and t.stride(0) * t.itemsize % 16 == 0
+    return apart and t.stride(1) == 1 and t.data_ptr() % 16 == 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:

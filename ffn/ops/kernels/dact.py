@@ -79,7 +79,7 @@ def dact_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dpre, dgate, dbias, dgate_bias), the last two in float32; dh becomes h where keep_h asks for it."""
     check_offset(col_start)
-    pre, gate = rows_of(pre), None if gate is None else rows_of(gate)
+    pre, gate, bias, gate_bias = map(rows_of, (pre, gate, bias, gate_bias))
     assert dh.stride(1) == 1
     (N, H), gated = pre.shape, gate is not None
     dpre = torch.empty(N, H, dtype=pre.dtype, device=pre.device)

@@ -61,9 +61,9 @@ def check_offset(col_start: int) -> None:
         raise ValueError(f"col_start={col_start}: want a multiple of 4, the columns of one draw")
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x (N, width) with neighbouring columns side by side, as the kernels read it."""
-    return x if x.stride(1) == 1 else x.contiguous()
+def rows_of(x: Tensor | None):
+    """x (N, width) or (width) with neighbours side by side, as the kernels read it; None stays None."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def nothing(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ffn.ops.kernels.language import (
     nothing,
     pieces,
     rounded,
+    rows_of,
     scale,
     threshold,
     tile_of,
@@ -89,7 +90,7 @@ def linear_act(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(h, pre, gate), each (N, H); the last two only where keep_pre asks for them."""
     check_offset(col_start)
-    t = Tiling(*tiling)
+    bias, gate_bias, t = rows_of(bias), rows_of(gate_bias), Tiling(*tiling)
     (N, D), H, gated = x.shape, up.shape[0], gate_up is not None
     h = torch.empty(N, H, dtype=x.dtype, device=x.device)
     pre = torch.empty_like(h) if keep_pre else nothing(h)

@@ -74,6 +74,21 @@ def test_fused_products(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     }
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["decode", "fused"])
+def test_biases_of_any_stride(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    if fused:
+        monkeypatch.setattr(tilings, "choose", lambda *case: FUSED)
+    arguments = draw("geglu", shape=(5,), widths=(24, 40, 16), dtype=torch.float32)
+    strided = [
+        torch.stack([b.detach(), b.detach() + 1], -1)[..., 0]
+        for b in (arguments.up_bias, arguments.gate_bias)
+    ]
+    arguments = arguments._replace(up_bias=strided[0], gate_bias=strided[1])
+    with torch.set_grad_enabled(fused):
+        y = feed_forward(*arguments, activation="geglu", backend="triton")
+        torch.testing.assert_close(y, reference.feed_forward(*arguments, activation=TABLE["geglu"]))
+
+
 def test_no_tokens_and_one() -> None:
     for tokens in (0, 1):
         arguments = draw("swiglu", shape=(tokens,), widths=(24, 40, 16), dtype=torch.float32)
