@@ -246,7 +246,7 @@ REFUSED = [
         {"save": "input", "chunk_tokens": 0},
         r"chunk_tokens=0 with save='input': want at least 1 and save='input'",
     ),
-    ({"backend": "triton"}, r"backend='triton': no such backend; choose one of auto, eager, reference"),
+    ({"backend": "cuda"}, r"backend='cuda': no such backend; choose one of auto, eager, triton, reference"),
     ({"init": "normal"}, r"init='normal': no such initialisation; choose one of torch, xavier, he, gpt2"),
 ]
 

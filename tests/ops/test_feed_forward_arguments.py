@@ -103,7 +103,8 @@ OPTIONS = [
     ({"save": "all"}, r"save='all': want one of preact, input"),
     ({"chunk_tokens": 4}, r"chunk_tokens=4 with save='preact': want at least 1 and save='input'"),
     ({"chunk_tokens": 0, "save": "input"}, r"chunk_tokens=0 with save='input': want at least 1"),
-    ({"backend": "cuda"}, r"backend='cuda': no such backend; choose one of auto, eager, reference"),
+    ({"backend": "cuda"}, r"backend='cuda': no such backend; choose one of auto, eager, triton, reference"),
+    ({"backend": "triton"}, r"backend='triton' cannot run: .*; use 'auto' or 'eager'"),
 ]
 
 
