@@ -85,6 +85,10 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r}: no such backend; choose one of {', '.join(BACKENDS)}")
 
 
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here on such inputs; None, with the kernels loaded, if they can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -100,7 +104,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
             return "torch sees no GPU"
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST:
-            return f"the GPU's compute capability is {capability[0]}.{capability[1]}; 8.0 is the least"
+            return f"the GPU's compute capability is {_dotted(capability)}; {_dotted(OLDEST)} is the least"
     from ffn.ops.kernels import backend
 
     MODULES["triton"] = backend
