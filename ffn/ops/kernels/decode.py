@@ -121,7 +121,7 @@ def decode(x, up, gate_up, bias, gate_bias, activation: str) -> Tensor:
     return h
 
 
-op = op = library.define(
+op = library.define(
     "decode(Tensor x, Tensor up, Tensor? gate_up, Tensor? bias, Tensor? gate_bias, str activation) -> Tensor",
     decode,
     fake=lambda x, up, gate_up, bias, gate_bias, activation: x.new_empty(x.shape[0], up.shape[0]),
