@@ -12,7 +12,7 @@ and ends at the gradients of the preactivations, of down and of up's bias. Cases
 import json
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,25 +39,26 @@ CANDIDATES = {
     (True, False): [
         Tiling(128, 256, 64, 8, 4, 8, 3),
         Tiling(256, 128, 64, 8, 4, 8, 3),
-        Tiling(128, 128, 64, 8, 2, 8, 4),
+        Tiling(128, 128, 64, 8, 4, 8, 3),
         Tiling(128, 128, 64, 8, 4, 4, 3),
         Tiling(64, 256, 64, 8, 4, 4, 4),
     ],
     (True, True): [
         Tiling(128, 128, 64, 8, 4, 8, 3),
         Tiling(256, 64, 64, 8, 2, 8, 3),
-        Tiling(128, 64, 64, 8, 2, 8, 4),
+        Tiling(128, 64, 64, 8, 2, 8, 3),
         Tiling(128, 64, 64, 8, 2, 4, 4),
         Tiling(64, 128, 64, 8, 4, 4, 4),
     ],
     (False, False): [
-        Tiling(128, 256, 64, 8, 4, 8, 3),
-        Tiling(256, 128, 64, 8, 4, 8, 3),
+        Tiling(128, 256, 64, 8, 8, 8, 4),
+        Tiling(256, 128, 64, 8, 8, 8, 3),
         Tiling(128, 128, 64, 8, 4, 8, 4),
         Tiling(128, 64, 64, 8, 4, 4, 4),
         Tiling(64, 128, 64, 8, 4, 4, 4),
     ],
     (False, True): [
+        Tiling(128, 256, 64, 8, 8, 8, 3),
         Tiling(128, 128, 64, 8, 4, 8, 4),
         Tiling(256, 64, 64, 8, 4, 8, 4),
         Tiling(128, 64, 64, 8, 4, 4, 4),
@@ -145,7 +146,7 @@ def error_of(found: tuple, exact: tuple) -> float:
 def candidates(case: Case, capability: tuple[int, int]) -> dict[str, Tiling | None]:
     default = tilings.DEFAULTS.get(capability[0], {}).get((case.forward, case.gated))
     found = [default, *CANDIDATES[case.forward, case.gated]]
-    return {"unfused": None} | {"x".join(map(str, astuple(t))): t for t in found if t is not None}
+    return {"unfused": None} | {"x".join(map(str, t)): t for t in found if t is not None}
 
 
 def pin_and_run(tiling: Tiling | None, run: Callable[[], tuple]) -> tuple:

@@ -5,7 +5,6 @@ table of tilings says that it pays, a pass moves into its product (`linear_act`,
 tokens without gradients take one pass over the weights (`decode`).
 """
 
-from dataclasses import astuple
 from functools import cache
 
 import torch
@@ -33,7 +32,7 @@ def _tiling(forward: bool, gated: bool, tokens: Tensor, others: list[Tensor], D:
         return None
     dtype = str(tokens.dtype)[6:]
     found = tilings.choose(forward, _capability(tokens.device), dtype, gated, D, H, tokens.shape[0])
-    return None if found is None else list(astuple(found))
+    return None if found is None else list(found)
 
 
 def _describable(t: Tensor) -> bool:

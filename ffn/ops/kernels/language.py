@@ -93,14 +93,9 @@ def _halved(x):
 
 @triton.jit
 def pieces(x, PARTS: tl.constexpr):
-    """x (ROWS, COLS) as PARTS (1, 2 or 4) blocks of neighbouring columns: fewer registers live at once."""
+    """x (ROWS, COLS) as PARTS (a power of two) blocks of neighbouring columns: fewer registers live at once."""
     if PARTS == 1:
-        parts = (x,)
-    elif PARTS == 2:
-        parts = _halved(x)
+        return (x,)
     else:
         left, right = _halved(x)
-        a, b = _halved(left)
-        c, d = _halved(right)
-        parts = (a, b, c, d)
-    return parts
+        return pieces(left, PARTS // 2) + pieces(right, PARTS // 2)

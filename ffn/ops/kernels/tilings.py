@@ -4,15 +4,14 @@ Nothing is measured when the block is called; `python -m benchmarks tune` measur
 """
 
 import json
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("tilings.json")
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     """A tile of the result (rows, cols), the depth of one step, and how a program is run.
 
     group: tile rows that share the weights in cache. parts: pieces the tile is finished in.
@@ -29,12 +28,14 @@ class Tiling:
 
 
 # Large tiles that compile without spilling, asserted ahead of time; by the first number of the compute
-# capability, then by (forward, gated). Newer devices than these have too little shared memory.
+# capability, then by (forward, gated). Backward finishes a tile with so much reading and writing that two
+# programs share a processor, one in its product while the other finishes. Newer devices than these have too
+# little shared memory.
 _LARGE = {
     (True, False): Tiling(128, 256, 64, 8, 4, 8, 4),
     (True, True): Tiling(128, 128, 64, 8, 2, 8, 4),
-    (False, False): Tiling(128, 128, 64, 8, 4, 8, 4),
-    (False, True): Tiling(128, 128, 64, 8, 4, 8, 3),
+    (False, False): Tiling(128, 128, 64, 8, 8, 8, 3),
+    (False, True): Tiling(128, 128, 64, 8, 8, 8, 3),
 }
 DEFAULTS = {9: _LARGE, 10: _LARGE}
 FUSE_FORWARD_UP_TO = 2048  # D from which the library's product alone is worth more than the saved passes
@@ -89,5 +90,5 @@ def choose(
 
 def to_json(table: dict[str, Tiling | None]) -> str:
     """The text of a table, for `TABLE`."""
-    rows = {name: None if tiling is None else asdict(tiling) for name, tiling in sorted(table.items())}
+    rows = {name: None if tiling is None else tiling._asdict() for name, tiling in sorted(table.items())}
     return json.dumps(rows, indent=1) + "\n"

@@ -1,11 +1,10 @@
 """Every kernel compiles for GPUs that need not be there, without spilling a register.
 
-The fused products do so at the tilings that dispatch takes off the table. Each architecture is tried with the
+The fused products do so at every tiling that dispatch can choose. Each architecture is tried with the
 formulas that take most and least registers; all others lie between.
 """
 
 import os
-from dataclasses import astuple
 
 import pytest
 import torch
@@ -15,17 +14,32 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a process that interprets kernels compiles none", allow_module_level=True)
 
 from ffn.activations import TABLE
-from ffn.ops.kernels import act, dact, decode, linear_act, linear_dact
-from ffn.ops.kernels.tilings import DEFAULTS
+from ffn.ops.kernels import act, dact, decode, linear_act, linear_dact, tilings
+from ffn.ops.kernels.tilings import DEFAULTS, Tiling
 from tests.ops.kernels.ahead_of_time import SHARED, Compiled, compiled, tensor
 
 N, D, H = 8192, 1024, 4096
 MATRIX_INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
-CASES = [("gelu", 0.1), ("mish", 0.1), ("relu", 0.0), ("geglu", 0.1), ("swiglu", 0.0)]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    ("gelu", 0.1, BF16),
+    ("mish", 0.1, FP16),
+    ("relu", 0.0, BF16),
+    ("geglu", 0.1, BF16),
+    ("geglu", 0.1, FP16),
+    ("swiglu", 0.0, BF16),
+]
 
 on_each = pytest.mark.parametrize("arch", SHARED)
 on_those_that_fuse = pytest.mark.parametrize("arch", [10 * major for major in DEFAULTS])
-each_case = pytest.mark.parametrize(("name", "p"), CASES)
+each_case = pytest.mark.parametrize(("name", "p", "dtype"), CASES)
+
+
+def choosable(arch: int, forward: bool, gated: bool) -> set[Tiling]:
+    """All tilings that dispatch can take on sm_{arch}: the default and those of the table."""
+    form = tilings.key(forward, divmod(arch, 10), "bfloat16", gated, D, H, N).split(" bfloat16 ")[0]
+    measured = {t for name, t in tilings._measured().items() if name.startswith(form)}
+    return {t for t in (DEFAULTS[arch // 10][forward, gated], *measured) if t is not None}
 
 
 def check(found: Compiled, arch: int) -> None:
@@ -33,64 +47,99 @@ def check(found: Compiled, arch: int) -> None:
     assert found.shared <= SHARED[arch]
 
 
-def optional(present: bool, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor | None:
-    return tensor(*shape, dtype=dtype) if present else None
-
-
 def seed(p: float) -> torch.Tensor | None:
-    return optional(p > 0, 1, dtype=torch.int64)
+    return tensor(1, dtype=torch.int64) if p > 0 else None
+
+
+def act_on(arch: int, name: str, p: float, dtype: torch.dtype) -> Compiled:
+    gated = TABLE[name].gated
+    pre, bias = tensor(N, H, dtype=dtype), tensor(H, dtype=dtype)
+    gate = (pre, bias) if gated else (None, None)
+    return compiled(arch, act.act, pre, gate[0], bias, gate[1], seed(p), name, p, 0, 0)
+
+
+def dact_on(arch: int, name: str, p: float, dtype: torch.dtype, outputs: bool) -> Compiled:
+    gated = TABLE[name].gated
+    pre, bias = tensor(N, H, dtype=dtype), tensor(H, dtype=dtype)
+    gate = (pre, bias) if gated else (None, None)
+    inputs = pre, pre, gate[0], bias, gate[1], seed(p)
+    return compiled(arch, dact.dact_, *inputs, name, p, 0, 0, outputs, outputs)
+
+
+def linear_act_on(arch: int, name: str, p: float, dtype: torch.dtype, outputs: bool, tiling) -> Compiled:
+    x, up, bias = tensor(N, D, dtype=dtype), tensor(H, D, dtype=dtype), tensor(H, dtype=dtype)
+    gate = (up, bias) if TABLE[name].gated else (None, None)
+    inputs = x, up, gate[0], bias, gate[1], seed(p)
+    return compiled(arch, linear_act.linear_act, *inputs, name, p, 0, 0, outputs, list(tiling))
+
+
+def linear_dact_on(arch: int, name: str, p: float, dtype: torch.dtype, outputs: bool, tiling) -> Compiled:
+    dy, down, pre = tensor(N, D, dtype=dtype), tensor(D, H, dtype=dtype), tensor(N, H, dtype=dtype)
+    gate = pre if TABLE[name].gated else None
+    inputs = dy, down, pre, gate, seed(p)
+    return compiled(arch, linear_dact.linear_dact, *inputs, name, p, 0, 0, outputs, outputs, list(tiling))
 
 
 @on_each
 @each_case
-def test_act(arch: int, name: str, p: float) -> None:
-    gated = TABLE[name].gated
-    check(compiled(
-        arch, act.act, tensor(N, H), optional(gated, N, H), tensor(H), optional(gated, H),
-        seed(p), name, p, 0, 0,
-    ), arch)  # fmt: skip
+def test_act(arch: int, name: str, p: float, dtype: torch.dtype) -> None:
+    check(act_on(arch, name, p, dtype), arch)
 
 
 @on_each
 @each_case
-def test_dact(arch: int, name: str, p: float) -> None:
-    gated = TABLE[name].gated
-    check(compiled(
-        arch, dact.dact_, tensor(N, H), tensor(N, H), optional(gated, N, H), tensor(H), optional(gated, H),
-        seed(p), name, p, 0, 0, True, True,
-    ), arch)  # fmt: skip
+def test_dact(arch: int, name: str, p: float, dtype: torch.dtype) -> None:
+    check(dact_on(arch, name, p, dtype, outputs=True), arch)
+
+
+@on_each
+@pytest.mark.parametrize("name", ["mish", "geglu"])
+def test_the_passes_in_float32(arch: int, name: str) -> None:
+    check(act_on(arch, name, 0.1, FP32), arch)
+    check(dact_on(arch, name, 0.1, FP32, outputs=False), arch)
 
 
 @on_each
 @pytest.mark.parametrize("tokens", [1, 16, 32])
 @pytest.mark.parametrize("name", ["gelu", "geglu"])
-def test_decode(arch: int, name: str, tokens: int) -> None:
-    gated = TABLE[name].gated
-    check(compiled(
-        arch, decode.decode, tensor(tokens, D), tensor(H, D), optional(gated, H, D), tensor(H),
-        optional(gated, H), name,
-    ), arch)  # fmt: skip
+@pytest.mark.parametrize(("dtype", "width"), [(BF16, D), (BF16, D - 1), (FP32, D)])
+def test_decode(arch: int, name: str, tokens: int, dtype: torch.dtype, width: int) -> None:
+    x, up, bias = tensor(tokens, width, dtype=dtype), tensor(H, width, dtype=dtype), tensor(H, dtype=dtype)
+    gate = (up, bias) if TABLE[name].gated else (None, None)
+    check(compiled(arch, decode.decode, x, up, gate[0], bias, gate[1], name), arch)
 
 
 @on_those_that_fuse
 @each_case
-def test_linear_act(arch: int, name: str, p: float) -> None:
-    gated = TABLE[name].gated
-    found = compiled(
-        arch, linear_act.linear_act, tensor(N, D), tensor(H, D), optional(gated, H, D), tensor(H),
-        optional(gated, H), seed(p), name, p, 0, 0, True, list(astuple(DEFAULTS[arch // 10][True, gated])),
-    )  # fmt: skip
-    check(found, arch)
-    assert MATRIX_INSTRUCTION[arch] in found.ptx
+def test_linear_act(arch: int, name: str, p: float, dtype: torch.dtype) -> None:
+    for tiling in choosable(arch, forward=True, gated=TABLE[name].gated):
+        found = linear_act_on(arch, name, p, dtype, True, tiling)
+        check(found, arch)
+        assert MATRIX_INSTRUCTION[arch] in found.ptx
 
 
 @on_those_that_fuse
 @each_case
-def test_linear_dact(arch: int, name: str, p: float) -> None:
+def test_linear_dact(arch: int, name: str, p: float, dtype: torch.dtype) -> None:
+    for tiling in choosable(arch, forward=False, gated=TABLE[name].gated):
+        found = linear_dact_on(arch, name, p, dtype, True, tiling)
+        check(found, arch)
+        assert MATRIX_INSTRUCTION[arch] in found.ptx
+
+
+@on_those_that_fuse
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_products_that_keep_nothing(arch: int, name: str) -> None:
     gated = TABLE[name].gated
-    found = compiled(
-        arch, linear_dact.linear_dact, tensor(N, D), tensor(D, H), tensor(N, H), optional(gated, N, H),
-        seed(p), name, p, 0, 0, True, True, list(astuple(DEFAULTS[arch // 10][False, gated])),
-    )  # fmt: skip
-    check(found, arch)
-    assert MATRIX_INSTRUCTION[arch] in found.ptx
+    for tiling in choosable(arch, forward=True, gated=gated):
+        check(linear_act_on(arch, name, 0.0, BF16, False, tiling), arch)
+    for tiling in choosable(arch, forward=False, gated=gated):
+        check(linear_dact_on(arch, name, 0.0, BF16, False, tiling), arch)
+
+
+@pytest.mark.parametrize("name", ["gelu", "mish", "geglu", "swiglu"])
+def test_two_programs_of_the_default_backward_share_a_processor(name: str) -> None:
+    tiling = DEFAULTS[9][False, TABLE[name].gated]
+    found = linear_dact_on(90, name, 0.0, BF16, True, tiling)
+    assert 2 * 32 * tiling.warps * found.registers <= 65536
+    assert 2 * found.shared <= SHARED[90]
