@@ -93,9 +93,10 @@ def _halved(x):
 
 @triton.jit
 def pieces(x, PARTS: tl.constexpr):
-    """x (ROWS, COLS) as PARTS (a power of two) blocks of neighbouring columns: fewer registers live at once."""
+    """x (ROWS, COLS) as PARTS (1, 2, 4, ...) blocks of neighbouring columns: fewer registers live at once."""
     if PARTS == 1:
-        return (x,)
+        parts = (x,)
     else:
         left, right = _halved(x)
-        return pieces(left, PARTS // 2) + pieces(right, PARTS // 2)
+        parts = pieces(left, PARTS // 2) + pieces(right, PARTS // 2)
+    return parts
