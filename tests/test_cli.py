@@ -14,7 +14,7 @@ from ffn.data import prepare
 from ffn.train import train
 from tests import tiny
 from tests.conftest import ROOT
-from tests.test_train import outcome, quiet
+from tests.tiny import outcome, quiet
 
 
 def words(folder: Path, *more: str) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from ffn.train import train
 from tests import tiny
 from tests.conftest import ROOT
-from tests.test_train import outcome, quiet
+from tests.tiny import outcome, quiet
 
 WORDS = [
     "train.steps=200",

@@ -20,21 +20,12 @@ from ffn.recipe import read_config
 from ffn.steps import evaluate
 from ffn.train import train
 from tests import tiny
-
-
-def quiet(_: str) -> None:
-    pass
+from tests.tiny import outcome, quiet
 
 
 def rows(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-def outcome(run: Path) -> tuple[bytes, bytes, bytes]:
-    """What equal runs have equal: the last weights, the metrics, the samples."""
-    last = max((run / "checkpoints").iterdir()) / "model.safetensors"
-    return last.read_bytes(), (run / "metrics.csv").read_bytes(), (run / "samples.txt").read_bytes()
 
 
 def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:

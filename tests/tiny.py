@@ -1,4 +1,4 @@
-"""A text and a configuration so small that a whole training run takes a second."""
+"""A text and a configuration so small that a whole training run takes a second, and what it left."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def config(folder: Path, *words: str) -> TrainConfig:
     base = dataclasses.replace(TrainConfig(), model=MODEL)
     paths = [f"data.path={folder / 'text.txt'}", f"out={folder / 'run'}"]
     return apply_overrides(base, [*paths, *WORDS, *words])
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def outcome(run: Path) -> tuple[bytes, bytes, bytes]:
+    """What equal runs have equal: the last weights, the metrics, the samples."""
+    last = max((run / "checkpoints").iterdir()) / "model.safetensors"
+    return last.read_bytes(), (run / "metrics.csv").read_bytes(), (run / "samples.txt").read_bytes()
