@@ -4,7 +4,8 @@ A configuration is a frozen dataclass whose fields are `bool`, `int`, `float`, `
 an optional one of these, a tuple of one of these, or another such dataclass (a TOML table). TOML knows no
 null, so `None` is written and read as the string "none". Nothing here knows what is being configured.
 
-Every error is a `ValueError` of one line that starts with the dotted key it is about.
+Every error is a `ValueError` of one line that starts with the dotted key it is about, those of the
+dataclasses' own `__post_init__` too, which start with the name of a field.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ def from_dict(
             values[name] = from_dict(typing.cast(type, hint), value, key, inner)
         else:
             values[name] = _coerce(value, hint, key)
-    if base is not None:
-        return dataclasses.replace(base, **values)  # type: ignore[type-var]
     for name, field in fields.items():
-        if name not in values and not _has_default(field):
+        if base is None and name not in values and not _has_default(field):
             raise ValueError(f"{_join(prefix, name)}: missing, and it has no default")
-    return cls(**values)
+    try:
+        return cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
+    except ValueError as error:  # the class names its field, and knows no prefix
+        raise ValueError(_join(prefix, str(error))) from None
 
 
 def from_toml(cls: type[Config], text: str, base: Config | None = None) -> Config:

@@ -42,7 +42,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction: wants a number between 0 and 1; got {self.val_fraction}")
+            raise ValueError(f"val_fraction: wants a number between 0 and 1; got {self.val_fraction}")
 
 
 @dataclass(frozen=True)

@@ -54,24 +54,26 @@ class LoopConfig:
     sample_temperature: float = 0.8
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "eval_every",
-            "checkpoint_every",
-            "keep",
-            "log_every",
+        for least, names in (
+            (1, "steps batch_size accumulate eval_every checkpoint_every keep log_every"),
+            (
+                0,
+                "lr muon_lr weight_decay l1 clip warmup patience eval_batches sample_tokens sample_temperature",
+            ),
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}: wants 1 or more; got {getattr(self, name)}")
-        for name in ("lr", "muon_lr", "weight_decay", "l1", "clip", "warmup", "patience", "eval_batches"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"train.{name}: wants 0 or more; got {getattr(self, name)}")
-        if not self.sample_prompt:
-            raise ValueError("train.sample_prompt: wants at least one character")
+            for name in names.split():
+                if not getattr(self, name) >= least:
+                    raise ValueError(f"{name}: wants {least} or more; got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"train.betas: wants two numbers in [0, 1); got {list(self.betas)}")
+            raise ValueError(f"betas: wants two numbers in [0, 1); got {list(self.betas)}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: wants a number in [0, 1); got {self.momentum}")
+        if not 0 <= self.lr_floor <= 1:
+            raise ValueError(f"lr_floor: wants a number in [0, 1]; got {self.lr_floor}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: wants a whole number of 64 bits; got {self.seed}")
+        if not self.sample_prompt:
+            raise ValueError("sample_prompt: wants at least one character")
 
     def lr_factor(self, step: int) -> float:
         """The share of the learning rate that step `step`, counted from 0, takes."""
@@ -113,11 +115,9 @@ def read_config(file: str | Path | None, words: Iterable[str] = ()) -> TrainConf
     config = TrainConfig()
     if file is not None:
         try:
-            text = Path(file).read_text("utf-8")
+            config = from_toml(TrainConfig, Path(file).read_text("utf-8"), base=config)
         except OSError as error:
             raise ValueError(f"{file}: cannot read this config: {error.strerror}") from None
-        try:
-            config = from_toml(TrainConfig, text, base=config)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
     return apply_overrides(config, words)
@@ -144,19 +144,22 @@ def open_run(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConf
     """The resolved config, written to the run's folder, and the corpus.
 
     A run with checkpoints keeps the tokens it began with; if lost, they are made again from the same text.
-    ValueError, and nothing is touched, where that is another by now, where no checkpoint is good, and where
-    the folder holds a run of another configuration or other things.
+    ValueError, and nothing is touched, where that is another by now, where no checkpoint is good, where the
+    folder holds a run of another configuration or other things, and where there is no text to begin with.
     """
+    if config.train.sample_tokens and not config.model.causal:
+        raise ValueError(
+            "train.sample_tokens: wants 0 with model.causal=false, which generates nothing; "
+            f"got {config.train.sample_tokens}"
+        )
     run = Path(config.out)
     file = run / "config.toml"
     goes_on = file.exists() and bool(list_checkpoints(run))
     if goes_on:
         _refuse_other(config, file)
-    elif not file.exists():
-        if any(not path.name.startswith(".") for path in run.iterdir()):
-            raise ValueError(f"out={run}: the folder holds other files; give a new one or that of a run")
-        write_file(file, to_toml(config))
-    corpus = _corpus_of_checkpoints(config, say) if goes_on else prepare(config.data, run)
+        corpus = _corpus_of_checkpoints(config, say)
+    else:
+        corpus = _first_corpus(config, file)
     config = _resolve(config, corpus.tokenizer)
     write_file(file, to_toml(config))
     for note in corpus.notes:
@@ -164,6 +167,30 @@ def open_run(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConf
     sizes = f"{len(corpus.train):,} to train on, {len(corpus.val):,} to validate on"
     say(f"tokens       {sizes}, of {corpus.tokenizer.vocab_size} kinds")
     return config, corpus
+
+
+def _first_corpus(config: TrainConfig, file: Path) -> Corpus:
+    """Of a run without checkpoints; the config claims its folder before anything else is written there."""
+    run = file.parent
+    fresh = all(path.name.startswith(".") for path in run.iterdir())
+    if not fresh and not _is_written_by_a_run(file):
+        raise ValueError(f"out={run}: the folder holds other files; give a new one or that of a run")
+    write_file(file, to_toml(config))
+    try:
+        return prepare(config.data, run)
+    except ValueError:
+        if fresh:
+            file.unlink()
+        raise
+
+
+def _is_written_by_a_run(file: Path) -> bool:
+    """Word for word: what a person wrote by hand is not to be lost, its comments neither."""
+    try:
+        text = file.read_text("utf-8")
+        return text == to_toml(from_toml(TrainConfig, text))
+    except (OSError, ValueError):
+        return False
 
 
 def _corpus_of_checkpoints(config: TrainConfig, say: Callable[[str], None]) -> Corpus:
@@ -179,7 +206,7 @@ def _corpus_of_checkpoints(config: TrainConfig, say: Callable[[str], None]) -> C
 
 def _refuse_other(config: TrainConfig, file: Path) -> None:
     """ValueError with the keys that differ where the run whose config is in `file` is another one."""
-    here, there = flatten(config), flatten(from_toml(TrainConfig, file.read_text("utf-8")))
+    here, there = flatten(config), flatten(read_config(file))
     ignored = {*WHERE, "model.vocab_size"}  # the last follows from the others
     differing = [
         f"{key}={here[key]} where the run has {there[key]}"

@@ -19,7 +19,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:
-            raise ValueError("num_layers wants 1 or more")
+            raise ValueError(f"num_layers={self.num_layers}: want 1 or more")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def test_a_word_sets_one_key_and_no_other(word: str, key: str, value: object) ->
         ("train.lr=true", r"^train.lr: wants a number; got True$"),
         ("train.betas=1", r"^train.betas: wants a list; got 1$"),
         ("model.num_layers=1.5", r"^model.num_layers: wants a whole number; got 1.5$"),
-        ("model.num_layers=0", r"^num_layers wants 1 or more$"),
+        ("model.num_layers=0", "^model.num_layers=0: want 1 or more$"),
         ("model.act=swiglo", r"^model.act: wants one of relu, swiglu; got 'swiglo'; did you mean swiglu\?$"),
         ("model=2", r"^model: wants a table of keys such as model.vocab_size; got '2'$"),
         ("train", r"^train: wants key=value, as in train.steps=100$"),
@@ -116,6 +116,8 @@ def test_a_wrong_word_is_explained_in_one_line(word: str, message: str) -> None:
 def test_a_mapping_speaks_of_its_keys_by_the_given_prefix() -> None:
     with pytest.raises(ValueError, match=r"^model.vocab_size: missing, and it has no default$"):
         from_dict(Model, {}, "model")
+    with pytest.raises(ValueError, match=r"^a.model.num_layers=0: want 1 or more$"):
+        from_dict(Model, {"vocab_size": 1, "num_layers": 0}, "a.model")
     with pytest.raises(ValueError, match=r"^model.head_size: no such key; did you mean model.head_dim\?$"):
         from_dict(Model, {"vocab_size": 1, "head_size": 2}, "model")
 

@@ -190,5 +190,5 @@ def test_texts_that_will_not_do_are_refused(tmp_path: Path) -> None:
         (tmp_path / "bin" / name).write_bytes(b"\0")
     with pytest.raises(ValueError, match="2 files, none of them UTF-8 text"):
         prepare(DataConfig(str(tmp_path / "bin")), tmp_path)
-    with pytest.raises(ValueError, match=r"data.val_fraction: wants a number between 0 and 1; got 1"):
+    with pytest.raises(ValueError, match=r"^val_fraction: wants a number between 0 and 1; got 1"):
         DataConfig(val_fraction=1)

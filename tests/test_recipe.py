@@ -34,10 +34,16 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "train.steps: wants 1 or more; got 0"),
-        ({"lr": -1.0}, "train.lr: wants 0 or more; got -1.0"),
-        ({"l1": float("nan")}, "train.l1: wants 0 or more; got nan"),
-        ({"betas": (0.9,)}, r"train.betas: wants two numbers in \[0, 1\); got \[0.9\]"),
+        ({"steps": 0}, "^steps: wants 1 or more; got 0$"),
+        ({"lr": -1.0}, "^lr: wants 0 or more; got -1.0$"),
+        ({"l1": float("nan")}, "^l1: wants 0 or more; got nan$"),
+        ({"sample_tokens": -5}, "^sample_tokens: wants 0 or more; got -5$"),
+        ({"sample_temperature": -1.0}, "^sample_temperature: wants 0 or more; got -1.0$"),
+        ({"lr_floor": -3.0}, r"^lr_floor: wants a number in \[0, 1\]; got -3.0$"),
+        ({"momentum": 2.0}, r"^momentum: wants a number in \[0, 1\); got 2.0$"),
+        ({"betas": (0.9,)}, r"^betas: wants two numbers in \[0, 1\); got \[0.9\]$"),
+        ({"seed": 10**20}, r"^seed: wants a whole number of 64 bits; got 10{20}$"),
+        ({"sample_prompt": ""}, "^sample_prompt: wants at least one character$"),
     ],
 )
 def test_values_out_of_range_are_refused(change: dict, message: str) -> None:
@@ -73,3 +79,39 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the folder holds other files; give a new one or that of a run"):
         open_run(config, lambda _: None)
     assert [path.name for path in Path(config.out).iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    "text", ["# another tool's\nname = 'x'\n", "# for later\n[train]\nlr = 0.5\n", b"\xff"]
+)
+def test_a_config_that_no_run_wrote_is_left_alone(text: str | bytes, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path)
+    file = Path(config.out) / "config.toml"
+    file.parent.mkdir()
+    file.write_bytes(content := text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ValueError, match="the folder holds other files; give a new one or that of a run"):
+        open_run(config, lambda _: None)
+    assert [path.name for path in file.parent.iterdir()] == ["config.toml"]
+    assert file.read_bytes() == content
+
+
+def test_a_run_without_checkpoints_is_begun_anew(tmp_path: Path) -> None:
+    Path(tiny.config(tmp_path).out).mkdir()
+    for lr in ("0.5", "0.25"):
+        resolved, _ = open_run(tiny.config(tmp_path, f"train.lr={lr}"), lambda _: None)
+        assert read_config(Path(resolved.out) / "config.toml").train.lr == float(lr)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.path=absent.txt"], "^data.path=absent.txt: no such file"),
+        (["model.causal=false"], "^train.sample_tokens: wants 0 with model.causal=false, .*; got 5$"),
+    ],
+)
+def test_a_refused_run_leaves_nothing(words: list[str], message: str, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, *words)
+    Path(config.out).mkdir()
+    with pytest.raises(ValueError, match=message):
+        open_run(config, lambda _: None)
+    assert not list(Path(config.out).iterdir())
