@@ -7,6 +7,8 @@
 
 A checkpoint is written under another name, flushed and renamed, so a process killed at any moment, or a full
 disk, leaves those that were there. What is truncated, altered or of another run is refused with its reason.
+A model that `save_model` wrote alone has no SHA-256 beside it: there only what is cut short or has other
+weights than its config asks for is refused.
 """
 
 from __future__ import annotations
@@ -77,10 +79,11 @@ def load_tokenizer(path: str | Path) -> tokenizer.Tokenizer:
 def find_model(path: str | Path, report: Report = warnings.warn) -> Path:
     """The model file that `load` reads; refused checkpoints on the way are reported."""
     path = Path(path)
-    if path.is_file():
-        return path
-    if (path / MODEL).is_file():
-        return path / MODEL
+    if path.is_file() or (path / MODEL).is_file():
+        file = path if path.is_file() else path / MODEL
+        if (file.parent / STATE).exists():
+            read_state(file.parent)
+        return file
     newest = newest_checkpoint(path, {}, report)
     if newest is None:
         raise ValueError(f"{path}: neither a run of ffn with a good checkpoint nor a folder with {MODEL}")

@@ -177,6 +177,15 @@ def test_any_flipped_bit_is_refused_and_the_one_before_used(
         assert said[0].startswith(f"checkpoint step-000020 refused: {name}")
 
 
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_a_damaged_checkpoint_is_refused_by_its_own_name_too(named: str, good: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(good / "checkpoints" / "step-000020", tmp_path / "step-000020")
+    model = path / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"X")
+    with pytest.raises(ValueError, match=r"step-000020 refused: model\.safetensors was altered"):
+        load(path if named == "folder" else model)
+
+
 @given(name=st.sampled_from(NAMES), share=st.floats(0, 1, exclude_max=True))
 def test_any_truncation_is_refused(good: Path, name: str, share: float) -> None:
     file = good / "checkpoints" / "step-000020" / name
