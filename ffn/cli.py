@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         if arguments.debug:
             raise
-        print(f"ffn: {error or 'interrupted'}", file=sys.stderr)
+        print(f"ffn: {str(error) or 'interrupted'}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 130
         return 1 if isinstance(error, OSError | FloatingPointError) else 2

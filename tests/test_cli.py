@@ -130,6 +130,15 @@ def test_mistakes_are_one_line_and_exit_2(
         main(["--debug", *arguments])
 
 
+def test_an_interruption_outside_the_loop_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ffn.cli.train", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "ffn: interrupted\n"
+
+
 def test_cuda_where_there_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["train", "device=cuda"]) == 2
