@@ -54,16 +54,12 @@ class LoopConfig:
     sample_temperature: float = 0.8
 
     def __post_init__(self) -> None:
-        for least, names in (
-            (1, "steps batch_size accumulate eval_every checkpoint_every keep log_every"),
-            (
-                0,
-                "lr muon_lr weight_decay l1 clip warmup patience eval_batches sample_tokens sample_temperature",
-            ),
-        ):
-            for name in names.split():
-                if not getattr(self, name) >= least:
-                    raise ValueError(f"{name}: wants {least} or more; got {getattr(self, name)}")
+        counts = ("steps", "batch_size", "accumulate", "keep", "eval_every", "checkpoint_every", "log_every")
+        rates = ("lr", "muon_lr", "weight_decay", "l1", "clip", "sample_temperature")
+        for name in (*counts, *rates, "warmup", "patience", "eval_batches", "sample_tokens"):
+            least = 1 if name in counts else 0
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: wants {least} or more; got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: wants two numbers in [0, 1); got {list(self.betas)}")
         if not 0 <= self.momentum < 1:
