@@ -48,6 +48,26 @@ def test_train_generate_eval(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert per_token == per_byte
 
 
+def test_generate_draws_as_asked(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    given: dict[str, object] = {}
+
+    def stream(model, prompt, tokens, **options) -> list[int]:
+        given.update(options, prompt=prompt, tokens=tokens)
+        return [65, 66]
+
+    monkeypatch.setattr("ffn.cli.stream", stream)
+    command = ["generate", str(run), "--device", "cpu", "--prompt", "1 "]
+    assert main(command) == 0
+    assert capsys.readouterr().out == "1 AB\n"
+    usual = {"temperature": 0.8, "top_k": None, "top_p": None, "seed": None}
+    assert given == {"prompt": [49, 32], "tokens": 14, **usual}
+    options = {"tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.25, "seed": 9}
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    assert main(command) == 0
+    assert given == {"prompt": [49, 32], **options}
+
+
 def test_eval_makes_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny.config(tmp_path)
     train(config, quiet)

@@ -1,11 +1,14 @@
 """The configuration of a run: defaults, files, words, and the folder that keeps it."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
 
+from ffn.optim import ScheduledOptimizer
 from ffn.recipe import LoopConfig, TrainConfig, fingerprint, open_run, read_config
+from ffn.transformer import Transformer
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -49,6 +52,23 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
 def test_values_out_of_range_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoopConfig(**change)
+
+
+def test_the_optimizer_is_given_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    parameters = inspect.signature(ScheduledOptimizer).parameters
+    monkeypatch.setattr(
+        "ffn.recipe.ScheduledOptimizer",
+        lambda model, optimizer, **options: given.update(options, model=model, optimizer=optimizer),
+    )
+    options = {
+        "optimizer": "adamw", "lr": 0.1, "muon_lr": 0.2, "weight_decay": 0.3, "l1": 0.4, "betas": (0.5, 0.6),
+        "momentum": 0.7,
+    }  # fmt: skip
+    model = Transformer(tiny.MODEL, device="meta")
+    LoopConfig(**options).build_optimizer(model)
+    assert given == {"model": model, **options}
+    assert set(given) == set(parameters)
 
 
 def test_the_fingerprint_is_of_what_is_computed() -> None:

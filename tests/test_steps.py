@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ffn.steps import accumulate_gradients, evaluate
+from ffn.steps import accumulate_gradients, evaluate, evaluating
 from ffn.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(vocab_size=11, dim=8, num_layers=2, num_heads=2, max_seq_len=6)
@@ -52,6 +52,18 @@ def test_evaluation_is_the_mean_over_every_token(n: int) -> None:
             losses[1:].mean().item(), abs=1e-12
         )
     assert model.training, "the model is given back as it was"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_evaluation_compiles_nothing() -> None:
+    model, graphs = Transformer(CONFIG), []
+    model.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    tokens = torch.randint(11, (2, 6))
+    with evaluating(model):
+        model(tokens)
+    assert not graphs
+    model(tokens)
+    assert graphs
 
 
 def test_evaluation_drops_nothing_and_draws_nothing() -> None:

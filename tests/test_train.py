@@ -261,10 +261,40 @@ def test_a_compiled_run_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
             assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-4)
 
 
-def test_a_step_waits_for_the_device_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny.config(tmp_path)
+def a_trainer(folder: Path, *words: str) -> ffn.train.Trainer:
+    config = tiny.config(folder, *words)
     corpus = prepare(config.data, Path(config.out))
-    trainer = ffn.train.Trainer(config, corpus, torch.device("cpu"), "float32", quiet)
+    return ffn.train.Trainer(config, corpus, torch.device("cpu"), "float32", quiet)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.001])
+def test_the_gradient_is_clipped(clip: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = a_trainer(tmp_path, f"train.clip={clip}")
+    used: list[torch.Tensor] = []
+    gradients = lambda: [p.grad for p in trainer.model.parameters()]  # noqa: E731
+    monkeypatch.setattr(
+        trainer.optimizer, "step", lambda factor: used.append(torch.nn.utils.get_total_norm(gradients()))
+    )
+    _, norm = trainer._step()
+    assert norm > 0.001, "what is logged is the norm before"
+    assert used[0].item() == pytest.approx(clip or norm, rel=1e-3)
+
+
+def test_samples_are_drawn_as_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple] = []
+
+    def generate(model, prompts, tokens, *, temperature, seed) -> list[list[int]]:
+        given.append((tokens, temperature, seed))
+        return [[65] * tokens]
+
+    monkeypatch.setattr(ffn.train, "generate", generate)
+    trainer = a_trainer(tmp_path, "train.sample_tokens=3", "train.sample_temperature=0.25", "train.seed=7")
+    assert trainer._sample() == "def AAA"
+    assert given == [(3, 0.25, 7)]
+
+
+def test_a_step_waits_for_the_device_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = a_trainer(tmp_path)
     trainer.device = torch.device("cuda:1")
     waited: list[torch.device] = []
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)

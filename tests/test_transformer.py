@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import operator
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from ffn.nn.attention import LayerCache
 from ffn.nn.init import INITS
-from ffn.transformer import Transformer
+from ffn.transformer import Transformer, build_block
 from tests.models import F64, SMALL, VARIANTS, build, tokens_of, variants
 
 
@@ -43,6 +44,33 @@ def test_a_change_reaches_only_what_may_see_it(options: dict) -> None:
 def test_an_encoder_without_positions_permutes() -> None:
     model, tokens, order = build(causal=False, position="none"), tokens_of(2, 8), torch.randperm(8)
     torch.testing.assert_close(model(tokens[:, order]), model(tokens)[:, order])
+
+
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        ({"causal": False}, ["attention.causal"]),
+        ({"num_kv_heads": 2}, ["attention.num_kv_heads"]),
+        ({"head_dim": 6}, ["attention.head_dim"]),
+        ({"attention_dropout": 0.5}, ["attention.dropout"]),
+        ({"dropout": 0.5}, ["attention.out_dropout", "feed_forward.out_dropout"]),
+        ({"ffn_dropout": 0.5}, ["feed_forward.dropout"]),
+        ({"hidden_dim": 40}, ["feed_forward.hidden_dim"]),
+        ({"activation": "reglu"}, ["feed_forward.activation"]),
+        ({"save": "input"}, ["feed_forward.save"]),
+        ({"chunk_tokens": 3, "save": "input"}, ["feed_forward.chunk_tokens"]),
+        ({"init": "zero_out"}, ["feed_forward.init"]),
+        ({"norm_eps": 0.5}, ["attention_norm.eps", "feed_forward_norm.eps"]),
+        ({"norm_eps": 0.5, "qk_norm": True}, ["attention.q_norm.eps", "attention.k_norm.eps"]),
+        ({"norm_position": "post"}, ["norm_position"]),
+        ({"parallel": True}, ["parallel"]),
+    ],
+    ids=str,
+)
+def test_a_block_is_given_its_options(options: dict, places: list[str]) -> None:
+    block = build_block(dataclasses.replace(SMALL, **options), device="meta")
+    for place in places:
+        assert operator.attrgetter(place)(block) == next(iter(options.values())), place
 
 
 def test_the_sentence_written_out() -> None:
