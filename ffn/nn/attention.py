@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ffn import ops
 from ffn.ops.attention import attend
+from ffn.ops.library import autocasts
 
 
 class Attention(nn.Module):
@@ -75,8 +76,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: "LayerCache | None" = None,
     ) -> Tensor:
-        device = x.device.type
-        autocast = not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        device, autocast = x.device.type, autocasts(x)
         if autocast:
             x = x.to(torch.get_autocast_dtype(device))  # once, rather than in each of the three products
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))

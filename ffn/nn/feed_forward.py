@@ -10,7 +10,8 @@ from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
 from ffn.ops import dispatch
 from ffn.ops.dropout import check_probability
-from ffn.ops.feed_forward import autocasts, check_options, run
+from ffn.ops.feed_forward import check_options, run
+from ffn.ops.library import autocasts
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:

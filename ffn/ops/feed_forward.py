@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from ffn import activations
 from ffn.activations import Activation
-from ffn.ops import dispatch, library, reference
+from ffn.ops import dispatch, reference
 from ffn.ops.dropout import check_probability, draw_seed
 from ffn.ops.eager import float32_in_onednn
+from ffn.ops.library import autocasts, is_batched, needs_textbook
 
 SAVES = ("preact", "input")
 
@@ -84,7 +85,7 @@ def run(x: Tensor, weights: tuple, activation, dropout, save, chunk_tokens, back
     )
     if not _fits(row, x, *weights):
         _explain_misfit(row, x, *weights)
-    if choice.backend == "reference" or row.formula is None or library.needs_textbook():
+    if choice.backend == "reference" or row.formula is None or needs_textbook():
         hidden = (*x.shape[:-1], weights[0].shape[0])
         factors = F.dropout(x.new_ones(hidden), dropout) if dropout > 0.0 else None
         return _textbook(row, factors, x, *weights)
@@ -106,15 +107,6 @@ def _checked(activation, p, save, chunk_tokens, backend, device, dtype):
 
 
 _known = cache(_checked)  # the same options are checked once
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on and casts x: torch leaves float64, integers and meta alone, and so do we."""
-    if x.is_cpu:
-        on = torch.is_autocast_enabled("cpu")
-    else:
-        on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return on and x.dtype != torch.float64 and x.is_floating_point()
 
 
 def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None, backend: str) -> None:
@@ -230,7 +222,7 @@ class FeedForwardRule(torch.autograd.Function):
 def _gradients(ctx, dy):
     """What backward returns: by the rule or, where that will not do, by the textbook."""
     x, seed, *weights, pre, pre_gate = ctx.saved_tensors
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or library.is_batched(dy)):
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_batched(dy)):
         return *_differentiable_backward(ctx, dy, x, seed, weights), None, None
     options, choice = ctx.options, ctx.choice
     backward = _backward if options.chunk_tokens is None else _backward_by_chunks

@@ -1,4 +1,4 @@
-"""How the ops are registered with torch, and when a transform must see plain torch instead."""
+"""How the ops are registered with torch, and which of torch's modes and transforms they must heed."""
 
 from collections.abc import Callable
 
@@ -36,6 +36,15 @@ def needs_textbook() -> bool:
     if _functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0:
         return True
     return torch.compiler.is_exporting()
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on and casts x: torch leaves float64, integers and meta alone, and so do we."""
+    if x.is_cpu:
+        on = torch.is_autocast_enabled("cpu")
+    else:
+        on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return on and x.dtype != torch.float64 and x.is_floating_point()
 
 
 def is_batched(x: torch.Tensor) -> bool:

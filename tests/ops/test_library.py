@@ -83,3 +83,13 @@ def test_exporting(strict: bool) -> None:
 
     program = torch.export.export(Ask(), (torch.ones(3),), strict=strict)
     assert torch.equal(program.module()(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_what_autocast_casts() -> None:
+    xs = [torch.ones(2, dtype=dtype) for dtype in (torch.float32, torch.float16, F64, torch.int64)]
+    xs.append(torch.ones(2, device="meta"))
+    assert not any(map(library.autocasts, xs))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [library.autocasts(x) for x in xs] == [True, True, False, False, False]
+        with torch.autocast("cpu", enabled=False):
+            assert not any(map(library.autocasts, xs))
