@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ffn import ops
 from ffn.ops.attention import attend
+from ffn.ops.feed_forward import check_size
 from ffn.ops.library import autocasts
 
 
@@ -197,8 +198,8 @@ def check_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: in
     """Raise ValueError unless dim splits into heads and the heads into groups."""
     sizes = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name}={size}: want a positive number")
+        if size is not None:
+            check_size(name, size)
     if head_dim is None and dim % num_heads:
         raise ValueError(
             f"dim={dim} does not split into num_heads={num_heads} heads; choose a divisor, or a head_dim"

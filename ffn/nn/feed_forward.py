@@ -10,7 +10,7 @@ from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
 from ffn.ops import dispatch
 from ffn.ops.dropout import check_probability
-from ffn.ops.feed_forward import check_options, run
+from ffn.ops.feed_forward import check_options, check_size, run
 from ffn.ops.library import autocasts
 
 
@@ -25,6 +25,7 @@ def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
     return -(-8 * dim // (3 * multiple_of)) * multiple_of
 
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LINEAR_FORWARD = nn.Linear.forward  # as it was at import: a patch of the class must take effect too
 
 
@@ -88,6 +89,9 @@ class FeedForward(nn.Module):
         check_options(row, dropout, save, chunk_tokens, backend)
         check_probability("out_dropout", out_dropout)
         check_init(init)
+        for name, size in (("dim", dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
+            if size is not None:
+                check_size(name, size)
         self.dim, self.out_dim = dim, dim if out_dim is None else out_dim
         if hidden_dim is None:
             hidden_dim = gated_hidden_dim(dim) if row.gated else 4 * dim
@@ -96,6 +100,8 @@ class FeedForward(nn.Module):
         self.save, self.chunk_tokens, self.backend, self.init = save, chunk_tokens, backend, init
         self.activation = row.name
         self.act = None if row.formula else row.forward  # a callable of the user's; a module is registered
+        if isinstance(self.act, nn.Module):
+            self.act.to(device=device, dtype=dtype)
         linear = {"bias": bias, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(dim, self.hidden_dim, **linear) if row.gated else None
         self.up_proj = nn.Linear(dim, self.hidden_dim, **linear)
@@ -128,7 +134,7 @@ class FeedForward(nn.Module):
         return self.down_proj(ops.dropout(h, p))
 
     def _linears(self) -> list[nn.Linear]:
-        return [linear for linear in (self.gate_proj, self.up_proj, self.down_proj) if linear is not None]
+        return [linear for name in PROJECTIONS if (linear := getattr(self, name)) is not None]
 
     def _weights_or_reason(self, x: Tensor) -> tuple | str:
         """What the op takes beside x or, where the children must be called, why.
@@ -145,8 +151,10 @@ class FeedForward(nn.Module):
         up, down = plain_parameters(children["up_proj"]), plain_parameters(children["down_proj"])
         gate = plain_parameters(children["gate_proj"]) if "gate_proj" in children else (None, None)
         if up is None or down is None or gate is None:
-            culprit = next(linear for linear in self._linears() if plain_parameters(linear) is None)
-            return f"{culprit} is replaced, hooked, parametrized, or its weight is no plain parameter"
+            names = [name for name in PROJECTIONS if name in children]
+            name = next(name for name in names if plain_parameters(children[name]) is None)
+            what = f"{name} (a {type(children[name]).__name__})"
+            return f"{what} is replaced, hooked, parametrized, or its weight is no plain parameter"
         return up[0], down[0], gate[0], up[1], down[1], gate[1]
 
     def explain(self, x: Tensor) -> str:

@@ -108,8 +108,12 @@ class _Dropout(torch.autograd.Function):
 
 def check_probability(name: str, p: float) -> None:
     """Raise ValueError unless 0 <= p < 1."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{name}={p}: want a probability in [0, 1)")
+    try:
+        fits = 0.0 <= p < 1.0
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}={p!r}: want a probability in [0, 1)")
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:

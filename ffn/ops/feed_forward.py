@@ -109,14 +109,24 @@ def _checked(activation, p, save, chunk_tokens, backend, device, dtype):
 _known = cache(_checked)  # the same options are checked once
 
 
+def check_size(name: str, size: int) -> None:
+    """Raise ValueError unless size is a whole number, 1 or more."""
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name}={size!r}: want a positive whole number")
+
+
 def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None, backend: str) -> None:
     """Raise ValueError for a probability, `save`, `chunk_tokens` or `backend` that make no sense."""
     check_probability("dropout", p)
     dispatch.check_backend(backend)
     if save not in SAVES:
         raise ValueError(f"save={save!r}: want one of {', '.join(SAVES)}")
-    if chunk_tokens is not None and (save != "input" or chunk_tokens < 1):
-        raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want at least 1 and save='input'")
+    if chunk_tokens is not None:
+        check_size("chunk_tokens", chunk_tokens)
+        if save != "input":
+            raise ValueError(
+                f"chunk_tokens={chunk_tokens} with save={save!r}: want at least 1 and save='input'"
+            )
     if save != "preact" and (row.formula is None or backend == "reference"):
         what = "backend='reference'" if backend == "reference" else f"activation {row.name}"
         raise ValueError(
@@ -128,6 +138,8 @@ def _fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> 
     """Whether shapes, dtypes and devices go together; asked at each call, so it is quick."""
     shape, out_shape, in_shape = up.shape, down.shape, x.shape
     if len(shape) != 2 or len(out_shape) != 2 or not in_shape or row.gated != (gate is not None):
+        return False
+    if gate is None and gate_bias is not None:
         return False
     H, D = shape
     if in_shape[-1] != D or out_shape[1] != H:
@@ -148,7 +160,8 @@ def _explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate
     out = down.shape[0] if down.ndim == 2 else "O"
     want = {"gate": (H, D), "up": (H, D), "down": (out, H)}
     want |= {"gate_bias": (H,), "up_bias": (H,), "down_bias": (out,)}
-    want = {name: shape for name, shape in want.items() if name in given and (name != "gate" or row.gated)}
+    unwanted = () if row.gated else ("gate", "gate_bias")
+    want = {name: shape for name, shape in want.items() if name in given and name not in unwanted}
     want |= {"gate": (H, D)} if row.gated else {}
     got = {"x": x, **given}
     fits = x.ndim > 0 and x.shape[-1] == D and want.keys() == given.keys()

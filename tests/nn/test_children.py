@@ -120,7 +120,9 @@ def test_whatever_is_done_to_a_child_takes_effect(change, child: str) -> None:
     x = torch.randn(3, 6, dtype=F64, requires_grad=True)
     before = block(x)
     change(block, child)
-    assert block.explain(x).startswith("children: ")
+    line = block.explain(x)
+    assert line.startswith(f"children: {child} (a {type(getattr(block, child)).__name__}) is replaced")
+    assert "\n" not in line
     y = block(x)
     assert not torch.allclose(y, before)
     torch.testing.assert_close(y, written_out(block, x))
@@ -133,9 +135,11 @@ def test_an_adapter_that_goes_leaves_the_fused_path() -> None:
     block, x = FeedForward(6, 10), torch.randn(3, 6)
     assert block.explain(x).startswith("eager: ")
     handle = block.down_proj.register_forward_hook(lambda *_: None)
-    assert block.explain(x).startswith("children: Linear(in_features=10")
+    assert block.explain(x).startswith("children: down_proj (a Linear) is ")
     handle.remove()
     assert block.explain(x).startswith("eager: ")
+    block.up_proj = None
+    assert block.explain(x).startswith("children: up_proj (a NoneType) is replaced")
 
 
 @pytest.mark.parametrize("child", ["gate_proj", "up_proj", "down_proj"])

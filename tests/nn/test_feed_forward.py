@@ -135,6 +135,14 @@ def test_prelu_is_registered_and_trained() -> None:
     assert isinstance(FeedForward(6, activation=nn.PReLU).act, nn.PReLU)
 
 
+@pytest.mark.parametrize("activation", [nn.PReLU, nn.PReLU()], ids=["class", "instance"])
+def test_an_activation_module_goes_where_the_linears_go(activation) -> None:
+    block = FeedForward(6, 10, activation=activation, dtype=F64)
+    assert block(torch.randn(3, 6, dtype=F64)).dtype == F64
+    block = FeedForward(6, 10, activation=activation, device="meta")
+    assert all(p.is_meta for p in block.parameters())
+
+
 OTHERS = [
     nn.LeakyReLU(0.2),
     nn.Softplus(beta=2),
@@ -242,10 +250,13 @@ REFUSED = [
     ({"out_dropout": 1.0}, r"out_dropout=1.0: want a probability in \[0, 1\)"),
     ({"save": "everything"}, r"save='everything': want one of preact, input"),
     ({"chunk_tokens": 8}, r"chunk_tokens=8 with save='preact': want at least 1 and save='input'"),
-    (
-        {"save": "input", "chunk_tokens": 0},
-        r"chunk_tokens=0 with save='input': want at least 1 and save='input'",
-    ),
+    ({"save": "input", "chunk_tokens": 0}, "chunk_tokens=0: want a positive whole number$"),
+    ({"save": "input", "chunk_tokens": 2.5}, "chunk_tokens=2.5: want a positive whole number$"),
+    ({"dim": -1, "hidden_dim": None}, "dim=-1: want a positive whole number$"),
+    ({"dim": "6", "hidden_dim": None}, "dim='6': want a positive whole number$"),
+    ({"hidden_dim": -3}, "hidden_dim=-3: want a positive whole number$"),
+    ({"out_dim": 0}, "out_dim=0: want a positive whole number$"),
+    ({"dropout": "0.1"}, r"dropout='0\.1': want a probability in \[0, 1\)$"),
     ({"backend": "cuda"}, r"backend='cuda': no such backend; choose one of auto, eager, triton, reference"),
     ({"init": "normal"}, r"init='normal': no such initialisation; choose one of torch, xavier, he, gpt2"),
 ]
@@ -254,7 +265,7 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "text"), REFUSED)
 def test_options_are_refused_when_the_block_is_built(options: dict, text: str) -> None:
     with pytest.raises(ValueError, match=f"^{text}"):
-        FeedForward(6, 10, **options)
+        FeedForward(**{"dim": 6, "hidden_dim": 10} | options)
     with pytest.raises(TypeError, match=r"want a name, a torch\.nn activation or a callable"):
         FeedForward(6, 10, activation=7)
 

@@ -89,6 +89,13 @@ def test_a_gate_that_a_plain_block_has_no_use_for() -> None:
         feed_forward(*draw("geglu"), activation="gelu")
 
 
+def test_a_gate_bias_that_a_plain_block_has_no_use_for() -> None:
+    arguments = draw("gelu")
+    text = r"'gelu'\) wants x \(..., 6\), up \(10, 6\), down \(5, 10\), up_bias .*; got x .*gate_bias \(10\)"
+    with pytest.raises(ValueError, match=text):
+        feed_forward(*arguments._replace(gate_bias=arguments.up_bias), activation="gelu")
+
+
 def test_integers_are_refused_under_autocast_too() -> None:
     arguments = draw("gelu", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="got x int64, up float32"):
@@ -100,9 +107,11 @@ OPTIONS = [
     ({"dropout": 1.0}, r"dropout=1.0: want a probability in \[0, 1\)"),
     ({"dropout": -0.1}, r"dropout=-0.1: want a probability in \[0, 1\)"),
     ({"dropout": math.nan}, r"dropout=nan: want a probability"),
+    ({"dropout": "0.1"}, r"dropout='0\.1': want a probability in \[0, 1\)$"),
     ({"save": "all"}, r"save='all': want one of preact, input"),
     ({"chunk_tokens": 4}, r"chunk_tokens=4 with save='preact': want at least 1 and save='input'"),
-    ({"chunk_tokens": 0, "save": "input"}, r"chunk_tokens=0 with save='input': want at least 1"),
+    ({"chunk_tokens": 0, "save": "input"}, r"chunk_tokens=0: want a positive whole number"),
+    ({"chunk_tokens": 2.5, "save": "input"}, r"chunk_tokens=2\.5: want a positive whole number"),
     ({"backend": "cuda"}, r"backend='cuda': no such backend; choose one of auto, eager, triton, reference"),
     ({"backend": "triton"}, r"backend='triton' cannot run: .*; use 'auto' or 'eager'"),
 ]
