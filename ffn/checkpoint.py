@@ -60,7 +60,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
         raise ValueError(f"{file}: not a model of ffn, its header holds no config")
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
-    model = Transformer(TransformerConfig.from_toml(metadata["config"]), device="meta", dtype=dtype)
+    try:
+        config = TransformerConfig.from_toml(metadata["config"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    model = Transformer(config, device="meta", dtype=dtype)
     _check(file, tensors, _tensors(model))
     model.to_empty(device=device)
     _copy(tensors, _tensors(model))

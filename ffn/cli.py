@@ -1,7 +1,7 @@
 """The door: `ffn train | generate | eval | info | doctor`. Arguments in, calls out, one line when it failed.
 
-Exit codes: 0 done; 1 stopped by what happened (a full disk, a loss that is not finite); 2 asked for what
-cannot be; 130 interrupted, and saved.
+Exit codes: 0 done; 1 stopped by what happened (a full disk, too little memory, a loss that is not finite);
+2 asked for what cannot be; 130 interrupted, and saved where training had begun.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from ffn.steps import evaluate
 from ffn.tokenizer import Tokenizer, encode_prompt
 from ffn.train import train
 
+ALLOCATOR = "DefaultCPUAllocator: "  # on the CPU torch says so, and raises a plain RuntimeError
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -39,13 +41,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left; say nothing more, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except RuntimeError as error:
+        if arguments.debug or not (isinstance(error, torch.OutOfMemoryError) or ALLOCATOR in str(error)):
+            raise
+        reason = str(error).splitlines()[0].rpartition(ALLOCATOR)[2]
+        _complain(f"ffn: not enough memory: {reason}; a smaller model, window or batch may fit")
+        return 1
     except (ValueError, ImportError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         if arguments.debug:
             raise
-        print(f"ffn: {str(error) or 'interrupted'}", file=sys.stderr)
+        _complain(f"ffn: {str(error) or 'interrupted'}")
         if isinstance(error, KeyboardInterrupt):
             return 130
         return 1 if isinstance(error, OSError | FloatingPointError) else 2
+
+
+def _complain(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,39 +67,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    add = commands.add_parser("train", help="train, or go on where the same command was interrupted")
-    add.add_argument(
-        "words", nargs="*", metavar="CONFIG key=value", help="a TOML file, then keys such as train.steps=100"
-    )
-    add.set_defaults(command=_train)
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Callable[..., object]:
+        """Adds a command; returns what adds its arguments."""
+        added = commands.add_parser(name, help=summary)
+        added.set_defaults(command=run)
+        return added.add_argument
 
-    add = commands.add_parser("generate", help="continue a prompt with a trained model")
-    add.add_argument("run", help="the folder of a run")
-    add.add_argument("--prompt", help="what to continue (default: a line end)")
-    add.add_argument("--tokens", type=int, help="how many at most (default: what the window holds)")
-    add.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
-    )
-    add.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
-    add.add_argument("--top-p", type=float, help="draw among the likeliest tokens that hold this probability")
-    add.add_argument("--seed", type=int, help="for the same text each time")
-    add.add_argument("--device", default="auto")
-    add.set_defaults(command=_generate)
+    add = command("train", _train, "train, or go on where the same command was interrupted")
+    words = "a TOML file, then keys such as train.steps=100"
+    add("words", nargs="*", metavar="CONFIG key=value", help=words)
 
-    add = commands.add_parser("eval", help="the loss over the whole validation text of a run")
-    add.add_argument("run", help="the folder of a run")
-    add.add_argument("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
-    add.add_argument("--device", default="auto")
-    add.set_defaults(command=_eval)
+    add = command("generate", _generate, "continue a prompt with a trained model")
+    add("run", help="the folder of a run")
+    add("--prompt", help="what to continue (default: a line end)")
+    add("--tokens", type=int, help="how many at most (default: what the window holds)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    add("--top-k", type=int, help="draw among the k likeliest tokens")
+    add("--top-p", type=float, help="draw among the likeliest tokens that hold this probability")
+    add("--seed", type=int, help="for the same text each time")
+    add("--device", default="auto")
 
-    add = commands.add_parser("info", help="parameters and operations of a model, part by part")
-    add.add_argument(
-        "words", nargs="*", metavar="CONFIG|RUN key=value", help="as for train, or the folder of a run"
-    )
-    add.set_defaults(command=_info)
+    add = command("eval", _eval, "the loss over the whole validation text of a run")
+    add("run", help="the folder of a run")
+    add("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
+    add("--device", default="auto")
 
-    add = commands.add_parser("doctor", help="versions, devices, and what would run")
-    add.set_defaults(command=_doctor)
+    add = command("info", _info, "parameters and operations of a model, part by part")
+    add("words", nargs="*", metavar="CONFIG|RUN key=value", help="as for train, or the folder of a run")
+
+    command("doctor", _doctor, "versions, devices, and what would run")
     return parser
 
 
@@ -110,14 +118,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     device, _ = choose_device(arguments.device)
-    model = checkpoint.load(arguments.run, device)
+    model = checkpoint.load(checkpoint.find_model(arguments.run, _complain), device)
     tokenizer = checkpoint.load_tokenizer(arguments.run)
     text, prompt = _prompt(arguments, tokenizer)
     left = model.config.max_seq_len - len(prompt)
     tokens = stream(
         model,
         prompt,
-        left if arguments.tokens is None else arguments.tokens,
+        max(1, left) if arguments.tokens is None else arguments.tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
@@ -135,7 +143,7 @@ def _prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, l
     corpus = open_corpus(Path(arguments.run))
     if corpus is None:
         return "\n", tokenizer.encode("\n")
-    return encode_prompt(tokenizer, "\n", int(corpus.train[0]), lambda line: print(line, file=sys.stderr))
+    return encode_prompt(tokenizer, "\n", int(corpus.train[0]), _complain)
 
 
 def _print_stream(tokens, tokenizer: Tokenizer) -> None:
@@ -154,7 +162,9 @@ def _print_stream(tokens, tokenizer: Tokenizer) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     run = Path(arguments.run)
     device, _ = choose_device(arguments.device)
-    file = checkpoint.find_model(run)
+    file = checkpoint.find_model(run, _complain)
+    if not (run / "config.toml").is_file():
+        raise ValueError(f"{run}: eval wants the folder of a run, which holds its config.toml")
     model = checkpoint.load(file, device)
     corpus = open_corpus(run)
     if corpus is None or corpus.fingerprint != checkpoint.read_state(file.parent)["data"]:

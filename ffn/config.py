@@ -36,7 +36,7 @@ def from_dict(
     for name, value in mapping.items():
         key = _join(prefix, name)
         if name not in fields:
-            raise ValueError(_unknown_key(key, name, cls, prefix))
+            raise ValueError(f"{key}: no such key; {_suggestion(name, cls, prefix)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
@@ -145,14 +145,16 @@ def _parse_word(text: str, hint: Any) -> Any:
         return str(text)
 
 
-def _unknown_key(key: str, name: str, cls: type, prefix: str) -> str:
-    leaves = list(_leaves(cls))
-    elsewhere = [leaf for leaf in leaves if leaf.split(".")[-1] == name]
-    longer = [leaf for leaf in leaves if leaf.startswith(name) or name.startswith(leaf + "_")]
-    near = elsewhere or longer or difflib.get_close_matches(name, leaves, 1, 0.5)
-    if near:
-        return f"{key}: no such key; did you mean {_join(prefix, near[0])}?"
-    return f"{key}: no such key; there are {', '.join(_join(prefix, leaf) for leaf in leaves)}"
+def _suggestion(name: str, cls: type, prefix: str) -> str:
+    """The key that was meant, with or without its table; else all there are on this level."""
+    here = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    keys = {key: key.rpartition(".")[2] for key in (*_leaves(cls), *here)}
+    same = [key for key, last in keys.items() if last == name]
+    longer = [key for key, last in keys.items() if last.startswith(name) or name.startswith(last + "_")]
+    close = difflib.get_close_matches(name, keys.values(), 1, 0.5)
+    for key in (*same, *longer, *(key for key, last in keys.items() if last in close)):
+        return f"did you mean {_join(prefix, key)}?"
+    return f"there are {', '.join(here)}"
 
 
 def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:

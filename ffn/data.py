@@ -183,6 +183,8 @@ def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, st
     files, notes = _without_runs(find_files(config.path), config.path)
     if len(files) == 1:
         text = read_text(files[0])
+        if not text:
+            raise ValueError(f"data.path={config.path}: an empty file")
         cut = int(len(text) * (1 - config.val_fraction))
         notes.insert(0, f"1 file, {len(text):,} characters")
         return lambda: iter([("train", text[:cut]), ("val", text[cut:])]), notes

@@ -22,6 +22,8 @@ def evaluate(
     precision: Precision = "float32",
 ) -> float:
     """Mean nats a token over full windows of `tokens`: all of them, or `limit` batches evenly spread."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: want 1 or more")
     device = next(model.parameters()).device
     total, count = 0.0, 0
     with evaluating(model):

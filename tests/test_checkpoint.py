@@ -105,6 +105,9 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
         ValueError, match=r"^[^\n]*missing embedding[^\n]*unexpected nose; norm.weight is \(3,\)[^\n]*$"
     ):
         load(tmp_path)
+    save_file({"nose": torch.zeros(1)}, file, {"config": "bogus = 1"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: bogus: no such key"):
+        load(tmp_path)
     save_model(tmp_path, Transformer(CONFIG))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file, or cut short"):

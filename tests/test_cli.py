@@ -1,12 +1,14 @@
 """The commands: what they print, how they exit, and one line for each mistake."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ffn.cli import main
 from ffn.config import flatten
@@ -128,6 +130,8 @@ def test_doctor_names_versions_and_choices(capsys: pytest.CaptureFixture[str]) -
     [
         (["train", "train.lr_rate=1"], "train.lr_rate: no such key; did you mean train.lr?"),
         (["train", "train.steps=1", "a.toml", "b"], "a.toml b: wants one config and then key=value"),
+        (["train", "lr_rate=1"], "lr_rate: no such key; did you mean train.lr?"),
+        (["train", "model.num_heads=5"], "model.dim=192 does not split into num_heads=5 heads"),
         (["train", "absent.toml"], "absent.toml: cannot read this config: No such file or directory"),
         (["train", "device=tpu"], "device=tpu: no such device; use auto, cpu, cuda, cuda:1 or mps"),
         (
@@ -157,6 +161,46 @@ def test_an_interruption_outside_the_loop_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("ffn.cli.train", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "ffn: interrupted\n"
+
+
+def test_want_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("ffn.cli.train", lambda *_: torch.empty(1 << 55))
+    assert main(["train"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("ffn: not enough memory: ")
+    assert err.endswith("; a smaller model, window or batch may fit\n")
+    assert err.count("\n") == 1
+    monkeypatch.setattr("ffn.cli.train", lambda *_: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main(["train"])
+
+
+def test_mistakes_about_a_run_are_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = run / "checkpoints" / "step-000012"
+    for arguments, message in (
+        (["eval", str(run), "--batch-size", "0"], "batch_size=0: want 1 or more"),
+        (["eval", str(step)], f"{step}: eval wants the folder of a run, which holds its config.toml"),
+        (
+            ["generate", str(run), "--prompt", "1" * 40],
+            "prompt 0 has 40 tokens, more than max_seq_len=16; keep its last 15 tokens",
+        ),
+        (
+            ["generate", str(run), "--seed", str(10**20)],
+            f"seed={10**20}: want a whole number of 64 bits, or None",
+        ),
+    ):
+        assert main([*arguments, "--device", "cpu"]) == 2
+        assert capsys.readouterr().err == f"ffn: {message}\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_damaged_checkpoints_are_a_line_each(command: str, run: Path, tmp_path: Path, capsys) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "checkpoints" / "step-000012" / "state.json").write_text("{}")
+    assert main([command, str(copy), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "checkpoint step-000012 refused: state.json is absent or damaged"
+    assert all(line.startswith("checkpoint step-0000") for line in lines)
 
 
 def test_cuda_where_there_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

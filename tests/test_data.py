@@ -42,7 +42,7 @@ def test_equal_files_only_cannot_be_split() -> None:
 
 
 @given(
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=20),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=30),
     st.floats(0.1, 0.9),
 )
 def test_one_file_is_cut_once(tmp_path_factory: pytest.TempPathFactory, text: str, fraction: float) -> None:
@@ -185,6 +185,9 @@ def test_texts_that_will_not_do_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="too little text, none is left for training"):
         prepare(DataConfig(str(tmp_path / "text.txt")), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"], "nothing half-written is left"
+    (tmp_path / "text.txt").write_text("")
+    with pytest.raises(ValueError, match=r"^data\.path=.*text\.txt: an empty file$"):
+        prepare(DataConfig(str(tmp_path / "text.txt"), tokenizer="char"), tmp_path)
     (tmp_path / "bin").mkdir()
     for name in "ab":
         (tmp_path / "bin" / name).write_bytes(b"\0")

@@ -30,6 +30,9 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[train]\nlr_rate = 0.5\n")
     with pytest.raises(ValueError, match=r"c\.toml: train\.lr_rate: no such key; did you mean train\.lr\?"):
         read_config(tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"c\.toml: 'utf-8' codec can't decode byte 0xff"):
+        read_config(tmp_path / "c.toml")
     with pytest.raises(ValueError, match=r"absent\.toml: cannot read this config: No such file"):
         read_config(tmp_path / "absent.toml")
 
@@ -113,6 +116,15 @@ def test_a_config_that_no_run_wrote_is_left_alone(text: str | bytes, tmp_path: P
         open_run(config, lambda _: None)
     assert [path.name for path in file.parent.iterdir()] == ["config.toml"]
     assert file.read_bytes() == content
+
+
+def test_a_damaged_config_of_a_run_is_named(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path)
+    file = Path(config.out) / "config.toml"
+    (file.parent / "checkpoints" / "step-000001").mkdir(parents=True)
+    file.write_text("[train]\nbogus = 1\n")
+    with pytest.raises(ValueError, match=r"run.config\.toml: train\.bogus: no such key"):
+        open_run(config, lambda _: None)
 
 
 def test_a_run_without_checkpoints_is_begun_anew(tmp_path: Path) -> None:

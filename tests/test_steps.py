@@ -22,6 +22,12 @@ def test_two_batches_of_four_are_one_of_eight() -> None:
         torch.testing.assert_close(p.grad, gradient, atol=1e-14, rtol=1e-12)
 
 
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_batches_of_no_windows_are_refused(batch_size: int) -> None:
+    with pytest.raises(ValueError, match=f"^batch_size={batch_size}: want 1 or more$"):
+        evaluate(Transformer(CONFIG), torch.randint(11, (40,)), batch_size=batch_size)
+
+
 def test_the_loss_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [(torch.randint(11, (2, 6)), torch.randint(11, (2, 6)))] * 3
     readings: list[torch.Tensor] = []
