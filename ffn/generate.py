@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
+from typing import SupportsIndex
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,7 +104,7 @@ class Sampling:
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Token ids (B) from logits (B, V), one uniform number in [0, 1) a row (B) deciding."""
         logits = logits.float()
-        if self.temperature == 0.0:
+        if self.temperature < torch.finfo(logits.dtype).tiny:  # float32 would divide by 0
             return logits.argmax(-1)
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         ids = None
@@ -131,12 +132,16 @@ def _continue(
         raise TypeError(f"stop wants token ids or sequences of them; got {stop!r}; encode text first")
     if not model.config.causal:
         raise ValueError("generate wants a causal Transformer; this one has config.causal=False")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed}: want a whole number of 64 bits, or None")
+    if not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens={max_new_tokens}: want a whole number")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: want 0 or more")
     rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
-    if not all(isinstance(row, Sequence) and not isinstance(row, str) for row in rows):
+    if not all(isinstance(row, Sequence) and all(isinstance(t, SupportsIndex) for t in row) for row in rows):
         raise TypeError(
-            f"prompts want one list of token ids each; got {prompts!r}; encode text, nest one prompt"
+            f"prompts want one list of token ids each; got {rows!r}; encode text, nest one prompt"
         )
     for i, row in enumerate(rows):
         if not row:

@@ -216,7 +216,8 @@ def test_extremes_of_sampling() -> None:
     logits = torch.tensor([[0.0, 5.0, -3.0], [9.0, 5.0, 9.5]])
     uniform = torch.tensor([0.999999, 0.3])
     assert Sampling(0.0).choose(logits, uniform).tolist() == [1, 2]
-    assert Sampling(1e-6).choose(logits, uniform).tolist() == [1, 2]
+    for temperature in (1e-6, 1e-38, 1e-50):
+        assert Sampling(temperature).choose(logits, uniform).tolist() == [1, 2]
     assert Sampling(5.0, top_k=1).choose(logits, uniform).tolist() == [1, 2]
     assert Sampling(5.0, top_p=1e-9).choose(logits, uniform).tolist() == [1, 2]
 
@@ -241,6 +242,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         ([[1]], {"top_k": 0}, "top_k=0: want a positive number"),
         ([[1]], {"top_p": 0.0}, r"top_p=0.0: want a probability in \(0, 1\]"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1: want 0 or more"),
+        ([[1]], {"seed": 2**63}, f"seed={2**63}: want a whole number of 64 bits, or None"),
         ([[1]], {"stop": [[]]}, "stop holds an empty sequence"),
         ([[17]], {}, "tokens want 0 <= index < 17; got 17 to 17"),
     ],
@@ -255,12 +257,15 @@ def test_refusals(prompts: list, options: dict, message: str) -> None:
     [
         (["hello"], {}, r"prompts want one list of token ids each; got \['hello'\]; encode text"),
         ([1, 2], {}, r"prompts want one list of token ids each; got \[1, 2\]; encode text, nest one prompt"),
+        ([[1.7]], {}, r"prompts want one list of token ids each; got \[\[1.7\]\]; encode text, nest one"),
+        (torch.ones(1, 2), {}, r"prompts want one list of token ids each; got \[\[1.0, 1.0\]\]; encode text"),
+        ([[1]], {"max_new_tokens": 3.5}, "max_new_tokens=3.5: want a whole number"),
         ([[1]], {"stop": "end"}, "stop wants token ids or sequences of them; got 'end'; encode text first"),
     ],
 )
-def test_wrong_types(prompts: list, options: dict, message: str) -> None:
+def test_wrong_types(prompts, options: dict, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        generate(build(), prompts, 8, **options)
+        generate(build(), prompts, **{"max_new_tokens": 8, **options})
 
 
 def test_an_encoder_cannot_continue() -> None:
