@@ -17,6 +17,7 @@ from ffn.nn.feed_forward import FeedForward, gated_hidden_dim
 from ffn.nn.head import Head
 from ffn.nn.init import check_init, init_linear
 from ffn.nn.norm import build_norm
+from ffn.ops.feed_forward import check_options
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class TransformerConfig:
             choices, value = get_args(field.type), getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in choices:
                 raise ValueError(f"{field.name}={value!r}: want one of {', '.join(choices)}")
-        activations.resolve(self.activation)
+        check_options(activations.resolve(self.activation), 0.0, self.save, self.chunk_tokens, "auto")
         check_init(self.init)
         check_heads(self.dim, self.num_heads, self.num_kv_heads, self.head_dim)
         if self.position == "rotary" and self.head_channels % 2:
