@@ -38,7 +38,8 @@ def linear_cross_entropy(
         a scalar, float32 (float64 for float64); nan when no target counts, as in torch.
 
     Raises:
-        ValueError: shapes that do not fit, or chunks of no tokens. TypeError: dtypes that do not fit.
+        ValueError: shapes that do not fit, chunks of no tokens, a smoothing outside [0, 1], a target outside
+            the vocabulary (on the CPU; a GPU asserts by itself). TypeError: dtypes that do not fit.
         RuntimeError: a second derivative through chunks.
 
     Source: the derivation is F.cross_entropy's; Hsu et al. 2024 keep gradients instead of logits likewise.
@@ -47,17 +48,39 @@ def linear_cross_entropy(
     autocast = not hidden.is_meta and torch.is_autocast_enabled(device) and torch.float64 not in dtypes
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     _check(hidden, weight, targets, chunk_tokens, autocast)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing}: want a share in [0, 1]")
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     tokens, most = hidden.shape[0], chunk_tokens or max(1, LOGITS_PER_CHUNK // weight.shape[0])
-    if tokens <= most or library.needs_textbook():
-        logits = _wide(F.linear(hidden, weight))
-        return F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing)
-    chunks = -(-tokens // most)
-    plan = Plan(ignore_index, label_smoothing, -(-tokens // chunks), dtype)
+    whole = tokens <= most or library.needs_textbook()
+    step = tokens if whole else -(-tokens // -(-tokens // most))
+    plan = Plan(ignore_index, label_smoothing, step, dtype)
+    try:
+        return (_at_once if whole else _by_chunks)(hidden, weight, targets, plan)
+    except (IndexError, RuntimeError):
+        _check_range(targets, weight.shape[0], ignore_index)
+        raise
+
+
+def _at_once(hidden: Tensor, weight: Tensor, targets: Tensor, plan: "Plan") -> Tensor:
+    logits = _wide(F.linear(hidden, weight))
+    return F.cross_entropy(logits, targets, ignore_index=plan.ignore_index, label_smoothing=plan.smoothing)
+
+
+def _by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, plan: "Plan") -> Tensor:
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return ChunkedCrossEntropy.apply(hidden, weight, targets, plan)
     total, share, _, _ = _in_chunks(hidden, weight, targets, plan, (False, False))
     return total * share
+
+
+def _check_range(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Asked once the loss has failed: until then the answer would cost a pass, and on a GPU a wait."""
+    if targets.is_cpu:
+        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
+        if wrong.numel():
+            rule = f"0 <= target < {vocab_size} or ignore_index={ignore_index}"
+            raise ValueError(f"targets want {rule}; got {int(wrong[0])}") from None
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None, autocast: bool):

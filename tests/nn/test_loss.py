@@ -202,6 +202,20 @@ def test_dtypes_are_treated_alike_in_chunks_and_whole(chunk: int | None) -> None
         linear_cross_entropy(hidden, weight, targets.float(), chunk_tokens=chunk)
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_values_out_of_range_are_refused_alike_in_chunks_and_whole(chunk: int | None) -> None:
+    hidden, weight, targets = case(6, 4, 5)
+    for smoothing in (-0.1, 2.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"^label_smoothing={smoothing}: want a share in \[0, 1\]$"):
+            linear_cross_entropy(hidden, weight, targets, label_smoothing=smoothing, chunk_tokens=chunk)
+    targets[:2] = torch.tensor([-100, 3])
+    for wrong in (5, -1):
+        targets[-1] = wrong
+        message = rf"^targets want 0 <= target < 5 or ignore_index=-100; got {wrong}$"
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
+
+
 @pytest.mark.parametrize("chunk", [0, -3])
 def test_chunks_of_no_tokens(chunk: int) -> None:
     with pytest.raises(ValueError, match=f"^chunk_tokens={chunk}: want at least 1, or None$"):
