@@ -28,7 +28,7 @@ from ffn.steps import evaluate
 from ffn.tokenizer import Tokenizer, encode_prompt
 from ffn.train import train
 
-ALLOCATOR = "DefaultCPUAllocator: "  # on the CPU torch says so, and raises a plain RuntimeError
+ALLOCATOR = "DefaultCPUAllocator"  # on the CPU torch says so, and raises a plain RuntimeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if arguments.debug or not (isinstance(error, torch.OutOfMemoryError) or ALLOCATOR in str(error)):
             raise
-        reason = str(error).splitlines()[0].rpartition(ALLOCATOR)[2]
+        reason = str(error).splitlines()[0].rpartition("memory: ")[2]
         _complain(f"ffn: not enough memory: {reason}; a smaller model, window or batch may fit")
         return 1
     except (ValueError, ImportError, OSError, FloatingPointError, KeyboardInterrupt) as error:

@@ -167,7 +167,7 @@ def test_want_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> 
     monkeypatch.setattr("ffn.cli.train", lambda *_: torch.empty(1 << 55))
     assert main(["train"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("ffn: not enough memory: ")
+    assert err.startswith(f"ffn: not enough memory: you tried to allocate {4 << 55} bytes")
     assert err.endswith("; a smaller model, window or batch may fit\n")
     assert err.count("\n") == 1
     monkeypatch.setattr("ffn.cli.train", lambda *_: torch.empty(2) @ torch.empty(3))
