@@ -44,9 +44,8 @@ def linear_cross_entropy(
 
     Source: the derivation is F.cross_entropy's; Hsu et al. 2024 keep gradients instead of logits likewise.
     """
-    device, dtypes = hidden.device.type, {hidden.dtype, weight.dtype}
-    autocast = not hidden.is_meta and torch.is_autocast_enabled(device) and torch.float64 not in dtypes
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    autocast = library.autocasts(hidden) and library.autocasts(weight)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
     _check(hidden, weight, targets, chunk_tokens, autocast)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing}: want a share in [0, 1]")
