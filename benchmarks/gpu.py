@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -54,7 +55,8 @@ BLOCKS = {
     "2048": Case("", 2048, 5632, "swiglu", 0),
     "llama": Case("", 4096, 14336, "swiglu", 0),
 }
-CASES = {f"{block}-{n}": replace(BLOCKS[block], tokens=n) for n in (8192, 16384) for block in BLOCKS}
+TOKENS = (8192, 16384)
+CASES = {f"{block}-{n}": replace(BLOCKS[block], tokens=n) for n in TOKENS for block in BLOCKS}
 CASES |= {f"decode-{n}": replace(BLOCKS["llama"], tokens=n, work="decoding") for n in (1, 4, 16)}
 CASES = {name: replace(case, name=name) for name, case in CASES.items()}
 
@@ -76,18 +78,19 @@ class Job:
     package: str = "torch"
 
 
-def beside(name: str, *cases: str) -> Job:
-    return Job(cases, ("torch", "ffn", name), limit=100, package=name.split()[0])
+def at_each_count(block: str) -> tuple[str, ...]:
+    return tuple(f"{block}-{n}" for n in TOKENS)
+
+
+def beside(name: str, *cases: tuple[str, ...]) -> Job:
+    return Job(tuple(chain(*cases)), ("torch", "ffn", name), limit=100, package=name.split()[0])
 
 
 # What tells the most comes first: what the budget does not reach is skipped.
-JOBS = [Job((f"{block}-8192",)) for block in ("gpt2", "llama", "qwen", "gpt2-dropout", "2048")]
-JOBS += [Job(DECODE, DECODING), beside("quack", *(f"{block}-8192" for block in GATED))]
-JOBS += [Job((f"{block}-16384",)) for block in ("qwen", "llama", "gpt2-dropout", "gpt2", "2048")]
-JOBS += [beside("quack", *(f"{block}-16384" for block in GATED), *DECODE)]
-JOBS += [beside("torch max-autotune", "gpt2-8192")]
-JOBS += [beside(name, f"{block}-8192") for block in GATED for name in ("torch max-autotune", "quack tuned")]
-JOBS += [beside("torch max-autotune", "gpt2-dropout-8192")]
+JOBS = [Job(at_each_count(block)) for block in ("gpt2", "llama", "qwen", "gpt2-dropout", "2048")]
+JOBS += [Job(DECODE, DECODING), beside("quack", *map(at_each_count, GATED), DECODE)]
+JOBS += [beside("torch max-autotune", at_each_count(block)) for block in BLOCKS]
+JOBS += [beside("quack tuned", *map(at_each_count, GATED))]
 
 
 def textbook(case: Case, weights: Weights, x: Tensor, dy: Tensor) -> dict[str, Tensor]:

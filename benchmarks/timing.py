@@ -1,7 +1,7 @@
 """How anything here is timed and counted: interleaved rounds, medians, ratios within a round, saved bytes.
 
 Candidates take turns in one process in an order shuffled anew each round, so a slow minute of the machine
-falls on all of them. A ratio is taken inside each round; its median is quoted, with a bootstrap interval.
+falls on all of them. The ratio of their medians is quoted, with a bootstrap interval over the rounds.
 """
 
 import random
@@ -26,16 +26,17 @@ def host_seconds(run: Run) -> float:
 class GpuClock:
     """Seconds that the GPU takes for a call, between two events.
 
-    The cache is flushed first, for a call in use finds others' data there. Then the GPU idles while the host
+    The cache is filled first, for a call in use finds others' data there; by reading, so that nothing of it
+    must be written back while the call runs. Then the GPU idles while the host
     queues the call's launches, so that the time is the kernels' own; `back_to_back` shows the host's.
     """
 
     def __init__(self, device: torch.device):
-        self.buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self.buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
 
     def __call__(self, run: Run) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.buffer.zero_()
+        self.buffer.sum()
         torch.cuda._sleep(HEAD_START)
         start.record()
         run()
@@ -78,11 +79,15 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def speedup(base: list[float], other: list[float], *, draws: int = 2000) -> tuple[float, float, float]:
-    """How many times faster `other` ran than `base`: median of the rounds' ratios, 95% bootstrap interval."""
-    ratios = [b / o for b, o in zip(base, other, strict=True)]
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(draws))
-    return statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+    """How many times faster `other` ran than `base`: ratio of medians, 95% bootstrap interval over rounds."""
+    rounds, draw = list(zip(base, other, strict=True)), random.Random(0)
+
+    def ratio(chosen: list[tuple[float, float]]) -> float:
+        first, second = zip(*chosen, strict=True)
+        return statistics.median(first) / statistics.median(second)
+
+    drawn = sorted(ratio(draw.choices(rounds, k=len(rounds))) for _ in range(draws))
+    return ratio(rounds), drawn[int(0.025 * draws)], drawn[int(0.975 * draws)]
 
 
 def comparison(base: list[float], other: list[float]) -> dict[str, float]:

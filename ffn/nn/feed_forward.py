@@ -8,10 +8,8 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
-from ffn.ops import dispatch
 from ffn.ops.dropout import check_probability
-from ffn.ops.feed_forward import check_options, check_size, run
-from ffn.ops.library import autocasts
+from ffn.ops.feed_forward import check_options, check_size, explain, feed_forward
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
@@ -124,7 +122,11 @@ class FeedForward(nn.Module):
         if isinstance(weights, str):
             y = self._through_children(x, p)
         else:
-            y = run(x, weights, self.activation, p, self.save, self.chunk_tokens, self.backend)
+            up, down, gate, up_bias, down_bias, gate_bias = weights  # as names, quicker than as *weights
+            y = feed_forward(
+                x, up, down, gate, up_bias, down_bias, gate_bias, activation=self.activation, dropout=p,
+                save=self.save, chunk_tokens=self.chunk_tokens, backend=self.backend,
+            )  # fmt: skip
         return ops.dropout(y, self.out_dropout) if self.training and self.out_dropout else y
 
     def _through_children(self, x: Tensor, p: float) -> Tensor:
@@ -158,12 +160,16 @@ class FeedForward(nn.Module):
         return up[0], down[0], gate[0], up[1], down[1], gate[1]
 
     def explain(self, x: Tensor) -> str:
-        """One line: which path and backend x would take, why, and what a token keeps for backward."""
+        """One line: which path and backend x would take, why, and what a token keeps for backward.
+
+        Raises:
+            ValueError, TypeError: what the call itself would raise before it begins.
+        """
         weights = self._weights_or_reason(x)
         if isinstance(weights, str):
             return f"children: {weights}"
-        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-        choice = dispatch.choose(self.backend, x.device, dtype)
+        p = self.dropout if self.training else 0.0
+        choice = explain(x, weights, self.activation, p, self.save, self.chunk_tokens, self.backend)
         if choice.backend == "reference":
             return f"reference: {choice.reason}"
         kept = len(self._linears()) - 1 if self.save == "preact" else 0

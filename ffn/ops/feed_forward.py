@@ -19,7 +19,7 @@ from ffn.activations import Activation
 from ffn.ops import dispatch, reference
 from ffn.ops.dropout import check_probability, draw_seed
 from ffn.ops.eager import float32_in_onednn
-from ffn.ops.library import autocasts, is_batched, needs_textbook
+from ffn.ops.library import autocasts, cast, is_batched, needs_textbook
 
 SAVES = ("preact", "input")
 
@@ -71,24 +71,16 @@ def feed_forward(
     Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
     """
     weights = (up, down, gate, up_bias, down_bias, gate_bias)
-    return run(x, weights, activation, dropout, save, chunk_tokens, backend)
-
-
-def run(x: Tensor, weights: tuple, activation, dropout, save, chunk_tokens, backend) -> Tensor:
-    """`feed_forward`, its weights given as (up, down, gate, up_bias, down_bias, gate_bias)."""
     if autocasts(x):  # the weights too, when x comes from another layer and has been cast already
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), tuple([None if t is None else t.to(dtype) for t in weights])
-    known = type(activation) is str and not torch.compiler.is_compiling()
-    row, options, choice = (_known if known else _checked)(
-        activation, dropout, save, chunk_tokens, backend, x.device, x.dtype
-    )
+        x, *weights = cast(x, *weights)
+    check = _known if type(activation) is str and not torch.compiler.is_compiling() else _checked
+    row, options, choice = check(activation, dropout, save, chunk_tokens, backend, x.device, x.dtype)
     if not _fits(row, x, *weights):
         _explain_misfit(row, x, *weights)
     if choice.backend == "reference" or row.formula is None or needs_textbook():
-        hidden = (*x.shape[:-1], weights[0].shape[0])
+        hidden = (*x.shape[:-1], up.shape[0])
         factors = F.dropout(x.new_ones(hidden), dropout) if dropout > 0.0 else None
-        return _textbook(row, factors, x, *weights)
+        return reference.feed_forward(x, *weights, activation=row, noise=factors)
     flat = x.ndim == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
     seed = draw_seed(x.device) if dropout > 0.0 else None
@@ -98,6 +90,18 @@ def run(x: Tensor, weights: tuple, activation, dropout, save, chunk_tokens, back
         forward = _forward if chunk_tokens is None else _forward_by_chunks
         y, _, _ = forward(options, choice, rows, seed, weights, False)
     return y if flat else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def explain(x: Tensor, weights, activation, dropout, save, chunk_tokens, backend) -> dispatch.Choice:
+    """What `feed_forward` would choose for these inputs; raises what it would raise."""
+    if autocasts(x):
+        x, *weights = cast(x, *weights)
+    row, _, choice = _checked(activation, dropout, save, chunk_tokens, backend, x.device, x.dtype)
+    if not _fits(row, x, *weights):
+        _explain_misfit(row, x, *weights)
+    if needs_textbook():
+        return dispatch.Choice("reference", "torch.func, forward-mode differentiation or torch.export is on")
+    return choice
 
 
 def _checked(activation, p, save, chunk_tokens, backend, device, dtype):
@@ -123,10 +127,8 @@ def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None
         raise ValueError(f"save={save!r}: want one of {', '.join(SAVES)}")
     if chunk_tokens is not None:
         check_size("chunk_tokens", chunk_tokens)
-        if save != "input":
-            raise ValueError(
-                f"chunk_tokens={chunk_tokens} with save={save!r}: want at least 1 and save='input'"
-            )
+    if chunk_tokens is not None and save != "input":
+        raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want at least 1 and save='input'")
     if save != "preact" and (row.formula is None or backend == "reference"):
         what = "backend='reference'" if backend == "reference" else f"activation {row.name}"
         raise ValueError(
@@ -139,13 +141,12 @@ def _fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> 
     shape, out_shape, in_shape = up.shape, down.shape, x.shape
     if len(shape) != 2 or len(out_shape) != 2 or not in_shape or row.gated != (gate is not None):
         return False
-    if gate is None and gate_bias is not None:
-        return False
     H, D = shape
     if in_shape[-1] != D or out_shape[1] != H:
         return False
     dtype, device = x.dtype, x.device
-    for t, want in ((gate, shape), (up_bias, (H,)), (down_bias, out_shape[:1]), (gate_bias, (H,))):
+    gate_bias_shape = (H,) if row.gated else None
+    for t, want in ((gate, shape), (up_bias, (H,)), (down_bias, out_shape[:1]), (gate_bias, gate_bias_shape)):
         if t is not None and (t.shape != want or t.dtype != dtype or t.device != device):
             return False
     return up.dtype == down.dtype == dtype and up.device == down.device == device and x.is_floating_point()
@@ -160,9 +161,8 @@ def _explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate
     out = down.shape[0] if down.ndim == 2 else "O"
     want = {"gate": (H, D), "up": (H, D), "down": (out, H)}
     want |= {"gate_bias": (H,), "up_bias": (H,), "down_bias": (out,)}
-    unwanted = () if row.gated else ("gate", "gate_bias")
-    want = {name: shape for name, shape in want.items() if name in given and name not in unwanted}
-    want |= {"gate": (H, D)} if row.gated else {}
+    names = given.keys() | {"gate"} if row.gated else given.keys() - {"gate", "gate_bias"}
+    want = {name: shape for name, shape in want.items() if name in names}
     got = {"x": x, **given}
     fits = x.ndim > 0 and x.shape[-1] == D and want.keys() == given.keys()
     if not fits or any(tuple(given[name].shape) != shape for name, shape in want.items()):
@@ -178,11 +178,6 @@ def _explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate
 
 def _shape(shape) -> str:
     return f"({', '.join(map(str, shape))})"
-
-
-def _textbook(row, factors, x, up, down, gate, up_bias, down_bias, gate_bias) -> Tensor:
-    weights = (up, down, gate, up_bias, down_bias, gate_bias)
-    return reference.feed_forward(x, *weights, activation=row, noise=factors)
 
 
 def _chunks(tokens: int, step: int) -> list[slice]:
@@ -294,13 +289,10 @@ def _differentiable_backward(ctx, dy, x, seed, weights):
     options, create_graph = ctx.options, torch.is_grad_enabled()
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-2])
     with torch.enable_grad():
-        inputs = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how they arose
-        rows, up = inputs[:2]
-        assert rows is not None
-        assert up is not None
-        noise = dispatch.MODULES[ctx.choice.backend].noise
-        factors = None if seed is None else noise(seed, rows.shape[0], up.shape[0], options.p, rows.dtype)
-        y = _textbook(activations.TABLE[options.activation], factors, *inputs)
+        inputs: list = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how they arose
+        noise, hidden = dispatch.MODULES[ctx.choice.backend].noise, (x.shape[0], weights[0].shape[0])
+        factors = None if seed is None else noise(seed, *hidden, options.p, x.dtype)
+        y = reference.feed_forward(*inputs, activation=activations.TABLE[options.activation], noise=factors)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     dx, *dweights = (next(found) if need else None for need in needs)

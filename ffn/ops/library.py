@@ -47,6 +47,12 @@ def autocasts(x: torch.Tensor) -> bool:
     return on and x.dtype != torch.float64 and x.is_floating_point()
 
 
+def cast(x: torch.Tensor, *others: torch.Tensor | None) -> list:
+    """x and the others in the dtype that autocast wants of x; None stays None."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [None if t is None else t.to(dtype) for t in (x, *others)]
+
+
 def is_batched(x: torch.Tensor) -> bool:
     """Whether x stands for many tensors at once, as the gradients of a vectorised backward do."""
     if torch.compiler.is_compiling():

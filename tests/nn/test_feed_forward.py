@@ -189,6 +189,27 @@ def test_explain() -> None:
     assert FeedForward(6, backend="reference").explain(x) == reason
 
 
+def test_explain_refuses_what_forward_refuses() -> None:
+    block, elsewhere = FeedForward(6, 10), torch.randn(2, 6, device="meta")
+    integers, wider = torch.ones(2, 6, dtype=torch.int64), torch.randn(2, 6, dtype=F64)
+    for x in (torch.randn(2, 7), integers, wider, elsewhere):
+        with pytest.raises((TypeError, ValueError), match=r"feed_forward.* wants ") as forward:
+            block(x)
+        with pytest.raises(type(forward.value), match=f"^{re.escape(str(forward.value))}$"):
+            block.explain(x)
+    block.save = "all"
+    with pytest.raises(ValueError, match=r"^save='all'"):
+        block.explain(torch.randn(2, 6))
+
+
+def test_explain_within_transforms() -> None:
+    block, lines = FeedForward(6, 10), []
+    torch.func.vmap(lambda row: lines.append(block.explain(row)) or block(row))(torch.randn(2, 6))
+    (line,) = lines
+    assert line.startswith("reference: torch.func, ")
+    assert "keeps" not in line
+
+
 def test_repr() -> None:
     assert repr(FeedForward(4, 8)).splitlines()[1].strip() == "4 -> 8 -> 4, activation=gelu"
     block = FeedForward(

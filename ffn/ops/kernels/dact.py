@@ -22,7 +22,15 @@ from ffn.ops.kernels.language import (
     threshold,
 )
 
-ROWS, COLS, STRETCH = 2, 512, 64  # a tile; rows a program walks down
+ROWS, COLS = 2, 512  # a tile
+STRETCHES = 64, 32, 16, 8  # rows a program walks down, fewer where programs are few
+PROGRAMS = 512  # what keeps every processor of a large device reading
+
+
+def stretch(N: int, H: int) -> int:
+    """The most rows a program that leave programs enough."""
+    across = triton.cdiv(H, COLS)
+    return next((rows for rows in STRETCHES if triton.cdiv(N, rows) * across >= PROGRAMS), STRETCHES[-1])
 
 
 @triton.jit(do_not_specialize=["N", "row_start", "col_start", "least"])
@@ -84,7 +92,8 @@ def dact_(
     (N, H), gated = pre.shape, gate is not None
     dpre = torch.empty(N, H, dtype=pre.dtype, device=pre.device)
     dgate = torch.empty_like(dpre) if gated else nothing(dpre)
-    stretches = triton.cdiv(N, STRETCH)
+    rows = stretch(N, H)
+    stretches = triton.cdiv(N, rows)
     parts = dpre.new_empty(1 + gated, stretches, H, dtype=torch.float32) if sums else None
     if dpre.numel() > 0:
         _dact[stretches, triton.cdiv(H, COLS)](
@@ -93,7 +102,7 @@ def dact_(
             N, H, dh.stride(0), pre.stride(0), 0 if gate is None else gate.stride(0),
             row_start, col_start, threshold(p), scale(p), formula(activation),
             gated, bias is not None, gate_bias is not None, seed is not None, keep_h, sums,
-            ROWS, COLS, STRETCH, num_warps=4, enable_fp_fusion=True,
+            ROWS, COLS, rows, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if parts is None:
         return dpre, dgate, float32_nothing(dpre), float32_nothing(dpre)

@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WORDS = "STL|LDL", "HGMMA", r"WARPGROUP\.ARRIVE"
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory a program can have, by architecture
 
 
@@ -36,12 +37,17 @@ class _Absent:
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers a thread; stack and shared in bytes; spills: instructions that move registers to and fro."""
+    """registers a thread; stack and shared in bytes; spills: instructions that move registers to and fro.
+
+    serial: whether each matrix instruction of a Hopper GPU waits for the last, as the assembler has it where
+    it cannot tell that nothing touches the sums between two.
+    """
 
     registers: int
     stack: int
     spills: int
     shared: int
+    serial: bool
     ptx: str
 
 
@@ -54,9 +60,11 @@ def _read(kernel) -> Compiled:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(kernel.asm["cubin"])
         usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "--dump-resource-usage", binary))
-        spills = re.findall(r"\b(?:STL|LDL)\b", _tool("nvdisasm", "-c", binary))
+        code = _tool("nvdisasm", "-c", binary)
     assert usage is not None
-    return Compiled(int(usage[1]), int(usage[2]), len(spills), kernel.metadata.shared, kernel.asm["ptx"])
+    spills, products, fences = (len(re.findall(rf"\b(?:{word})\b", code)) for word in WORDS)
+    serial, asm = 0 < products <= fences, kernel.asm["ptx"]
+    return Compiled(int(usage[1]), int(usage[2]), spills, kernel.metadata.shared, serial, asm)
 
 
 def compiled(arch: int, launch: Callable, *arguments) -> Compiled:

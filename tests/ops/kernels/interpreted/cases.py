@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ffn.activations import TABLE
+from ffn.ops.kernels import act, dact
 from tests.ops.kernels.interpreted.oracle import DTYPES, F32, NAMES, Results, embedded, factors, middle
 
 SEED = -(2**40) - 3
@@ -33,11 +34,11 @@ class Case(NamedTuple):
 
     def act(self) -> Tensor:
         _, _, *rest = self
-        return torch.ops.ffn.act(self.pre, *rest[1:5], self.name, *rest[5:])
+        return act.op(self.pre, *rest[1:5], self.name, *rest[5:])
 
     def dact(self, dh: Tensor, keep_h: bool = True, sums: bool = True) -> list[Tensor]:
         _, _, *tensors, p, row_start, col_start = self
-        found = torch.ops.ffn.dact_(dh, *tensors, self.name, p, row_start, col_start, keep_h, sums)
+        found = dact.op(dh, *tensors, self.name, p, row_start, col_start, keep_h, sums)
         return list(found)
 
     def noise(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ffn import FeedForward
@@ -11,6 +13,7 @@ from ffn.ops.dropout import draw_seed
 from ffn.ops.kernels import tilings
 from tests.ops.samples import F64, NAMES, Arguments, draw, gradients
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FUSED = tilings.Tiling(16, 64, 16, 2, 2, 4, 2)
 
 
@@ -26,13 +29,18 @@ def factors(arguments: Arguments, p: float) -> torch.Tensor | None:
 
 def results(run, arguments: Arguments, dy: torch.Tensor) -> list[torch.Tensor]:
     y = run(*arguments)
-    return [y, *gradients(y, arguments, dy.to(y.dtype))]
+    wanted = [t for t in arguments.given() if t.requires_grad]
+    return [y, *torch.autograd.grad(y, wanted, dy.to(y.dtype))]
 
 
 def check(name: str, dtype: torch.dtype, p: float, **options) -> None:
+    check_on(draw(name, shape=(2, 18), widths=(24, 40, 16), dtype=dtype), name, p, **options)
+
+
+def check_on(arguments: Arguments, name: str, p: float, **options) -> None:
     """At most twice plain torch's error in the same dtype, plus one ulp of the largest value."""
-    arguments = draw(name, shape=(2, 18), widths=(24, 40, 16), dtype=dtype)
-    dy = torch.randn(2, 18, 16).to(dtype)
+    dtype, frozen = arguments.x.dtype, [t is not None and not t.requires_grad for t in arguments]
+    dy = torch.randn(*arguments.x.shape[:-1], arguments.down.shape[0]).to(dtype)
     torch.manual_seed(5)
     noise = factors(arguments, p)
     torch.manual_seed(5)
@@ -41,12 +49,50 @@ def check(name: str, dtype: torch.dtype, p: float, **options) -> None:
     by_the_book = {"activation": TABLE[name]}
     low = None if noise is None else noise.to(dtype)
     plain = results(lambda *a: reference.feed_forward(*a, **by_the_book, noise=low), arguments, dy)
-    wide = None if noise is None else noise.double()
-    exact = results(lambda *a: reference.feed_forward(*a, **by_the_book, noise=wide), arguments.to(F64), dy)
+    wide, exactly = None if noise is None else noise.double(), arguments.to(F64)
+    for t, still in zip(exactly, frozen, strict=True):
+        if still:
+            t.requires_grad_(False)
+    exact = results(lambda *a: reference.feed_forward(*a, **by_the_book, noise=wide), exactly, dy)
     for got, theirs, oracle in zip(ours, plain, exact, strict=True):
         assert got.dtype == dtype
-        error, allowed = ((t.double() - oracle).abs().max().item() for t in (got, theirs))
-        assert error <= 2 * allowed + torch.finfo(dtype).eps * oracle.abs().max().item()
+        if oracle.numel() > 0:
+            error, allowed = ((t.double() - oracle).abs().max().item() for t in (got, theirs))
+            assert error <= 2 * allowed + torch.finfo(dtype).eps * oracle.abs().max().item()
+
+
+def apart(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, a leaf whose neighbours lie apart in memory."""
+    return torch.stack([t.detach(), t.detach()], -1)[..., 0].requires_grad_()
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_any_block(data: st.DataObject) -> None:
+    choose = data.draw
+    torch.manual_seed(choose(st.integers(0, 2**31)))
+    name, dtype = (
+        choose(st.sampled_from(NAMES)),
+        choose(st.sampled_from(DTYPES)),
+    )
+    arguments = draw(
+        name,
+        bias=choose(st.booleans()),
+        shape=choose(st.sampled_from([(0,), (1,), (7,), (2, 18), (33,)])),
+        widths=choose(st.sampled_from([(24, 40, 16), (16, 32, 16), (7, 21, 5)])),
+        dtype=dtype,
+    )
+    if choose(st.booleans()):
+        arguments = Arguments(*(None if t is None else apart(t) for t in arguments))
+    some_frozen = st.sets(st.integers(0, len(arguments.given()) - 1), max_size=len(arguments.given()) - 1)
+    for index in choose(some_frozen):
+        arguments.given()[index].requires_grad_(False)
+    options = choose(st.sampled_from([{}, {"save": "input"}, {"save": "input", "chunk_tokens": 5}]))
+    fused = choose(st.booleans())
+    with pytest.MonkeyPatch.context() as patch:
+        if fused:
+            patch.setattr(tilings, "choose", lambda *case: FUSED)
+        check_on(arguments, name, choose(st.sampled_from([0.0, 0.3])), **options)
 
 
 @pytest.mark.parametrize("name", NAMES)

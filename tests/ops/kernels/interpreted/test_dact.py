@@ -31,7 +31,7 @@ def _small_tiles():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dact, "ROWS", 4)
         patch.setattr(dact, "COLS", 64)
-        patch.setattr(dact, "STRETCH", 8)
+        patch.setattr(dact, "STRETCHES", (8,))
         yield
 
 
@@ -71,9 +71,20 @@ def test_dact_is_the_textbook_wherever(case: Case) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 def test_any_shape_in_the_tiles_that_a_gpu_gets(monkeypatch, name: str, shape: tuple[int, int]) -> None:
-    for size, value in {"ROWS": 2, "COLS": 512, "STRETCH": 64}.items():
+    for size, value in {"ROWS": 2, "COLS": 512, "STRETCHES": (64, 32, 16, 8)}.items():
         monkeypatch.setattr(dact, size, value)
     check_case(draw(name, shape, p=0.0 if shape[0] * shape[1] > 500 else 0.3))
+
+
+@pytest.mark.parametrize("H", [1, 768, 3072, 14336])
+def test_many_rows_a_program_only_where_programs_are_many(monkeypatch: pytest.MonkeyPatch, H: int) -> None:
+    monkeypatch.setattr(dact, "COLS", 512)
+    monkeypatch.setattr(dact, "STRETCHES", (64, 32, 16, 8))
+    for N in (1, 128, 1000, 8192, 2**20):
+        rows = dact.stretch(N, H)
+        programs = {size: -(-N // size) * -(-H // 512) for size in (8, 16, 32, 64, 128)}
+        assert rows == 8 or programs[rows] >= dact.PROGRAMS
+        assert rows == 64 or programs[2 * rows] < dact.PROGRAMS
 
 
 @pytest.mark.parametrize("name", ["relu", "geglu"])
