@@ -70,25 +70,25 @@ def feed_forward(
 
     Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
     """
-    weights = (up, down, gate, up_bias, down_bias, gate_bias)
     if autocasts(x):  # the weights too, when x comes from another layer and has been cast already
-        x, *weights = cast(x, *weights)
+        given = cast(x, up, down, gate, up_bias, down_bias, gate_bias)
+        x, up, down, gate, up_bias, down_bias, gate_bias = given
     check = _known if type(activation) is str and not torch.compiler.is_compiling() else _checked
     row, options, choice = check(activation, dropout, save, chunk_tokens, backend, x.device, x.dtype)
-    if not _fits(row, x, *weights):
-        _explain_misfit(row, x, *weights)
+    if not _fits(row, x, up, down, gate, up_bias, down_bias, gate_bias):
+        _explain_misfit(row, x, up, down, gate, up_bias, down_bias, gate_bias)
     if choice.backend == "reference" or row.formula is None or needs_textbook():
-        hidden = (*x.shape[:-1], up.shape[0])
-        factors = F.dropout(x.new_ones(hidden), dropout) if dropout > 0.0 else None
+        factors = F.dropout(x.new_ones(*x.shape[:-1], up.shape[0]), dropout) if dropout > 0.0 else None
+        weights = (up, down, gate, up_bias, down_bias, gate_bias)
         return reference.feed_forward(x, *weights, activation=row, noise=factors)
     flat = x.ndim == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
     seed = draw_seed(x.device) if dropout > 0.0 else None
     if torch.is_grad_enabled():
-        y = FeedForwardRule.apply(rows, seed, *weights, options, choice)
+        y = FeedForwardRule.apply(rows, seed, up, down, gate, up_bias, down_bias, gate_bias, options, choice)
     else:
         forward = _forward if chunk_tokens is None else _forward_by_chunks
-        y, _, _ = forward(options, choice, rows, seed, weights, False)
+        y, _, _ = forward(options, choice, rows, seed, (up, down, gate, up_bias, down_bias, gate_bias), False)
     return y if flat else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -93,3 +93,10 @@ def test_what_autocast_casts() -> None:
         assert [library.autocasts(x) for x in xs] == [True, True, False, False, False]
         with torch.autocast("cpu", enabled=False):
             assert not any(map(library.autocasts, xs))
+
+
+def test_cast_to_what_autocast_wants() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        x, nothing, y = library.cast(torch.ones(2), None, torch.ones(3, dtype=F64))
+    assert nothing is None
+    assert x.dtype == y.dtype == torch.bfloat16

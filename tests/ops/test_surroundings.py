@@ -68,6 +68,8 @@ def test_a_patch_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> N
 def test_explain_sees_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert "bfloat16" in FeedForward(4).explain(torch.randn(2, 4))
+        with pytest.raises(ValueError, match=r"wants x \(..., 4\)"):
+            FeedForward(4).explain(torch.randn(2, 5))
 
 
 def test_an_empty_module_is_an_activation() -> None:
