@@ -67,6 +67,7 @@ def drop_(tensors: tuple[Tensor, ...], seed: Tensor, p: float, row_start: int = 
     half = tensors[0].dtype.itemsize == 2
     for block, keep in keep_blocks(seed, rows, cols, p, row_start):
         # Two-byte floats are kept or zeroed bit by bit, wider ones multiplied: each the quicker way on a CPU.
+        # Only a dropped infinity can tell: it becomes 0 there and NaN here, as in torch's own dropout.
         factor = keep.neg_() if half else keep.to(tensors[0].dtype).mul_(scale(p))
         for t in tensors:
             if half:
