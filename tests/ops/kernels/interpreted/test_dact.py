@@ -166,9 +166,6 @@ def test_torchs_contract_for_ops(name: str) -> None:
         for bias, p, asked in ((True, 0.3, True), (False, 0.0, False)):
             _, *tensors, seed, p, row, col = draw(name, (rows, 20), bias=bias, p=p)
             arguments: list[Tensor | None] = [*tensors, seed]
-            opcheck(
-                torch.ops.ffn.dact_.default, (*arguments, name, p, row, col, asked, asked),
-                test_utils=("test_schema", "test_faketensor"),
-            )  # fmt: skip
+            opcheck(dact.op, (*arguments, name, p, row, col, asked, asked))
     schema = torch.ops.ffn.dact_.default._schema
     assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == ["dh"]
