@@ -6,6 +6,8 @@ generation      tokens a second of GPT-2 small's sizes beside transformers and t
 shakespeare     validation loss in equal wall-clock beside nanoGPT's published CPU recipe
 gpu             FeedForward on a GPU beside plain torch, torch.compile, Liger and quack: time and memory
 tune            which products a GPU should fuse, in which tiles: writes ffn/ops/kernels/tilings.json
+readme          writes the README's tables from the rows
+compare         what got faster or slower between two files of rows
 
 Absolute times belong to one machine in one hour. Quote the ratios: what one table compares runs interleaved.
 """

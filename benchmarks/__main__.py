@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("block", "training_step", "generation", "shakespeare", "gpu", "tune")
+NAMES = ("block", "training_step", "generation", "shakespeare", "gpu", "tune", "readme", "compare")
 
 
 def main(argv: list[str]) -> int:

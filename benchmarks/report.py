@@ -60,21 +60,26 @@ def cell(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def lines_of(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return head + [f"| {' | '.join(row)} |" for row in rows]
+
+
 def table(rows: list[dict], columns: list[str]) -> str:
     """A Markdown table of the named columns; a row that lacks one leaves it empty."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
-    return "\n".join(lines)
+    return "\n".join(lines_of(columns, [[cell(row.get(column)) for column in columns] for row in rows]))
 
 
-def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
+def arguments(name: str, description: str | None, *, keeps_rows: bool = True) -> argparse.ArgumentParser:
     """The parser of one benchmark, its module's docstring shown as written."""
     parser = argparse.ArgumentParser(
         f"python -m benchmarks {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that keeps the rows")
+    if keeps_rows:
+        parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that keeps the rows")
     return parser
 
 

@@ -32,9 +32,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "tiny": Shape(65, 128, 4, 4, 64, batch=12),  # nanoGPT's recipe for a CPU
-    "small": Shape(
-        65, 384, 6, 6, 256, batch=8
-    ),  # nanoGPT's character model, with a batch that two cores bear
+    "small": Shape(65, 384, 6, 6, 256, batch=8),  # its character model, in batches that two cores bear
 }
 
 

@@ -1,0 +1,61 @@
+"""What got faster or slower between two files of rows, beyond the noise.
+
+python -m benchmarks compare A.jsonl B.jsonl
+
+A case is compared by its speedup over the baseline of its own run, for times of different hours cannot be;
+the newest row of each case counts. It changed where the two 95% intervals do not meet.
+"""
+
+import json
+from pathlib import Path
+
+from benchmarks.report import arguments, table
+
+CASE = ("case", "shape", "tokens", "batch", "mode", "dtype", "dropout", "work", "implementation")
+COLUMNS = ["before", "after", "change"]
+
+
+def rows_of(file: Path) -> dict[tuple, dict]:
+    """The newest row of each case that was timed against a baseline.
+
+    Raises:
+        ValueError: the file does not hold rows.
+    """
+    found = {}
+    try:
+        for line in file.read_text("utf-8").splitlines():
+            row = json.loads(line)
+            if {"speedup", "low", "high"} <= row.keys():
+                found[tuple((key, row[key]) for key in CASE if key in row)] = row
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: no rows of a benchmark: {error}") from None
+    return found
+
+
+def changed(before: dict[tuple, dict], after: dict[tuple, dict]) -> list[dict]:
+    """A row for each case of both whose speedup moved beyond the noise, the worst first."""
+    moved = []
+    for case, old in before.items():
+        new = after.get(case)
+        if new is not None and (new["low"] > old["high"] or new["high"] < old["low"]):
+            was, now = (f"{row['speedup']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in (old, new))
+            change = new["speedup"] / old["speedup"]
+            moved.append({**dict(case), "before": was, "after": now, "change": change})
+    return sorted(moved, key=lambda row: row["change"])
+
+
+def main(argv: list[str]) -> None:
+    parser = arguments("compare", __doc__, keeps_rows=False)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    options = parser.parse_args(argv)
+    try:
+        before, after = rows_of(options.before), rows_of(options.after)
+    except ValueError as error:
+        raise SystemExit(f"python -m benchmarks compare: {error}") from None
+    moved, both = changed(before, after), len(before.keys() & after.keys())
+    if moved:
+        print(table(moved, [key for key in CASE if any(key in row for row in moved)] + COLUMNS) + "\n")
+    faster = sum(row["change"] > 1 for row in moved)
+    print(f"{faster} faster, {len(moved) - faster} slower, {both - len(moved)} within the noise", end="")
+    print(f"; {len(before) + len(after) - 2 * both} cases are in one file only")

@@ -1,0 +1,43 @@
+"""What counts as a change between two files of rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compare import main
+
+
+def row(case: str, speedup: float, spread: float = 0.1, **more: object) -> dict:
+    ends = {"low": speedup - spread, "high": speedup + spread}
+    return {"case": case, "implementation": "ffn", "speedup": speedup, **ends, **more}
+
+
+def write(file: Path, *rows: dict) -> str:
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(file)
+
+
+def test_a_change_is_what_intervals_do_not_share(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before = write(tmp_path / "a.jsonl", row("up", 1.0), row("down", 2.0), row("same", 1.0), row("gone", 1.0))
+    after = write(tmp_path / "b.jsonl", row("up", 1.3), row("down", 1.7), row("same", 1.19), row("new", 1.0))
+    main([before, after])
+    *lines, _, verdict = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| down", "| up"]
+    assert "| 1.00 [0.90, 1.10] | 1.30 [1.20, 1.40] | 1.3 |" in lines[-1]
+    assert verdict == "1 faster, 1 slower, 1 within the noise; 2 cases are in one file only"
+
+
+def test_the_newest_row_of_a_case_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before = write(tmp_path / "a.jsonl", row("x", 9.0), row("x", 1.0, dropout=0.1), row("x", 1.0))
+    after = write(tmp_path / "b.jsonl", row("x", 1.0), row("x", 3.0, dropout=0.1), {"case": "x"})
+    main([before, after])
+    assert "1 faster, 0 slower, 1 within the noise; 0 cases" in capsys.readouterr().out
+
+
+def test_a_file_that_holds_no_rows(tmp_path: Path) -> None:
+    good = write(tmp_path / "a.jsonl", row("x", 1.0))
+    (tmp_path / "b.jsonl").write_text("words\n")
+    for bad in (tmp_path / "b.jsonl", tmp_path / "absent.jsonl"):
+        with pytest.raises(SystemExit, match=rf"^python -m benchmarks compare: {bad}: no rows of a "):
+            main([good, str(bad)])
