@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import linear
@@ -78,6 +80,16 @@ def test_every_count_of_tokens(monkeypatch, N: int, name: str, dtype: torch.dtyp
         monkeypatch.setattr(decode, "PROGRAMS", programs)
         for D, H in ((513, 69), (512, 64), (528, 1)):
             check(name, draw(name, N, D, H, dtype))
+
+
+@given(st.data())
+@settings(max_examples=40)
+def test_any_sizes(data: st.DataObject) -> None:
+    choose = data.draw
+    torch.manual_seed(choose(st.integers(0, 2**31)))
+    name, dtype = choose(st.sampled_from(NAMES)), choose(st.sampled_from(DTYPES))
+    sizes = [choose(st.integers(0, most)) for most in (decode.MOST_TOKENS, 300, 70)]
+    check(name, draw(name, *sizes, dtype, choose(st.booleans())))
 
 
 @pytest.mark.parametrize("N", [1, 16, 32])
