@@ -19,6 +19,7 @@ from ffn.ops.kernels.tilings import DEFAULTS, Tiling
 from tests.ops.kernels.ahead_of_time import SHARED, Compiled, compiled, tensor
 
 N, D, H = 8192, 1024, 4096
+SHARED_ANYWHERE = 101376  # bytes that a program has on any GPU from compute capability 8.0 on
 MATRIX_INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [  # activation, dropout, dtype, bias
@@ -42,9 +43,9 @@ def choosable(arch: int, forward: bool, gated: bool) -> set[Tiling]:
     return {t for t in (DEFAULTS[arch // 10][forward, gated], *measured) if t is not None}
 
 
-def check(found: Compiled, arch: int) -> None:
+def check(found: Compiled, shared: int) -> None:
     assert (found.spills, found.stack, found.serial) == (0, 0, False)
-    assert found.shared <= SHARED[arch]
+    assert found.shared <= shared
 
 
 def seed(p: float) -> torch.Tensor | None:
@@ -89,20 +90,20 @@ def linear_dact_on(
 @on_each
 @each_case
 def test_act(arch: int, name: str, p: float, dtype: torch.dtype, bias: bool) -> None:
-    check(act_on(arch, name, p, dtype, bias), arch)
+    check(act_on(arch, name, p, dtype, bias), SHARED_ANYWHERE)
 
 
 @on_each
 @each_case
 def test_dact(arch: int, name: str, p: float, dtype: torch.dtype, bias: bool) -> None:
-    check(dact_on(arch, name, p, dtype, bias, outputs=True), arch)
+    check(dact_on(arch, name, p, dtype, bias, outputs=True), SHARED_ANYWHERE)
 
 
 @on_each
 @pytest.mark.parametrize("name", ["mish", "geglu"])
 def test_the_passes_in_float32(arch: int, name: str) -> None:
-    check(act_on(arch, name, 0.1, FP32, bias=True), arch)
-    check(dact_on(arch, name, 0.1, FP32, bias=True, outputs=False), arch)
+    check(act_on(arch, name, 0.1, FP32, bias=True), SHARED_ANYWHERE)
+    check(dact_on(arch, name, 0.1, FP32, bias=True, outputs=False), SHARED_ANYWHERE)
 
 
 @on_each
@@ -112,7 +113,7 @@ def test_the_passes_in_float32(arch: int, name: str) -> None:
 def test_decode(arch: int, name: str, tokens: int, dtype: torch.dtype, width: int) -> None:
     weights = with_gate(name, tensor(H, width, dtype=dtype))
     inputs = tensor(tokens, width, dtype=dtype), *weights, *biases(name, dtype, bias=True)
-    check(compiled(arch, decode.decode, *inputs, name), arch)
+    check(compiled(arch, decode.decode, *inputs, name), SHARED_ANYWHERE)
 
 
 @on_those_that_fuse
@@ -120,7 +121,7 @@ def test_decode(arch: int, name: str, tokens: int, dtype: torch.dtype, width: in
 def test_linear_act(arch: int, name: str, p: float, dtype: torch.dtype, bias: bool) -> None:
     for tiling in choosable(arch, forward=True, gated=TABLE[name].gated):
         found = linear_act_on(arch, tiling, name, p, dtype, bias, outputs=True)
-        check(found, arch)
+        check(found, SHARED[arch])
         assert MATRIX_INSTRUCTION[arch] in found.ptx
 
 
@@ -129,7 +130,7 @@ def test_linear_act(arch: int, name: str, p: float, dtype: torch.dtype, bias: bo
 def test_linear_dact(arch: int, name: str, p: float, dtype: torch.dtype, bias: bool) -> None:
     for tiling in choosable(arch, forward=False, gated=TABLE[name].gated):
         found = linear_dact_on(arch, tiling, name, p, dtype, outputs=bias)
-        check(found, arch)
+        check(found, SHARED[arch])
         assert MATRIX_INSTRUCTION[arch] in found.ptx
 
 
@@ -137,7 +138,7 @@ def test_linear_dact(arch: int, name: str, p: float, dtype: torch.dtype, bias: b
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 def test_forward_products_that_keep_nothing(arch: int, name: str) -> None:
     for tiling in choosable(arch, forward=True, gated=TABLE[name].gated):
-        check(linear_act_on(arch, tiling, name, 0.0, BF16, bias=True, outputs=False), arch)
+        check(linear_act_on(arch, tiling, name, 0.0, BF16, bias=True, outputs=False), SHARED[arch])
 
 
 def shared_by_two(found: Compiled, tiling: Tiling) -> bool:
