@@ -31,6 +31,13 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def constant_in_graphs(function: Callable) -> Callable:
+    """What torch.compiler.assume_constant_result does, without its import of the compiler."""
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
+    return function
+
+
+@constant_in_graphs  # torch guards a graph by the transforms that it was made under
 def needs_textbook() -> bool:
     """Whether torch.func, forward-mode differentiation or torch.export want to see plain torch ops."""
     if _functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0:
