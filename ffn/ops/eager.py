@@ -23,8 +23,11 @@ _WORTH_ONEDNN = {torch.float32: 1 << 22, torch.bfloat16: 1 << 27}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
-    """x (N, in) -> (N, out). oneDNN adds the bias within the product, where F.linear writes it out before."""
-    gains = bias is not None or x.dtype == torch.float32
+    """x (N, in) -> (N, out). oneDNN adds the bias within the product, where F.linear writes it out before.
+
+    A strided bias it would read as if it were contiguous.
+    """
+    gains = x.dtype == torch.float32 if bias is None else bias.is_contiguous()
     if onednn and gains and x.shape[0] * weight.numel() >= _WORTH_ONEDNN[x.dtype]:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

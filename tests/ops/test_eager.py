@@ -138,3 +138,12 @@ def test_other_dtypes_never_touch_the_setting(monkeypatch) -> None:
     monkeypatch.setattr(eager, "float32_in_onednn", lambda: pytest.fail("for float32 alone"))
     for dtype in (F64, torch.bfloat16):
         feed_forward(*draw("gelu", dtype=dtype)).sum().backward()
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_strided_bias_is_read_as_it_lies(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(512, 512).to(dtype), torch.randn(512, 512).to(dtype)
+    bias = 100.0 * torch.randn(1024).to(dtype)[::2]
+    y, plain = (eager.linear(x, weight, b, onednn) for b, onednn in ((bias, True), (bias.clone(), False)))
+    torch.testing.assert_close(y, plain, atol=1e-2 * 512**0.5, rtol=1e-2)
