@@ -87,11 +87,18 @@ def build_ffn(case: Case, save: str = "preact") -> nn.Module:
     return FeedForward(dim, hidden_dim, case.dropout, activation=activation, save=save)
 
 
+def build_packed(case: Case) -> nn.Module:
+    from ffn import pack
+
+    return pack(build_ffn(case))
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Case], nn.Module]] = {
     "torch": build_torch,
     "torch.compile": build_compiled,
     "ffn": build_ffn,
     "ffn save=input": partial(build_ffn, save="input"),
+    "ffn packed": build_packed,
 }
 
 

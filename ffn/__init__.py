@@ -8,6 +8,7 @@ The tree, in the order data flows through it:
     ops             functions on tensors: feed_forward, dropout; the autograd rule; no weights
     nn              modules that hold weights: Embedding, norms, Attention, FeedForward, Block, Head
     transformer     TransformerConfig and Transformer, the sentence above
+    packing         pack: faster inference on the CPU from copies of the weights
     generate        sampling with a key/value cache
     tokenizer data  text in, tokens on disk out; batches makes them (B, T)
     optim train     the loop; checkpoint saves it, recipe and config describe it, report shows it
@@ -21,6 +22,7 @@ from ffn.checkpoint import load, load_tokenizer
 from ffn.generate import generate
 from ffn.nn import FeedForward, gated_hidden_dim
 from ffn.ops import feed_forward
+from ffn.packing import pack, unpack
 from ffn.transformer import Transformer, TransformerConfig
 
 __all__ = [
@@ -32,4 +34,6 @@ __all__ = [
     "generate",
     "load",
     "load_tokenizer",
+    "pack",
+    "unpack",
 ]

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn.nn.attention import LayerCache
-from ffn.nn.feed_forward import plain_parameters
-from ffn.nn.head import Head
-from ffn.ops.packed import pack_linear
+from ffn.packing import pack_where_possible, unpack
 from ffn.transformer import Transformer
 
 Stop = Iterable[int | Sequence[int]]
@@ -198,10 +196,6 @@ class _Decoded:
     training: list[nn.Module] = field(default_factory=list)
     packed: list[nn.Module] = field(default_factory=list)
 
-    def unpack(self) -> None:
-        while self.packed:
-            del self.packed.pop().forward
-
 
 _decoded: WeakKeyDictionary[Transformer, _Decoded] = WeakKeyDictionary()
 _lock = RLock()  # streams may run in threads, and one may be closed by the collector at any time
@@ -217,32 +211,17 @@ def _decoding(model: Transformer):
         with _lock:
             decoded.training += [module for module in model.modules() if module.training]
             model.eval()
-            decoded.unpack()  # the weights may have changed since
-            for module, weight, bias in _products(model):
-                forward = pack_linear(weight, bias)
-                if forward is not None:
-                    module.forward = forward
-                    decoded.packed.append(module)
+            decoded.packed += pack_where_possible(model)
         yield
     finally:
         with _lock:
             decoded.users -= 1
             if decoded.users == 0:
                 del _decoded[model]
-                decoded.unpack()
+                for module in decoded.packed:
+                    unpack(module)
                 for module in decoded.training:
                     module.training = True
-
-
-def _products(model: Transformer) -> Iterator[tuple[nn.Module, Tensor, Tensor | None]]:
-    """What a token is multiplied with: (module, weight, bias) of every plain linear, and of the head."""
-    for module in model.blocks.modules():
-        found = plain_parameters(module)
-        if found is not None:
-            yield module, *found
-    head = model.head
-    if type(head) is Head and "forward" not in head.__dict__ and not head._forward_hooks:
-        yield head, model.embedding.weight if head.weight is None else head.weight, None
 
 
 class _Sequences:

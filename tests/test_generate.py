@@ -1,15 +1,14 @@
 """Generation: the cache changes nothing, a row in a batch is that row alone, a seed is a promise."""
 
 import dataclasses
-import sys
 from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
+from ffn import packing
 from ffn.generate import Sampling, generate, stream
 from ffn.transformer import Transformer, TransformerConfig
 
@@ -94,8 +93,7 @@ def test_stream_yields_as_it_goes_and_leaves_no_mode_behind() -> None:
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_streams_share_a_model(monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
-    pack = lambda weight, bias: lambda x, *_: F.linear(x, weight, bias)  # noqa: E731
-    monkeypatch.setattr(sys.modules[generate.__module__], "pack_linear", pack)
+    monkeypatch.setattr(packing, "WORTH_PACKING", 0)
     model = build(dropout=0.5)
     want = [generate(model, [prompt], 10, seed=0)[0] for prompt in PROMPTS[:2]]
     assert "forward" not in model.head.__dict__

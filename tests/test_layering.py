@@ -26,7 +26,7 @@ LAYERS = [
     ["ffn.nn.embedding", "ffn.nn.norm", "ffn.nn.attention", "ffn.nn.feed_forward", "ffn.nn.loss"],
     ["ffn.nn.block", "ffn.nn.head"],
     ["ffn.nn"],
-    ["ffn.transformer"],
+    ["ffn.transformer", "ffn.packing"],
     ["ffn.tokenizer", "ffn.optim", "ffn.cost", "ffn.report"],
     ["ffn.data", "ffn.batches", "ffn.checkpoint", "ffn.generate"],
     ["ffn.steps", "ffn.recipe"],

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ffn.ops import eager, traced
 
@@ -70,13 +69,11 @@ def bfloat16_in_onednn() -> bool:
     return _has_onednn_linear() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def packs(weight: Tensor) -> bool:
-    """Whether oneDNN can keep this weight in a layout of its own."""
-    if weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    if weight.dtype == torch.bfloat16:
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN can keep a weight of this dtype on the CPU in a layout of its own."""
+    if dtype == torch.bfloat16:
         return bfloat16_in_onednn()
-    return weight.dtype == torch.float32 and _has_onednn_linear()
+    return dtype == torch.float32 and _has_onednn_linear()
 
 
 def check_backend(backend: str) -> None:

@@ -75,7 +75,7 @@ def feed_forward(
         x, up, down, gate, up_bias, down_bias, gate_bias = given
     check = _known if type(activation) is str and not torch.compiler.is_compiling() else _checked
     row, options, choice = check(activation, dropout, save, chunk_tokens, backend, x.device, x.dtype)
-    if not _fits(row, x, up, down, gate, up_bias, down_bias, gate_bias):
+    if not fits(row, x, up, down, gate, up_bias, down_bias, gate_bias):
         _explain_misfit(row, x, up, down, gate, up_bias, down_bias, gate_bias)
     if choice.backend == "reference" or row.formula is None or needs_textbook():
         factors = F.dropout(x.new_ones(*x.shape[:-1], up.shape[0]), dropout) if dropout > 0.0 else None
@@ -97,7 +97,7 @@ def explain(x: Tensor, weights, activation, dropout, save, chunk_tokens, backend
     if autocasts(x):
         x, *weights = cast(x, *weights)
     row, _, choice = _checked(activation, dropout, save, chunk_tokens, backend, x.device, x.dtype)
-    if not _fits(row, x, *weights):
+    if not fits(row, x, *weights):
         _explain_misfit(row, x, *weights)
     if needs_textbook():
         return dispatch.Choice("reference", "torch.func, forward-mode differentiation or torch.export is on")
@@ -136,7 +136,7 @@ def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None
         )
 
 
-def _fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> bool:
+def fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> bool:
     """Whether shapes, dtypes and devices go together; asked at each call, so it is quick."""
     shape, out_shape, in_shape = up.shape, down.shape, x.shape
     if len(shape) != 2 or len(out_shape) != 2 or not in_shape or row.gated != (gate is not None):

@@ -1,31 +1,104 @@
-"""Linears for decoding on the CPU: the weight once in oneDNN's own layout, which streams at memory speed.
+"""Products on the CPU from weights in oneDNN's own layout, and the block made of such products.
 
-One token at a time, a product is bound by reading its weight; the usual routines read it at half the speed
-of the memory. The packed copy doubles the weight's memory for as long as it is kept. Its sums run in one
-chain: in float32 their rounding error is some 2.5 times that of F.linear.
+A few tokens are bound by reading the weights, which the usual routines do at half the speed of the memory;
+and with the weight laid out once, the activation runs within the product. A copy doubles the weight's memory
+for as long as it is kept. Its sums run in longer chains: in float32 their rounding error is some 2.5 times
+that of F.linear.
 """
 
-from collections.abc import Callable
+from ctypes import Array, c_char, sizeof
 
 import torch
 from torch import Tensor
 
+from ffn.activations import GATES, TABLE
 from ffn.ops import dispatch
 
-_WORTH_PACKING = 1 << 18  # elements; below, the call costs more than the reading
+_TOKENS = 512  # the layout for so many serves one token best, too
+_PROBE = 64  # bytes at either end
+
+# What oneDNN does to a product before writing it, by its names. Its relu would turn NaN into 0.
+_AS_IT_IS = "none", [], ""
+_WITHIN = {"silu": ("swish", [], ""), "gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh"),
+           "sigmoid": ("sigmoid", [], ""), "tanh": ("tanh", [], ""), "identity": _AS_IT_IS}  # fmt: skip
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor] | None:
-    """x (..., in) -> x weight^T + bias (..., out) from a packed copy, or None where that would not be faster.
+def why_not(tensor: Tensor) -> str | None:
+    """Why oneDNN cannot take this weight (out, in) in a layout of its own, or this bias; None if it can."""
+    kind = f"{str(tensor.dtype)[6:]} on {tensor.device.type}"
+    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
+        return f"{kind}; oneDNN packs float32 and bfloat16 on the CPU"
+    if not dispatch.packs(tensor.dtype):
+        return f"{kind}, which oneDNN does not take on this processor or in this build of torch"
+    if tensor.is_inference():
+        return "made in inference mode, where writes go uncounted; make it outside"
+    return None if tensor.is_contiguous() else "strided; make it contiguous"  # oneDNN misreads a strided bias
+
+
+class Packed:
+    """Copies of weights that are used together, and what tells that one of them has changed since.
 
     Args:
-        weight: (out, in), float32 or bfloat16 on the CPU. bias: (out).
+        tensors: weights (out, in) and biases (out), None among them; each as `why_not` wants it. Biases are
+            not copied.
 
-    The result takes the place of a module's forward; what else the module is given, it ignores.
+    `layouts` holds the copies in their places, `dtype` and `width` what an x (..., width) must have.
     """
-    if weight.numel() < _WORTH_PACKING or not dispatch.packs(weight):
-        return None
-    packed = torch.ops.mkldnn._reorder_linear_weight.default(weight.detach(), 1)
-    bias = None if bias is None else bias.detach()
-    product = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x, *_: product(x, packed, bias, "none", [], "")
+
+    def __init__(self, tensors: tuple[Tensor | None, ...]):
+        given = [t for t in tensors if t is not None]
+        self.tensors = tensors
+        self.aliases = [t.detach() for t in given]  # so that no address is given to another
+        self.seen = [None if t is None else _glance(t) for t in tensors]
+        self.ends = [end for t in self.aliases if t.ndim == 2 for end in _ends(t)]
+        self.bytes = [end.raw for end in self.ends]
+        self.dtype, self.width = given[0].dtype, given[0].shape[1:]
+        reorder = torch.ops.mkldnn._reorder_linear_weight.default
+        self.layouts = [reorder(t.detach(), _TOKENS) if t is not None and t.ndim == 2 else t for t in tensors]
+        self.product = torch.ops.mkldnn._linear_pointwise.default
+        self.product_times = torch.ops.mkldnn._linear_pointwise.binary
+
+    def are_of(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether these are the copies of these tensors as they are now, as far as a glance can tell.
+
+        It sees another tensor, memory, shape or dtype, every write that torch counts, and any change of a
+        weight's first or last 64 bytes. It does not see a write past the counter (through `weight.data`,
+        numpy or another process) that leaves both ends as they are.
+        """
+        for tensor, kept, seen in zip(tensors, self.tensors, self.seen, strict=True):
+            if tensor is not kept or (tensor is not None and _glance(tensor) != seen):
+                return False
+        return [end.raw for end in self.ends] == self.bytes  # memory that is still there: its address holds
+
+    def fit(self, x: Tensor) -> bool:
+        """Whether x (..., width) can be multiplied."""
+        return x.dtype == self.dtype and x.is_cpu and x.shape[-1:] == self.width
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), for a weight and a bias."""
+        weight, bias = self.layouts
+        return self.product(x, weight, bias, *_AS_IT_IS)
+
+    def feed_forward(self, x: Tensor, activation: str) -> Tensor:
+        """The block without dropout, (..., D) -> (..., O), for up, down, gate and their biases."""
+        up, down, gate, up_bias, down_bias, gate_bias = self.layouts
+        name = GATES.get(activation, activation)
+        within = _WITHIN.get(name)
+        first, bias = (up, up_bias) if gate is None else (gate, gate_bias)
+        h = self.product(x, first, bias, *(within or _AS_IT_IS))
+        if within is None:
+            h = TABLE[name](h)
+        if gate is not None:
+            h = self.product_times(x, h, up, up_bias, "mul")
+        return self.product(h, down, down_bias, *_AS_IT_IS)
+
+
+def _glance(tensor: Tensor) -> tuple:
+    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _ends(weight: Tensor) -> tuple[Array, Array]:
+    """Views of the first and the last bytes."""
+    start, size = weight.data_ptr(), weight.nbytes
+    view = c_char * min(_PROBE, size)
+    return view.from_address(start), view.from_address(start + size - sizeof(view))
