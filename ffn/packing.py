@@ -184,7 +184,9 @@ class _PackedBlock(_PackedForward):
         ):
             return None
         weights = block._weights_or_reason(x)
-        return None if isinstance(weights, str) else self.copies(x, weights)
+        if isinstance(weights, str) or TABLE[block.activation].gated != (weights[2] is not None):
+            return None
+        return self.copies(x, weights)
 
     def fits(self, x: Tensor, tensors: Tensors) -> bool:
         return fits(TABLE[self.module.activation], x, *tensors)

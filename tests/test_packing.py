@@ -165,6 +165,16 @@ def test_inputs_that_do_not_fit_are_refused_as_ever() -> None:
             block(x)
 
 
+def test_another_activation_is_followed() -> None:
+    block, plain, x = build("gelu")
+    same(block, plain, x)
+    block.activation = plain.activation = "relu2"
+    same(block, plain, x)
+    block.activation = "swiglu"
+    with torch.no_grad(), pytest.raises(ValueError, match="gate"):
+        block(x)
+
+
 def test_strided_inputs_and_biases() -> None:
     block, plain, x = build()
     same(block, plain, torch.randn(64, 7).t())
