@@ -132,7 +132,7 @@ class FeedForward(nn.Module):
     def _through_children(self, x: Tensor, p: float) -> Tensor:
         act = activations.TABLE[self.activation] if self.act is None else self.act
         pre = self.up_proj(x)
-        h = act(pre) if self.gate_proj is None else act(self.gate_proj(x)) * pre
+        h = act(self.gate_proj(x)) * pre if "gate_proj" in self._modules else act(pre)
         return self.down_proj(ops.dropout(h, p))
 
     def _linears(self) -> list[nn.Linear]:

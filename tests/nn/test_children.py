@@ -142,6 +142,13 @@ def test_an_adapter_that_goes_leaves_the_fused_path() -> None:
     assert block.explain(x).startswith("children: up_proj (a NoneType) is replaced")
 
 
+def test_a_gate_taken_away_is_missed() -> None:
+    block = FeedForward(6, 10, activation="swiglu")
+    block.gate_proj = None
+    with pytest.raises(TypeError, match="not callable"):
+        block(torch.randn(3, 6))
+
+
 @pytest.mark.parametrize("child", ["gate_proj", "up_proj", "down_proj"])
 def test_hooks_fire(child: str) -> None:
     block, x = FeedForward(6, 10, activation="swiglu"), torch.randn(3, 6, requires_grad=True)
