@@ -132,7 +132,9 @@ class FeedForward(nn.Module):
     def _through_children(self, x: Tensor, p: float) -> Tensor:
         act = activations.TABLE[self.activation] if self.act is None else self.act
         pre = self.up_proj(x)
-        h = act(self.gate_proj(x)) * pre if "gate_proj" in self._modules else act(pre)
+        if self.gate_proj is None and "gate_proj" in self._modules:
+            raise TypeError(f"{self.activation} is gated, and gate_proj is None: put a module back")
+        h = act(pre) if self.gate_proj is None else act(self.gate_proj(x)) * pre
         return self.down_proj(ops.dropout(h, p))
 
     def _linears(self) -> list[nn.Linear]:
