@@ -145,7 +145,7 @@ def test_an_adapter_that_goes_leaves_the_fused_path() -> None:
 def test_a_gate_taken_away_is_missed() -> None:
     block = FeedForward(6, 10, activation="swiglu")
     block.gate_proj = None
-    with pytest.raises(TypeError, match="^swiglu is gated, and gate_proj is None: put a module back$"):
+    with pytest.raises(TypeError, match=r"^swiglu is gated, and gate_proj is None: put a module back$"):
         block(torch.randn(3, 6))
 
 
