@@ -35,7 +35,8 @@ WRONG = 1e-2  # bfloat16 comes within a few thousandths of float32
 LEAST_GAIN = 1.01
 
 # Beside the tiles that serve off the table, by (forward, gated). On compute capability 9, with and without
-# dropout, none spills and none keeps its matrix instructions waiting for one another.
+# biases and dropout, none spills in Triton 3.6 and 3.7, and none makes its matrix instructions wait for one
+# another: tried with gelu, gelu_tanh, relu2, geglu and swiglu.
 CANDIDATES = {
     (True, False): [
         Tiling(128, 256, 64, 8, 8, 8, 4),
@@ -46,9 +47,9 @@ CANDIDATES = {
     ],
     (True, True): [
         Tiling(128, 128, 64, 8, 4, 8, 3),
-        Tiling(256, 64, 64, 8, 2, 8, 3),
+        Tiling(256, 64, 64, 8, 4, 8, 3),
         Tiling(128, 64, 64, 8, 2, 8, 3),
-        Tiling(128, 64, 64, 8, 2, 4, 4),
+        Tiling(128, 64, 64, 8, 4, 4, 4),
         Tiling(64, 128, 64, 8, 4, 4, 4),
     ],
     (False, False): [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ffn.activations import TABLE
 from ffn.ops.kernels import act, dact
-from tests.ops.kernels.interpreted.oracle import DTYPES, F32, NAMES, Results, embedded, factors, middle
+from tests.ops.kernels.interpreted.oracle import DTYPES, F32, NAMES, Results, embedded, middle, noise
 
 SEED = -(2**40) - 3
 
@@ -42,9 +42,7 @@ class Case(NamedTuple):
         return list(found)
 
     def noise(self) -> Tensor:
-        if self.seed is None:
-            return torch.ones(self.pre.shape)
-        return factors(int(self.seed), self.p, *self.pre.shape, self.row_start, self.col_start)
+        return noise(self.seed, self.p, self.pre.shape, self.row_start, self.col_start)
 
     def textbook(self, dtype: torch.dtype) -> Results:
         """h and the gradients in dtype, from preactivations rounded to their storage type."""

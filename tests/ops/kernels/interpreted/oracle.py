@@ -8,7 +8,7 @@ storage type for storing the result. For the half types that is far less than tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -57,6 +57,14 @@ def factors(seed: int, p: float, rows: int, cols: int, row_start: int = 0, col_s
     """What dropout multiplies with, 0 or one over the share kept: (rows, cols), float32."""
     kept = draws(seed, rows, cols, row_start, col_start) >> 1 >= level(p)
     return torch.from_numpy(kept).float() * (2**31 / (2**31 - level(p)))
+
+
+def noise(seed: Tensor | None, p: float, shape: Sequence[int], row_start: int, col_start: int) -> Tensor:
+    """`factors` of a shape; ones where there is no seed."""
+    if seed is None:
+        return torch.ones(*shape)
+    rows, cols = shape
+    return factors(int(seed), p, rows, cols, row_start, col_start)
 
 
 class Results(NamedTuple):

@@ -24,9 +24,9 @@ from tests.ops.kernels.interpreted.oracle import (
     bits,
     check,
     embedded,
-    factors,
     guarded,
     middle,
+    noise,
     whole,
 )  # fmt: skip
 
@@ -65,9 +65,7 @@ class Case(NamedTuple):
 
     def noise(self) -> Tensor:
         shape = self.x.shape[0], self.up.shape[0]
-        if self.seed is None:
-            return torch.ones(shape)
-        return factors(int(self.seed), self.p, *shape, self.row_start, self.col_start)
+        return noise(self.seed, self.p, shape, self.row_start, self.col_start)
 
     def h(self, pre: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         return middle(TABLE[self.name], torch.zeros_like(pre), pre, gate, self.noise(), dtype).h

@@ -29,6 +29,7 @@ from tests.ops.kernels.interpreted.oracle import (
     factors,
     guarded,
     middle,
+    noise,
     whole,
 )  # fmt: skip
 
@@ -54,11 +55,9 @@ class Case(NamedTuple):
         return Results(h, dpre, dgate, dbias, dgate_bias)
 
     def textbook(self, dtype: torch.dtype) -> Results:
-        noise = torch.ones(self.pre.shape)
-        if self.seed is not None:
-            noise = factors(int(self.seed), self.p, *self.pre.shape, self.row_start, self.col_start)
+        dropped = noise(self.seed, self.p, self.pre.shape, self.row_start, self.col_start)
         dh = self.dy.to(dtype) @ self.down.to(dtype)
-        return middle(TABLE[self.name], dh, self.pre, self.gate, noise, dtype)
+        return middle(TABLE[self.name], dh, self.pre, self.gate, dropped, dtype)
 
     def apart(self) -> Results:
         """The same in two passes, with dh in memory between them."""
