@@ -9,7 +9,7 @@ from ffn.activations import TABLE
 from ffn.ops import dispatch, eager, feed_forward
 from ffn.ops.dispatch import Choice
 from ffn.ops.dropout import noise
-from tests.ops.samples import F64, NAMES, draw, gradients
+from tests.ops.samples import F64, NAMES, Arguments, draw, gradients, leaf
 
 needs_onednn = pytest.mark.skipif(
     not dispatch._has_onednn_linear() or torch.cpu._is_amx_tile_supported(),
@@ -89,6 +89,27 @@ def test_the_float32_route_changes_nothing_but_rounding(monkeypatch, name: str, 
     for ours, theirs in zip(*results, strict=True):
         difference = (ours - theirs).abs().max() / theirs.abs().max()
         assert difference <= 1e-5  # float32 rounding over sums of 640; bfloat16's would be 1e-3
+
+
+@pytest.mark.skipif(
+    not dispatch.float32_faster_in_onednn(), reason="float32 products stay where torch has them"
+)
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+@pytest.mark.parametrize("sizes", [(512, 256, 1024), (1100, 768, 1600)], ids=str)
+def test_float32_rounds_at_most_twice_as_much_as_plain_torch(name: str, sizes: tuple[int, int, int]) -> None:
+    tokens, dim, hidden_dim = sizes
+    for seed in range(3):
+        torch.manual_seed(seed)
+        arguments = draw(name, shape=(tokens,), widths=(dim, hidden_dim, dim), dtype=torch.float32)
+        dy = torch.randn(tokens, dim)
+        results = []
+        for dtype, backend in ((F64, "reference"), (torch.float32, "reference"), (torch.float32, "eager")):
+            given = Arguments(*(None if t is None else leaf(t.detach().to(dtype)) for t in arguments))
+            y = feed_forward(*given, activation=name, backend=backend)
+            results.append([y.detach(), *gradients(y, given, dy.to(dtype))])
+        for exact, plain, ours in zip(*results, strict=True):
+            error, allowed = ((t.double() - exact).abs().max() for t in (ours, plain))
+            assert error <= 2 * allowed + torch.finfo(torch.float32).eps * exact.abs().max()
 
 
 @pytest.fixture(params=["none", "ieee", "tf32"])
