@@ -22,8 +22,8 @@ from ffn.ops.dropout import noise as noise
 _WORTH_ONEDNN = {torch.float32: 1 << 22, torch.bfloat16: 1 << 27}
 
 
-# The terms that oneDNN may add up in a row in float32. Its rounding grows with their number and MKL's does not,
-# which adds 192 at a time: 1.3 to 1.7 times MKL's at 384, from 512 on twice and more.
+# The terms that oneDNN may add up in a row in float32. Its rounding grows with their number and MKL's, which
+# adds 192 at a time, does not: 1.3 to 1.7 times MKL's at 384, from 512 on twice and more.
 _LONGEST_SUM = 384
 
 
