@@ -1,0 +1,83 @@
+"""What is measured: feed-forward blocks of real models, and what each is put to."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from ffn import activations
+
+DTYPES = ("float32", "bfloat16", "autocast")  # autocast: float32 weights and input under bfloat16 autocast
+WORKS = ("training", "inference")  # forward and backward; forward alone, without gradients
+
+
+@dataclass(frozen=True)
+class Block:
+    """The sizes of a model's feed-forward block: width D, hidden width H."""
+
+    name: str
+    dim: int
+    hidden_dim: int
+    activation: str
+    bias: bool
+    source: str
+
+    @property
+    def gated(self) -> bool:
+        return activations.TABLE[self.activation].gated
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight matrices."""
+        return (2 + self.gated) * self.dim * self.hidden_dim
+
+
+_GPT2 = "Radford et al. 2019, and n_embd of the published config.json"
+_BLOCKS = (
+    Block("small", 256, 1024, "gelu", True, "none: a character model of a few million parameters"),
+    Block("minilm", 384, 1536, "gelu", True, "Wang et al. 2020, MiniLM-L6-H384"),
+    Block("bert-base", 768, 3072, "gelu", True, "Devlin et al. 2018"),
+    Block("vit-b16", 768, 3072, "gelu", True, "Dosovitskiy et al. 2020, ViT-B/16"),
+    Block("gpt2", 768, 3072, "gelu_tanh", True, _GPT2),
+    Block("gpt2-medium", 1024, 4096, "gelu_tanh", True, _GPT2),
+    Block("gpt2-large", 1280, 5120, "gelu_tanh", True, _GPT2),
+    Block("gpt2-xl", 1600, 6400, "gelu_tanh", True, _GPT2),
+    Block("qwen2.5-0.5b", 896, 4864, "swiglu", False, "Qwen team 2024, config.json of Qwen2.5-0.5B"),
+    Block("gemma-2b", 2048, 16384, "geglu_tanh", False, "Gemma team 2024, config.json of gemma-2b"),
+    Block("llama-2-7b", 4096, 11008, "swiglu", False, "Touvron et al. 2023"),
+    Block("llama-3-8b", 4096, 14336, "swiglu", False, "Llama team 2024"),
+)
+BLOCKS = {block.name: block for block in _BLOCKS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A block, and what it is put to."""
+
+    block: Block
+    tokens: int
+    dtype: str = "float32"
+    work: str = "training"
+    dropout: float = 0.0
+
+    @property
+    def element(self) -> torch.dtype:
+        """The dtype of weights and input."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    @property
+    def flops(self) -> int:
+        """Of the matrix products: two a weight and token in each, one product forward and two backward."""
+        return (6 if self.work == "training" else 2) * self.tokens * self.block.weights
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16) if self.dtype == "autocast" else nullcontext()
+
+    def columns(self) -> dict[str, object]:
+        """What a row says of its case."""
+        about = {"block": self.block.name, "tokens": self.tokens, "dtype": self.dtype}
+        return about | {"work": self.work, "dropout": self.dropout}
+
+    def __str__(self) -> str:
+        dropout = f" dropout {self.dropout}" if self.dropout else ""
+        return f"{self.block.name} {self.tokens} {self.dtype} {self.work}{dropout}"
