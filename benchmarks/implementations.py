@@ -1,0 +1,102 @@
+"""Who takes part: one builder each, over the same weights.
+
+A builder that has no such block raises ValueError, one whose library is absent ImportError; the row says so.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks import peers
+from benchmarks.cases import Case
+from benchmarks.plain import META, Contender, Weights, build_compiled, build_torch, loaded
+
+if TYPE_CHECKING:  # absent from older commits, which `base` measures
+    from ffn.ops.kernels.tilings import Tiling
+
+__all__ = ["IMPLEMENTATIONS", "Contender", "Weights", "always", "never", "pinned"]
+
+
+@contextmanager
+def pinned(choose: Callable[..., "Tiling | None"]) -> Iterator[None]:
+    """Within it `choose` decides, in place of the table, which products ffn's kernels fuse."""
+    from ffn.ops.kernels import tilings
+
+    kept = tilings.choose
+    tilings.choose = choose
+    try:
+        yield
+    finally:
+        tilings.choose = kept
+
+
+def never(*key) -> None:
+    """Fuse no product."""
+
+
+def always(
+    forward: bool, capability: tuple[int, int], dtype: str, gated: bool, *sizes: int
+) -> "Tiling | None":
+    """Fuse both products, in the tiles that serve off the table."""
+    from ffn.ops.kernels import tilings
+
+    return tilings.DEFAULTS.get(capability[0], {}).get((forward, gated))
+
+
+def build_ffn(case: Case, weights: Weights, *, save: str = "preact", backend: str = "auto") -> Contender:
+    from ffn import FeedForward
+
+    block, x = case.block, weights["up_proj.weight"]
+    options = {"activation": block.activation, "bias": block.bias, "save": save, "backend": backend}
+    module = FeedForward(block.dim, block.hidden_dim, case.dropout, **options, device=META)
+    contender = loaded(module, weights)
+    with case.autocast(x.device):
+        backend = module.explain(x).partition(":")[0]
+    return contender._replace(note=f"backend {backend}")
+
+
+def build_pinned(case: Case, weights: Weights, choose: Callable[..., "Tiling | None"]) -> Contender:
+    peers.require_gpu(weights)
+    return build_ffn(case, weights)._replace(setting=partial(pinned, choose))
+
+
+def build_packed(case: Case, weights: Weights) -> Contender:
+    x = weights["up_proj.weight"]
+    peers.require(x.device.type == "cpu", "runs on CPUs")
+    peers.require(case.work == "inference", "is for inference")
+    peers.require(case.dtype != "autocast", "takes no part in autocast")
+    from ffn import pack
+
+    contender = build_ffn(case, weights)
+    module = pack(contender.module.eval())
+    with torch.no_grad():
+        backend = module.explain(x).partition(":")[0]
+    return contender._replace(note=f"backend {backend}")
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Case, Weights], Contender]] = {
+    "torch": build_torch,
+    "torch.compile": build_compiled,
+    "torch max-autotune": partial(build_compiled, mode="max-autotune-no-cudagraphs"),
+    "TransformerEncoderLayer": peers.build_encoder_layer,
+    "hf LlamaMLP": peers.build_llama_mlp,
+    "hf GPT2MLP": peers.build_gpt2_mlp,
+    "x-transformers": peers.build_x_transformers,
+    "timm": peers.build_timm,
+    "liger": partial(peers.build_liger, names=peers.LIGER),
+    "liger fused": peers.build_liger_fused,
+    "liger tiled": partial(peers.build_liger, names=peers.LIGER_TILED),
+    "quack": partial(peers.build_quack, tuned=False),
+    "quack tuned": partial(peers.build_quack, tuned=True),
+    "torchao float8": peers.build_float8,
+    "ffn": build_ffn,
+    "ffn eager": partial(build_ffn, backend="eager"),
+    "ffn triton": partial(build_ffn, backend="triton"),
+    "ffn save=input": partial(build_ffn, save="input"),
+    "ffn fused": partial(build_pinned, choose=always),
+    "ffn unfused": partial(build_pinned, choose=never),
+    "ffn packed": build_packed,
+}

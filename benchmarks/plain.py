@@ -1,0 +1,92 @@
+"""The block in plain torch modules, and what takes part beside it: the same block, under the same names."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import Case
+from ffn.activations import GATES
+
+Weights = dict[str, Tensor]  # by the names of Plain's parameters
+META = torch.device("meta")  # where a module is made that takes its weights from elsewhere
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "mish": nn.Mish,
+    "softplus": nn.Softplus,
+}
+
+
+def act_of(activation: str) -> nn.Module:
+    """torch's module for an activation; for a gated one, that of the gate."""
+    name = GATES.get(activation, activation)
+    if name not in MODULES:
+        raise ValueError(f"torch.nn has no {name}")
+    return MODULES[name]()
+
+
+class Plain(nn.Module):
+    """The block as one writes it: stock Linear, activation, Dropout."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: str, dropout: float = 0.0, bias: bool = True):
+        super().__init__()
+        self.gated = activation in GATES
+        if self.gated:
+            self.gate_proj = nn.Linear(dim, hidden_dim, bias)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias)
+        self.act = act_of(activation)
+        self.dropout = nn.Dropout(dropout)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.gate_proj(x)) * self.up_proj(x) if self.gated else self.act(self.up_proj(x))
+        return self.down_proj(self.dropout(h))
+
+
+class Contender(NamedTuple):
+    """A block ready to run. Gradients go by the names of Plain's parameters; it runs inside `setting()`."""
+
+    module: nn.Module
+    gradients: Callable[[], Weights]
+    setting: Callable[[], AbstractContextManager] = nullcontext
+    note: str = ""
+
+
+def loaded(
+    module: nn.Module, state: Weights, plainly: Callable[[Weights], Weights] = dict, note: str = ""
+) -> Contender:
+    """The module with copies of these parameters; `plainly` turns their gradients into those of Plain's.
+
+    Copies, as no block of a model finds its weights in a cache because another has just read them.
+    """
+    copies = {name: w.clone(memory_format=torch.contiguous_format) for name, w in state.items()}
+    module.load_state_dict(copies, assign=True)
+
+    def gradients() -> Weights:
+        return plainly({name: p.grad for name, p in module.named_parameters()})
+
+    return Contender(module, gradients, note=note)
+
+
+def build_torch(case: Case, weights: Weights) -> Contender:
+    block = case.block
+    with META:
+        plain = Plain(block.dim, block.hidden_dim, block.activation, case.dropout, block.bias)
+    return loaded(plain, weights)
+
+
+def build_compiled(case: Case, weights: Weights, mode: str | None = None) -> Contender:
+    contender = build_torch(case, weights)
+    contender.module.compile(dynamic=False, mode=mode)
+    return contender
