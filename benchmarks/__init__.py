@@ -1,10 +1,10 @@
-"""Measurements: ``python -m benchmarks NAME`` runs one, prints a table and keeps its rows in ``results/``.
+"""Measurements: ``python -m benchmarks [NAME]`` prints a table; rows, pictures and a page lie in ``results/``.
 
-block           FeedForward beside plain torch modules
-training_step   a whole training step beside the plain GPT of ``baseline.py``
-generation      tokens a second of GPT-2 small's sizes beside transformers and the plain GPT
+quick           a minute's look at the block; what runs when nothing is named and there is no GPU
+ffn             the block at the shapes of real models, beside every peer
+gpu             the same on a GPU, in nine minutes; what runs when nothing is named and there is one
+decoder         whole models: a step of training, and generation, beside plain torch and transformers
 shakespeare     validation loss in equal wall-clock beside nanoGPT's published CPU recipe
-gpu             FeedForward on a GPU beside plain torch, torch.compile, Liger and quack: time and memory
 tune            which products a GPU should fuse, in which tiles: writes ffn/ops/kernels/tilings.json
 readme          writes the README's tables from the rows
 compare         what got faster or slower between two files of rows

@@ -1,17 +1,30 @@
-"""``python -m benchmarks NAME [options]``: the names are in the package's docstring, -h gives the options."""
+"""``python -m benchmarks [NAME] [options]``: the package's docstring has the names, -h the options."""
 
 import importlib
 import sys
 
-NAMES = ("block", "training_step", "generation", "shakespeare", "gpu", "tune", "readme", "compare")
+SUITES = ("quick", "ffn", "gpu")
+PROGRAMS = ("decoder", "shakespeare", "tune", "readme", "compare")
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] not in NAMES:
-        print(f"python -m benchmarks wants one of {', '.join(NAMES)}; got {' '.join(argv) or 'nothing'}")
+    name = argv[0] if argv and not argv[0].startswith("-") else default()
+    rest = argv[1:] if argv[:1] == [name] else argv
+    if name in SUITES:
+        importlib.import_module("benchmarks.run").main(name, rest)
+    elif name in PROGRAMS:
+        importlib.import_module(f"benchmarks.{name}").main(rest)
+    else:
+        known = ", ".join(SUITES + PROGRAMS)
+        print(f"python -m benchmarks wants one of {known}; got {name}", file=sys.stderr)
         return 2
-    importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
     return 0
+
+
+def default() -> str:
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "quick"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ _BLOCKS = (
     Block("gpt2-large", 1280, 5120, "gelu_tanh", True, _GPT2),
     Block("gpt2-xl", 1600, 6400, "gelu_tanh", True, _GPT2),
     Block("qwen2.5-0.5b", 896, 4864, "swiglu", False, "Qwen team 2024, config.json of Qwen2.5-0.5B"),
+    Block("tinyllama-1.1b", 2048, 5632, "swiglu", False, "Zhang et al. 2024, config.json of TinyLlama-1.1B"),
     Block("gemma-2b", 2048, 16384, "geglu_tanh", False, "Gemma team 2024, config.json of gemma-2b"),
     Block("llama-2-7b", 4096, 11008, "swiglu", False, "Touvron et al. 2023"),
     Block("llama-3-8b", 4096, 14336, "swiglu", False, "Llama team 2024"),

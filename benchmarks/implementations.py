@@ -63,7 +63,7 @@ def build_pinned(case: Case, weights: Weights, choose: Callable[..., "Tiling | N
     return build_ffn(case, weights)._replace(setting=partial(pinned, choose))
 
 
-def build_packed(case: Case, weights: Weights) -> Contender:
+def build_packed(case: Case, weights: Weights, form: str) -> Contender:
     x = weights["up_proj.weight"]
     peers.require(x.device.type == "cpu", "runs on CPUs")
     peers.require(case.work == "inference", "is for inference")
@@ -71,7 +71,7 @@ def build_packed(case: Case, weights: Weights) -> Contender:
     from ffn import pack
 
     contender = build_ffn(case, weights)
-    module = pack(contender.module.eval())
+    module = pack(contender.module.eval(), form)
     with torch.no_grad():
         backend = module.explain(x).partition(":")[0]
     return contender._replace(note=f"backend {backend}")
@@ -98,5 +98,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Case, Weights], Contender]] = {
     "ffn save=input": partial(build_ffn, save="input"),
     "ffn fused": partial(build_pinned, choose=always),
     "ffn unfused": partial(build_pinned, choose=never),
-    "ffn packed": build_packed,
+    "ffn packed": partial(build_packed, form="float"),
+    "ffn int8": partial(build_packed, form="int8"),
 }

@@ -98,3 +98,18 @@ def keep(name: str, rows: list[dict], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.jsonl").open("a") as file:
         file.writelines(json.dumps({**row, **facts}) + "\n" for row in rows)
+
+
+def read(file: Path) -> list[dict]:
+    """The rows of a file; none where it is not there."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+
+CASE = ("block", "shape", "case", "batch", "tokens", "dtype", "mode", "dropout", "work", "implementation")
+MACHINE = ("cpu", "gpu", "threads", "torch")
+
+
+def newest(rows: list[dict]) -> list[dict]:
+    """The last row of each case and implementation, from the machine that the last row of all is from."""
+    here = [row for row in rows if all(row.get(key) == rows[-1].get(key) for key in MACHINE)]
+    return list({tuple(row.get(key) for key in CASE): row for row in here}.values())

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Run = Callable[[], object]
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
@@ -126,10 +129,34 @@ def back_to_back(run: Run, device: torch.device, calls: int = 10) -> float:
     return host_seconds(burst) / calls
 
 
-def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """The most memory that a call holds on the GPU beyond what was held before; None on a CPU."""
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors alive that ops made while it is on, and the most there were at once.
+
+    What an op allocates and frees within itself is not seen, nor what compiled code does.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = op(*args, **(kwargs or {}))
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in known:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.alive.values()))
+        return out
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """The most memory that a call holds beyond what was held before: the GPU's, or counted on the CPU."""
     if device.type != "cuda":
-        return None
+        with Allocations() as allocations:
+            run()
+        return allocations.peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

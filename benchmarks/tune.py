@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import report
-from benchmarks.contenders import never, pinned
+from benchmarks.implementations import never, pinned
 from benchmarks.report import arguments, keep
 from benchmarks.timing import clock_of, measure, quartiles, relative_error, speedup
 from ffn import activations, atomic

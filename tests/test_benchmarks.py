@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import block, generation, shakespeare, timing, training_step
+from benchmarks import generation, shakespeare, timing, training_step
 from benchmarks.baseline import GPT
 
 
@@ -71,17 +71,6 @@ def test_the_recipe_warms_up_decays_and_learns() -> None:
 
 def rows_of(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-
-
-def test_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block, "SHAPES", {"toy": block.Shape(8, 16, "swiglu")})
-    words = "--cases toy --tokens 4 --rounds 2 --implementations torch ffn"
-    block.main([*words.split(), "ffn save=input", "--results", str(tmp_path)])
-    rows = rows_of(tmp_path, "block")
-    assert len(rows) == 3 * 3 * 3  # modes, implementations; training with and without dropout, and inference
-    assert all(row["error"] < (1e-5 if row["mode"] == "float32" else 0.05) for row in rows)
-    kept = {r["implementation"]: r["saved_MB"] for r in rows if r["mode"] == "float32" and "saved_MB" in r}
-    assert kept["ffn"] < kept["torch"]
 
 
 def test_training_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,188 @@
+"""Runs a suite: its jobs within a budget, rows kept as they come, then a table, pictures and report.html.
+
+python -m benchmarks                               quick, or gpu where there is a GPU
+python -m benchmarks ffn --dtype float32 --only gpt2,timm --out DIR --budget 600
+python -m benchmarks ffn --only gpt2 --base REV    this tree beside another commit, in turn
+python -m benchmarks gpu --device cpu              a dry run at toy sizes, which shows only that all runs
+
+Ctrl-C keeps what is done. On a GPU each job has a process of its own, which may fail without the others.
+"""
+
+import argparse
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import DTYPES, Case
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.report import RESULTS, arguments, keep, newest, read, table
+from benchmarks.runner import run_case
+from benchmarks.suites import SUITES, Job, narrowed, toy
+
+BUDGETS = {"quick": 60.0, "ffn": 1800.0, "gpu": 500.0}  # seconds
+COLUMNS = ["block", "tokens", "dtype", "work", "dropout", "implementation", "ms", "speedup", "low", "high"]
+COLUMNS += ["of_ceiling", "saved_per_token", "peak_MB", "error", "setup_s", "note"]
+RESERVE = 6.0  # seconds of the budget for the pictures
+
+
+def options_of(suite: str, argv: list[str]) -> argparse.Namespace:
+    parser = arguments(suite, __doc__, keeps_rows=False)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if suite == "gpu" else here)
+    parser.add_argument("--dtype", type=words, default=list(DTYPES), help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--only", type=words, default=[], help="blocks and implementations, with commas")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of rows, pictures and page")
+    parser.add_argument("--budget", type=float, default=BUDGETS[suite], help="seconds for all of it")
+    parser.add_argument("--base", metavar="REV", help="compare ffn with this commit's instead")
+    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)  # one job, in a process of its own
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU; --device cpu makes a dry run")
+    return options
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def main(suite: str, argv: list[str]) -> None:
+    options, begun = options_of(suite, argv), time.monotonic()
+    try:
+        jobs = narrowed(SUITES[suite](), options.dtype, options.only)
+    except ValueError as error:
+        raise SystemExit(f"python -m benchmarks {suite}: {error}") from None
+    if suite == "gpu" and options.device == "cpu":
+        jobs = [replace(job, cases=tuple(map(toy, job.cases)), seconds=0.0) for job in jobs]
+    if options.base:
+        from benchmarks import base
+
+        cases = tuple(dict.fromkeys(case for job in jobs for case in job.cases))
+        raise SystemExit(base.main(options.base, cases, torch.device(options.device), options.budget))
+    if options.job is not None:
+        jobs = [jobs[options.job]]
+    apart = suite == "gpu" and options.job is None
+    for talker in ("torchao", "torch.utils._pytree"):  # which on import tell what they could not load
+        logging.getLogger(talker).setLevel(logging.ERROR)
+
+    def left() -> float:
+        return options.budget - RESERVE - (time.monotonic() - begun)
+
+    rows: list[dict] = []
+    try:
+        for found in all_rows(suite, jobs, options, left, apart):
+            rows += found
+    except KeyboardInterrupt:
+        print(f"\nstopped: {len(rows)} rows are in {options.out / suite}.jsonl", file=sys.stderr)
+    if options.job is None and rows:
+        print(f"\n{table(rows, COLUMNS)}\n\n{time.monotonic() - begun:.0f} s", flush=True)
+        present(suite, options.out)
+
+
+def all_rows(
+    suite: str, jobs: list[Job], options: argparse.Namespace, left: Callable[[], float], apart: bool
+) -> Iterator[list[dict]]:
+    """The rows of each job or, where jobs are not apart, of each case; they are kept as they come."""
+    todo = sum(effort(case, job) for job in jobs for case in job.cases)
+    with progress(todo, quiet=options.job is not None) as advance:
+        for number, job in enumerate(jobs):
+            if apart:
+                yield in_a_process(suite, number, job, options, min(left(), job.limit))
+                advance(sum(effort(case, job) for case in job.cases), "")
+                continue
+            builders = {name: IMPLEMENTATIONS[name] for name in job.names}
+            for case in job.cases:
+                advance(0, str(case))
+                if left() > 0:
+                    found = run_case(case, builders, torch.device(options.device), seconds=job.seconds)
+                else:
+                    found = missing(job, (case,), [], spent(options))
+                keep(suite, found, options.out)
+                yield found
+                advance(effort(case, job), "")
+
+
+def effort(case: Case, job: Job) -> float:
+    """About the seconds that a case takes on two cores."""
+    return job.seconds + len(job.names) * (0.2 + 8 * case.flops / 3e11)
+
+
+class progress:
+    """A bar with the time left, through tqdm where it is installed."""
+
+    def __init__(self, total: float, quiet: bool):
+        self.bar = None
+        if not quiet and find_spec("tqdm") is not None:
+            from tqdm import tqdm
+
+            shape = "{l_bar}{bar}| {elapsed} of about {remaining} more  {postfix}"
+            self.bar = tqdm(total=round(total, 1), bar_format=shape, leave=False)
+
+    def __enter__(self) -> Callable[[float, str], None]:
+        return self.advance
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, done: float, now: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(now, refresh=True)
+            self.bar.update(done)
+
+
+def in_a_process(
+    suite: str, number: int, job: Job, options: argparse.Namespace, seconds: float
+) -> list[dict]:
+    """The rows of a job, which its process keeps; those that it did not come to say why."""
+    file = options.out / f"{suite}.jsonl"
+    before = len(read(file))
+    why = spent(options)
+    if seconds > 15:  # less would not start a process and compile
+        command = [sys.executable, "-m", "benchmarks", suite, "--job", str(number), "--out", str(options.out)]
+        command += ["--device", options.device, "--dtype", ",".join(options.dtype)]
+        command += ["--only", ",".join(options.only)] if options.only else []
+        try:
+            code = subprocess.run(command, cwd=Path(__file__).parents[1], timeout=seconds).returncode
+            why = f"its process ended with code {code}"
+        except subprocess.TimeoutExpired:
+            why = f"skipped: not done in the {seconds:.0f} s it was given"
+    rows = read(file)[before:]
+    lost = missing(job, job.cases, rows, why)
+    keep(suite, lost, options.out)
+    return rows + lost
+
+
+def spent(options: argparse.Namespace) -> str:
+    return f"skipped: the budget of {options.budget:.0f} s is spent"
+
+
+def missing(job: Job, cases: tuple[Case, ...], rows: list[dict], why: str) -> list[dict]:
+    """A row that says why for each that has none."""
+
+    def key(row: dict) -> tuple:
+        return tuple(row[name] for name in (*cases[0].columns(), "implementation"))
+
+    done = {key(row) for row in rows}
+    wanted = [case.columns() | {"implementation": name} for case in cases for name in job.names]
+    return [row | {"note": why} for row in wanted if key(row) not in done]
+
+
+def present(suite: str, folder: Path) -> None:
+    """Pictures and report.html of the newest rows in FOLDER/SUITE.jsonl."""
+    from benchmarks import page, plots
+
+    rows = newest(read(folder / f"{suite}.jsonl"))
+    try:
+        pictures = plots.draw(rows, folder, suite)
+    except ImportError as error:
+        print(f"no pictures: {error}")
+        pictures = []
+    page.write(rows, pictures, folder / "report.html", f"ffn: the suite {suite}")
+    print(f"{folder / 'report.html'} shows it all")

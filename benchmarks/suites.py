@@ -1,0 +1,124 @@
+"""What each suite measures: jobs of cases and implementations, what tells the most first."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+
+from benchmarks.cases import BLOCKS, Case
+from benchmarks.runner import BASELINE
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cases beside the same implementations; on a GPU one process, which ends after so many seconds.
+
+    seconds: for the rounds of each case.
+    """
+
+    cases: tuple[Case, ...]
+    names: tuple[str, ...]
+    seconds: float = 4.0
+    limit: float = 150.0
+
+
+OURS = (BASELINE, "ffn", "ffn save=input")
+PLAIN = (*OURS, "TransformerEncoderLayer", "hf GPT2MLP", "x-transformers", "timm")
+GATED = (*OURS, "hf LlamaMLP", "x-transformers", "timm")
+PACKED = (BASELINE, "ffn", "ffn packed", "ffn int8")
+ON_GPU = ("liger", "liger fused", "liger tiled", "ffn unfused", "ffn fused", "ffn eager")
+BOTH = ("float32", "bfloat16")
+
+
+def cases(
+    blocks: Iterable[str],
+    tokens: Iterable[int],
+    dtypes: Iterable[str] = BOTH,
+    work: str = "training",
+    dropouts: Iterable[float] = (0.0,),
+    most_flops: float = float("inf"),
+) -> tuple[Case, ...]:
+    """All combinations that one call of the device bears."""
+    found = product(blocks, tokens, dtypes, dropouts)
+    made = (Case(BLOCKS[block], n, dtype, work, p) for block, n, dtype, p in found)
+    return tuple(case for case in made if case.flops <= most_flops)
+
+
+def of_kind(gated: bool) -> list[str]:
+    return [name for name, block in BLOCKS.items() if block.gated == gated]
+
+
+def quick() -> list[Job]:
+    """Where the block stands, in under a minute on two cores."""
+    return [
+        Job(cases(["gpt2"], [512]), PLAIN, seconds=2.0),
+        Job(cases(["qwen2.5-0.5b"], [512]), OURS, seconds=2.0),
+        Job(cases(["gpt2"], [512], dropouts=[0.1]), OURS, seconds=2.0),
+        Job(cases(["gpt2", "qwen2.5-0.5b"], [1], work="inference"), PACKED, seconds=1.0),
+    ]
+
+
+def ffn() -> list[Job]:
+    """The block on a CPU: every shape, beside every peer."""
+    core, dropouts = ("small", "bert-base", "qwen2.5-0.5b"), (0.0, 0.1)
+    bearable = 6e11  # some seconds a call on two cores
+    return [
+        Job(cases(core, [512, 2048], ("float32", "autocast", "bfloat16"), dropouts=dropouts), OURS),
+        Job(cases(of_kind(False), [512], most_flops=bearable), PLAIN),
+        Job(cases(of_kind(True), [512], most_flops=bearable), GATED),
+        Job(cases(BLOCKS, [1, 16, 512, 2048], work="inference", most_flops=bearable), PACKED, seconds=2.0),
+        Job(cases(["gpt2", "qwen2.5-0.5b"], [1, 16, 128, 512, 2048, 8192], most_flops=bearable), OURS),
+        Job(cases(["gpt2", "qwen2.5-0.5b"], [512]), (BASELINE, "torch.compile", "ffn")),
+    ]
+
+
+def gpu() -> list[Job]:
+    """All that matters on a GPU, in bfloat16."""
+
+    def at(block: str, tokens: Iterable[int] = (8192, 16384), p: float = 0.0) -> tuple[Case, ...]:
+        return cases([block], tokens, ["bfloat16"], dropouts=[p])
+
+    gated = ("llama-3-8b", "qwen2.5-0.5b", "tinyllama-1.1b")
+    few = cases(["llama-3-8b"], [1, 4, 16], ["bfloat16"], "inference")
+    compiled = (*OURS, "torch.compile", *ON_GPU)
+    jobs = [Job(at("gpt2"), compiled), *(Job(at(block), compiled) for block in gated[:2])]
+    jobs += [Job(at("gpt2", p=0.1), compiled), Job(at(gated[2]), compiled)]
+    jobs += [Job(few, (BASELINE, "torch.compile", "liger", "ffn", "ffn eager"))]
+    every = sum((at(block) for block in gated), ())
+    jobs += [Job((*every, *few), (BASELINE, "ffn", "quack"), limit=100)]
+    jobs += [Job(every, (BASELINE, "ffn", "torchao float8"), limit=100)]  # it changes the compiler for all
+    for block, p in (("gpt2", 0.0), ("gpt2", 0.1), *((block, 0.0) for block in gated)):
+        jobs += [Job(at(block, p=p), (BASELINE, "ffn", "torch max-autotune"), limit=100)]
+    return [*jobs, Job(every, (BASELINE, "ffn", "quack tuned"), limit=100)]
+
+
+SUITES = {"quick": quick, "ffn": ffn, "gpu": gpu}
+
+
+def narrowed(jobs: list[Job], dtypes: Iterable[str], only: Iterable[str]) -> list[Job]:
+    """The jobs with these dtypes, and of blocks and implementations those named in `only`, if any are.
+
+    Raises:
+        ValueError: a word of `only` names nothing in these jobs, or nothing is left.
+    """
+    only, dtypes = set(only), set(dtypes)
+    blocks = {case.block.name for job in jobs for case in job.cases}
+    names = {name for job in jobs for name in job.names}
+    if unknown := sorted(only - blocks - names):
+        have = ", ".join([*sorted(blocks), *sorted(names)])
+        raise ValueError(f"--only {','.join(unknown)}: not in this suite, which has {have}")
+    blocks, names = blocks & only or blocks, names & only | {BASELINE} if names & only else names
+    kept = []
+    for job in jobs:
+        some = tuple(case for case in job.cases if case.block.name in blocks and case.dtype in dtypes)
+        beside = tuple(name for name in job.names if name in names)
+        if some and not {*beside} <= {BASELINE}:
+            kept.append(replace(job, cases=some, names=beside))
+    if not kept:
+        raise ValueError("no case is left: this suite has no such dtype with these names")
+    return kept
+
+
+def toy(case: Case) -> Case:
+    """A small case of the same kind, which shows only that all runs."""
+    block = replace(case.block, dim=64, hidden_dim=128)
+    return replace(case, block=block, tokens=min(case.tokens, 32))

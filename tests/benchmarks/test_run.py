@@ -1,0 +1,133 @@
+"""Suites name what exists and keep to their budget; rows are kept whatever happens."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import run, suites
+from benchmarks.__main__ import main
+from benchmarks.cases import BLOCKS, Case
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.suites import SUITES, Job, narrowed
+
+TOY = Case(replace(BLOCKS["gpt2"], dim=8, hidden_dim=16), tokens=4)
+GATED = replace(TOY, block=replace(BLOCKS["qwen2.5-0.5b"], dim=8, hidden_dim=16))
+
+
+def rows_of(folder: Path, suite: str) -> dict[tuple, dict]:
+    rows = [json.loads(line) for line in (folder / f"{suite}.jsonl").read_text().splitlines()]
+    return {(row["block"], row["implementation"]): row for row in rows}
+
+
+def suite_of(monkeypatch: pytest.MonkeyPatch, name: str, *jobs: Job) -> None:
+    monkeypatch.setitem(suites.SUITES, name, lambda: list(jobs))
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_name_what_exists_and_measure_each_thing_once(name: str) -> None:
+    jobs = SUITES[name]()
+    assert {each for job in jobs for each in job.names} <= set(IMPLEMENTATIONS)
+    assert all("torch" in job.names for job in jobs)
+    for job in jobs:
+        assert len(set(job.cases)) == len(job.cases) > 0
+
+
+def test_the_ffn_suite_has_every_block_and_the_gpu_suite_every_peer() -> None:
+    jobs = SUITES["ffn"]() + SUITES["gpu"]()
+    assert {case.block.name for job in SUITES["ffn"]() for case in job.cases} == set(BLOCKS)
+    assert {name for job in jobs for name in job.names} == set(IMPLEMENTATIONS) - {"ffn triton"}
+    assert {case.tokens for job in jobs for case in job.cases} >= {1, 16, 512, 2048, 8192, 16384}
+
+
+def test_only_and_dtype_narrow_a_suite() -> None:
+    jobs = narrowed(SUITES["ffn"](), ["float32"], ["gpt2", "timm"])
+    assert {case.block.name for job in jobs for case in job.cases} == {"gpt2"}
+    assert {case.dtype for job in jobs for case in job.cases} == {"float32"}
+    assert {name for job in jobs for name in job.names} == {"torch", "timm"}
+    with pytest.raises(ValueError, match="--only gtp2: not in this suite, which has bert-base"):
+        narrowed(SUITES["ffn"](), ["float32"], ["gtp2"])
+    with pytest.raises(ValueError, match="no case is left"):
+        narrowed(SUITES["gpu"](), ["float32"], [])
+
+
+def test_a_suite_leaves_rows_a_table_pictures_and_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    suite_of(monkeypatch, "quick", Job((TOY, GATED), ("torch", "ffn", "timm"), seconds=0.0))
+    assert main(["quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path, "quick")
+    assert len(rows) == 2 * 4, "one of each, and the ceiling"
+    for (block, name), row in rows.items():
+        assert {"torch", "threads", "cpu", "commit", "time"} <= row.keys()
+        if name in ("torch", "ffn"):
+            assert row["error"] < 1e-6, block
+            assert row["low"] <= row["speedup"] <= row["high"]
+    said = capsys.readouterr().out
+    assert "| gpt2 | 4 | float32 | training | 0 | ffn |" in said
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_ctrl_c_keeps_the_finished_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    suite_of(monkeypatch, "quick", Job((TOY, GATED), ("torch", "ffn"), seconds=0.0))
+    real = run.run_case
+
+    def interrupted(case, *rest, **options):
+        if case == GATED:
+            raise KeyboardInterrupt
+        return real(case, *rest, **options)
+
+    monkeypatch.setattr(run, "run_case", interrupted)
+    main(["quick", "--device", "cpu", "--out", str(tmp_path)])
+    assert set(rows_of(tmp_path, "quick")) == {("gpt2", name) for name in ("torch", "ffn", "ceiling")}
+    assert "stopped: 3 rows are in" in capsys.readouterr().err
+
+
+def test_what_the_budget_does_not_reach_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite_of(monkeypatch, "quick", Job((TOY,), ("torch", "ffn"), seconds=0.0))
+    main(["quick", "--device", "cpu", "--budget", "1", "--out", str(tmp_path)])
+    rows = rows_of(tmp_path, "quick")
+    assert {row["note"] for row in rows.values()} == {"skipped: the budget of 1 s is spent"}
+
+
+def test_on_a_gpu_each_job_has_a_process_whose_end_costs_only_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dry, on the CPU: the child sees the real suite, so the first job runs; the second is cut off."""
+    first, second, *_ = SUITES["gpu"]()
+    second = replace(second, limit=16.0)
+    monkeypatch.setattr(run, "narrowed", lambda jobs, *rest: [replace(first, names=("torch", "ffn")), second])
+    real = run.subprocess.run
+
+    def cut_off(command, **rest):
+        if "--job" in command and command[command.index("--job") + 1] == "1":
+            raise run.subprocess.TimeoutExpired(command, rest["timeout"])
+        return real(command, **rest)
+
+    monkeypatch.setattr(run.subprocess, "run", cut_off)
+    words = f"--device cpu --only gpt2,ffn --out {tmp_path}"
+    run.main("gpu", words.split())
+    rows = rows_of(tmp_path, "gpu")
+    assert rows["gpt2", "ffn"]["ms"] > 0
+    assert rows[second.cases[0].block.name, "ffn"]["note"] == "skipped: not done in the 16 s it was given"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run.main("gpu", [])
+    assert "torch sees no GPU; --device cpu makes a dry run" in capsys.readouterr().err
+
+
+def test_the_door_names_what_there_is(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["qiuck"]) == 2
+    assert "wants one of quick, ffn, gpu, decoder" in capsys.readouterr().err
+    suite_of(monkeypatch, "quick", Job((TOY,), ("torch",)))
+    with pytest.raises(SystemExit, match="--only nothing: not in this suite"):
+        main(["--device", "cpu", "--only", "nothing"])
+    assert sys.modules["benchmarks.run"] is run

@@ -1,0 +1,187 @@
+"""The runner tells the truth about implementations that sleep, err, allocate, fail, or are the same."""
+
+import random
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import timing
+from benchmarks.cases import BLOCKS, Case
+from benchmarks.implementations import IMPLEMENTATIONS, Contender
+from benchmarks.runner import run_case
+
+CPU = torch.device("cpu")
+BLOCK = replace(BLOCKS["qwen2.5-0.5b"], dim=16, hidden_dim=24)
+CASE = Case(BLOCK, tokens=8)
+N, D, H = CASE.tokens, BLOCK.dim, BLOCK.hidden_dim
+
+
+def rows_of(case: Case, **builders) -> dict[str, dict]:
+    builders = {"torch": IMPLEMENTATIONS["torch"], **builders}
+    return {row["implementation"]: row for row in run_case(case, builders, CPU, seconds=0.0)}
+
+
+def after(case: Case, weights, then) -> Contender:
+    """The plain block, whose output goes through `then`."""
+    contender = IMPLEMENTATIONS["torch"](case, weights)
+    contender.module.register_forward_hook(lambda module, args, y: then(y))
+    return contender
+
+
+def slept(seconds: float, y):
+    time.sleep(seconds)
+    return y
+
+
+@pytest.mark.parametrize("work", ["training", "inference"])
+def test_one_that_sleeps_is_slower_by_its_sleep(work: str) -> None:
+    builders = {name: partial(after, then=partial(slept, s)) for name, s in (("torch", 0.01), ("slow", 0.04))}
+    rows = rows_of(replace(CASE, work=work), **builders)
+    assert 10 <= rows["torch"]["ms"] < 25
+    assert 40 <= rows["slow"]["ms"] < 60
+    assert 0.2 < rows["slow"]["low"] <= rows["slow"]["speedup"] <= rows["slow"]["high"] < 0.5
+    assert rows["torch"]["speedup"] == 1.0
+    assert rows["slow"]["rounds"] == 5
+    assert 0 < rows["slow"]["of_ceiling"] < 0.01
+    assert rows["slow"]["tflops"] == pytest.approx(rows["torch"]["tflops"] * rows["slow"]["speedup"])
+
+
+@pytest.mark.parametrize("work", ["training", "inference"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+def test_one_that_is_wrong_says_so_and_is_not_timed(work: str, dtype: str) -> None:
+    rows = rows_of(replace(CASE, work=work, dtype=dtype), wrong=partial(after, then=lambda y: 1.03 * y))
+    assert rows["wrong"]["note"] == "wrong, so not timed"
+    assert rows["wrong"]["error"] == pytest.approx(0.03, rel=0.2)
+    assert "ms" not in rows["wrong"]
+    assert rows["torch"]["ms"] > 0
+
+
+def test_one_whose_gradient_alone_is_wrong_says_so() -> None:
+    def stopped(y):
+        return y.detach() + 0 * y
+
+    assert rows_of(CASE, wrong=partial(after, then=stopped))["wrong"]["note"] == "wrong, so not timed"
+
+
+def test_one_that_drops_nothing_says_so() -> None:
+    rows = rows_of(replace(CASE, dropout=0.3), lazy=lambda case, w: IMPLEMENTATIONS["torch"](CASE, w))
+    assert rows["lazy"]["note"] == "drops nothing"
+    assert rows["torch"]["ms"] > 0
+
+
+def test_what_one_allocates_and_saves_is_counted() -> None:
+    def hoard(y):
+        _ = torch.empty(1 << 20)
+        return y
+
+    def save(y):
+        return y * torch.ones_like(y).requires_grad_()  # keeps both factors
+
+    rows = rows_of(CASE, hoard=partial(after, then=hoard), save=partial(after, then=save))
+    plain, y_bytes = rows["torch"], 4 * N * D
+    assert rows["hoard"]["peak_MB"] >= 4 * (1 << 20) / 1e6
+    assert rows["hoard"]["saved_per_token"] == plain["saved_per_token"]
+    assert rows["save"]["saved_per_token"] - plain["saved_per_token"] == 2 * y_bytes / N
+
+
+def test_the_peak_is_the_most_that_is_alive_at_once() -> None:
+    def run() -> None:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b.view(10, 100)[1:] + 1  # a view holds b, and is no memory of its own
+        del b
+        _ = c + 1
+
+    assert timing.peak_bytes(run, CPU) == 8000
+    assert timing.peak_bytes(lambda: None, CPU) == 0
+
+
+def test_one_that_raises_leaves_the_others_their_rows() -> None:
+    calls = iter(range(100))
+
+    def tired(y):
+        if next(calls) > 4:
+            raise OSError("worn out\nand a long story")
+        return y
+
+    def no_memory(case, weights):
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    def refused(case, weights):
+        raise ValueError("has no such block")
+
+    builders = {"tired": partial(after, then=tired), "no memory": no_memory, "refused": refused}
+    rows = rows_of(CASE, **builders)
+    notes = {name: rows[name]["note"] for name in builders}
+    assert notes == {
+        "tired": "failed: OSError: worn out",
+        "no memory": "out of memory",
+        "refused": "has no such block",
+    }
+    assert all("ms" not in rows[name] for name in builders)
+    assert rows["torch"]["ms"] > 0
+    assert rows["ceiling"]["ms"] > 0
+
+
+def test_a_case_that_is_too_large_is_rows_that_say_so() -> None:
+    huge = replace(CASE, tokens=1 << 50)
+    rows = rows_of(huge, ffn=IMPLEMENTATIONS["ffn"])
+    assert set(rows) == {"torch", "ffn", "ceiling"}
+    assert {row["note"] for row in rows.values()} == {"out of memory"}
+
+
+FIVE = {"small": 256, "minilm": 384, "bert-base": 768, "gpt2": 768, "qwen2.5-0.5b": 896}
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_saved_bytes_are_those_counted_by_hand(name: str) -> None:
+    block = BLOCKS[name]
+    dim, hidden = block.dim, block.hidden_dim
+    assert dim == FIVE[name]
+    builders = {name: IMPLEMENTATIONS[name] for name in ("ffn", "ffn save=input")}
+    rows = rows_of(Case(block, tokens=3), **builders)
+    saved = {name: row.get("saved_per_token") for name, row in rows.items()}
+    # plain torch: x, what the activation comes from, what comes of it; gated, also the factor and the product
+    assert saved["torch"] == 4 * (dim + (4 if block.gated else 2) * hidden)
+    assert saved["ffn"] == 4 * (dim + (2 if block.gated else 1) * hidden)
+    assert saved["ffn save=input"] == 4 * dim
+
+
+def test_few_tokens_are_measured_against_reading_the_weights() -> None:
+    few, many = (rows_of(replace(CASE, work="inference", tokens=n))["ceiling"] for n in (1, 65))
+    assert "gbs" in few
+    assert "tflops" not in few
+    assert many["tflops"] == pytest.approx(2 * 65 * BLOCK.weights / many["ms"] / 1e9)
+
+
+def noisy(draw: random.Random, slow: float) -> float:
+    """A time on a shared machine: some percent of spread, and now and then somebody else's turn."""
+    burst = draw.uniform(1.2, 3) if draw.random() < 0.15 else 1.0
+    return slow * burst * draw.lognormvariate(0, 0.05)
+
+
+@pytest.mark.parametrize("rounds", [5, 10, 20])
+def test_an_interval_holds_the_truth_nine_times_in_ten(rounds: int) -> None:
+    draw, held = random.Random(0), 0
+    for _ in range(200):
+        hours = [draw.choice([1, 1, 1, 1.3]) for _ in range(rounds)]
+        base, other = ([noisy(draw, hour) for hour in hours] for _ in range(2))
+        _, low, high = timing.speedup(base, other, draws=300)
+        held += low <= 1 <= high
+    assert held >= 180
+
+
+def test_beside_itself_a_block_is_neither_faster_nor_slower() -> None:
+    module, x = nn.Linear(128, 512), torch.randn(64, 128)
+    held = runs = 0
+    while runs < 90 and (runs == 0 or held < 0.9 * runs):  # to fall short thrice by chance is rare
+        for _ in range(30):
+            seconds = timing.measure({"a": lambda: module(x), "b": lambda: module(x)}, rounds=15, seed=runs)
+            _, low, high = timing.speedup(seconds["a"], seconds["b"], draws=300)
+            held, runs = held + (low <= 1 <= high), runs + 1
+    assert held >= 0.9 * runs
