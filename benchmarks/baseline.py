@@ -1,8 +1,9 @@
 """The plain-torch GPT that everything is measured beside: nanoGPT's architecture from stock modules.
 
-What it is: pre-norm blocks of causal attention and a four-times-wider erf-GELU MLP, LayerNorm, learned
-positions, a head tied to the token embedding, and GPT-2's initialisation. What it is not: clever. No fusion,
-no cache. Source: A. Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+What it is: pre-norm blocks of causal attention and a four-times-wider MLP, with erf GELU as in nanoGPT or
+tanh GELU as in GPT-2, LayerNorm, learned positions, a head tied to the token embedding, GPT-2's
+initialisation, and a key/value cache. What it is not: clever. No fusion.
+Source: A. Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 """
 
 import math
@@ -10,6 +11,23 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Cache:
+    """The keys and values of one layer, written in place into memory for `capacity` positions."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.memory: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in k and v (B, Q, T, C); return all so far, as views."""
+        if self.memory is None:
+            self.memory = k.new_empty(2, *k.shape[:2], self.capacity, k.shape[3])
+        start, self.length = self.length, self.length + k.shape[2]
+        self.memory[0, :, :, start : self.length] = k
+        self.memory[1, :, :, start : self.length] = v
+        return self.memory[0, :, :, : self.length], self.memory[1, :, :, : self.length]
 
 
 class Attention(nn.Module):
@@ -21,22 +39,24 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(dim, dim, bias=bias)
         self.out_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         batch, time, dim = x.shape
         q, k, v = (
             part.view(batch, time, self.num_heads, -1).transpose(1, 2)
             for part in self.c_attn(x).split(dim, dim=-1)
         )
+        if cache is not None:
+            k, v = cache.append(k, v)
         rate = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=time > 1)
         return self.out_dropout(self.c_proj(y.transpose(1, 2).reshape(batch, time, dim)))
 
 
 class MLP(nn.Module):
-    def __init__(self, dim: int, dropout: float, bias: bool):
+    def __init__(self, dim: int, dropout: float, bias: bool, gelu: str):
         super().__init__()
         self.c_fc = nn.Linear(dim, 4 * dim, bias=bias)
-        self.act = nn.GELU()
+        self.act = nn.GELU(gelu)
         self.c_proj = nn.Linear(4 * dim, dim, bias=bias)
         self.out_dropout = nn.Dropout(dropout)
 
@@ -45,20 +65,23 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, num_heads: int, dropout: float, bias: bool):
+    def __init__(self, dim: int, num_heads: int, dropout: float, bias: bool, gelu: str):
         super().__init__()
         self.norm_1 = nn.LayerNorm(dim, bias=bias)
         self.attention = Attention(dim, num_heads, dropout, bias)
         self.norm_2 = nn.LayerNorm(dim, bias=bias)
-        self.mlp = MLP(dim, dropout, bias)
+        self.mlp = MLP(dim, dropout, bias, gelu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_1(x))
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        x = x + self.attention(self.norm_1(x), cache)
         return x + self.mlp(self.norm_2(x))
 
 
 class GPT(nn.Module):
-    """tokens (B, T) int64 -> logits (B, T, V), or with targets (B, T) the mean cross entropy in nats."""
+    """tokens (B, T) int64 -> logits (B, T, V), or with targets (B, T) the mean cross entropy in nats.
+
+    gelu: nn.GELU's `approximate`, "none" for erf.
+    """
 
     def __init__(
         self,
@@ -70,13 +93,14 @@ class GPT(nn.Module):
         *,
         dropout: float = 0.0,
         bias: bool = True,
+        gelu: str = "none",
     ):
         super().__init__()
         self.max_seq_len = max_seq_len
         self.tokens = nn.Embedding(vocab_size, dim)
         self.positions = nn.Embedding(max_seq_len, dim)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, bias) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, bias, gelu) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, bias=bias)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.head.weight = self.tokens.weight
@@ -87,11 +111,13 @@ class GPT(nn.Module):
                 scale = math.sqrt(2 * num_layers) if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, std=0.02 / scale)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def hidden(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        """With caches, tokens (B, T) continue what these hold; T is 1 unless they are empty."""
+        start = caches[0].length if caches else 0
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.dropout(self.tokens(tokens) + self.positions(positions))
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, caches[i] if caches else None)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -100,12 +126,16 @@ class GPT(nn.Module):
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    @torch.no_grad()
-    def generate(self, tokens: Tensor, max_new_tokens: int) -> Tensor:
-        """The greedy continuation of tokens (B, T), the whole window run again for each new token."""
+    @torch.inference_mode()
+    def generate(self, tokens: Tensor, max_new_tokens: int, *, cache: bool = True) -> Tensor:
+        """The greedy continuation of tokens (B, T), all within the window; without cache, all of it is run
+        again for each new token."""
+        caches = [Cache(tokens.shape[1] + max_new_tokens) for _ in self.blocks] if cache else None
+        new = tokens
         for _ in range(max_new_tokens):
-            last = self.hidden(tokens[:, -self.max_seq_len :])[:, -1]
-            tokens = torch.cat([tokens, self.head(last).argmax(dim=-1, keepdim=True)], dim=1)
+            chosen = self.head(self.hidden(new, caches)[:, -1]).argmax(dim=-1, keepdim=True)
+            tokens = torch.cat([tokens, chosen], dim=1)
+            new = chosen if cache else tokens
         return tokens
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:

@@ -3,7 +3,7 @@
 python -m benchmarks generation
 python -m benchmarks generation --dtypes float32 --rounds 2 --new-tokens 16
 
-Beside ffn's generate: transformers' GPT-2 with its cache, and the plain GPT, which has none.
+Beside ffn's generate: transformers' GPT-2 with its cache, and the plain GPT without one.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def build_ffn(dtype: torch.dtype, prompt: Tensor, new_tokens: int) -> Built:
 
 def build_torch(dtype: torch.dtype, prompt: Tensor, new_tokens: int) -> Built:
     model = GPT(VOCAB, DIM, LAYERS, HEADS, WINDOW).to(dtype).eval()
-    return model, lambda: model.generate(prompt, new_tokens).shape[1] - prompt.shape[1]
+    return model, lambda: model.generate(prompt, new_tokens, cache=False).shape[1] - prompt.shape[1]
 
 
 IMPLEMENTATIONS: dict[str, Callable[[torch.dtype, Tensor, int], Built]] = {

@@ -1,0 +1,264 @@
+"""One case of whole models: weights are drawn, implementations checked and prepared, then timed in turn."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.runner import BASELINE, CEILING, EIGHT_BITS, guarded, noted, reason
+from benchmarks.timing import (
+    Run,
+    comparison,
+    host_seconds,
+    measure,
+    peak_bytes,
+    quartiles,
+    relative_error,
+    saved_bytes,
+)
+from benchmarks.twins import SHAPES, Build, Shape, Twin, Weights, build_torch, config_of, draw
+from ffn.cost import flops_per_token
+from ffn.ops import dispatch
+from ffn.ops.eager import float32_in_onednn
+
+WRONG = {"float32": 1e-5, "bfloat16": 3e-2, "autocast": 3e-2}  # relative errors that rounding never reaches
+FIRST = "first token of "  # before the name of an implementation
+
+
+@dataclass(frozen=True)
+class Case:
+    """A work for a shape. new_tokens: of each row, after a prompt; 0 for training."""
+
+    work: str
+    name: str
+    batch: int
+    dtype: str
+    dropout: float = 0.0
+    new_tokens: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.name]
+
+    @property
+    def training(self) -> bool:
+        return self.work == "training step"
+
+    @property
+    def tokens(self) -> int:
+        """That a call learns from or makes."""
+        return self.batch * (self.shape.max_seq_len if self.training else self.new_tokens)
+
+    @property
+    def element(self) -> torch.dtype:
+        return getattr(torch, "float32" if self.dtype == "autocast" else self.dtype)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16) if self.dtype == "autocast" else nullcontext()
+
+    def columns(self, implementation: str) -> dict[str, object]:
+        about = {"work": self.work, "shape": self.name, "batch": self.batch, "dtype": self.dtype}
+        about |= {"dropout": self.dropout, "implementation": implementation}
+        return about if self.training else about | {"new_tokens": self.new_tokens}
+
+    def __str__(self) -> str:
+        dropout = f", dropout {self.dropout}" if self.dropout else ""
+        return f"{self.work} of {self.name}, batch {self.batch}, {self.dtype}{dropout}"
+
+    def draw_tokens(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        torch.manual_seed(1)
+        return torch.randint(self.shape.vocab_size, (rows, columns)).to(device)
+
+
+def prompt_of(shape: Shape) -> int:
+    return min(32, shape.max_seq_len // 2)
+
+
+class Exact(NamedTuple):
+    """The model in float64, and what it answers to a few tokens."""
+
+    twin: Twin
+    tokens: Tensor
+    answers: list[Tensor]
+
+
+def answers(case: Case, twin: Twin, tokens: Tensor) -> list[Tensor]:
+    """The logits and, for training, the gradient of the token table, without dropout."""
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    twin.model.eval()
+    with torch.no_grad(), case.autocast(tokens.device):
+        found = [twin.logits(inputs)]
+    if case.training:
+        with case.autocast(tokens.device):
+            loss = twin.loss(inputs, targets)
+        loss.backward()
+        found.append(twin.table.grad.clone())
+        twin.model.zero_grad(set_to_none=True)
+    return found
+
+
+def exactly(case: Case, weights: Weights, device: torch.device) -> Exact:
+    case = replace(case, dtype="float64")
+    twin = build_torch(case.shape, 0.0, weights, torch.float64)
+    tokens = case.draw_tokens(2, min(64, case.shape.max_seq_len) + 1, device)
+    return Exact(twin, tokens, answers(case, twin, tokens))
+
+
+def error_of(case: Case, twin: Twin, exact: Exact) -> float:
+    found = answers(case, twin, exact.tokens)
+    errors = [relative_error(one, other) for one, other in zip(found, exact.answers, strict=True)]
+    return max(errors, key=lambda error: (error != error, error))
+
+
+def regret(exact: Exact, prompt: Tensor, made: Tensor) -> float:
+    """How far the float64 logits of the tokens made in the first and last row lie below the best ones, at
+    most, beside the root mean square of all."""
+    rows = torch.cat([prompt, made], 1)[[0, -1]]
+    with torch.no_grad():
+        logits = exact.twin.logits(rows)[:, prompt.shape[1] - 1 : -1]
+    chosen = logits.gather(-1, made[[0, -1], :, None])
+    return ((logits.amax(-1, keepdim=True) - chosen).max() / logits.square().mean().sqrt()).item()
+
+
+def prepare_training(case: Case, twin: Twin, device: torch.device) -> tuple[Run, dict]:
+    """(a step on one fixed batch, what its row says of memory)."""
+    model = twin.model.train()
+    tokens = case.draw_tokens(case.batch, case.shape.max_seq_len + 1, device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    fused = device.type == "cuda"  # as nanoGPT has it
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=fused
+    )
+
+    def loss() -> Tensor:
+        with case.autocast(device):
+            return twin.loss(inputs, targets)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    if case.dropout and loss().item() == loss().item():
+        raise ValueError("drops nothing")
+    return step, {"saved_MB": saved_bytes(loss, model) / 1e6, "peak_MB": peak_bytes(step, device) / 1e6}
+
+
+def prepare_generation(
+    case: Case, twin: Twin, device: torch.device, exact: Exact, limit: float
+) -> tuple[Callable[[int], object], dict]:
+    """(what makes so many tokens, what its row says of memory)."""
+    twin.model.eval()
+    prompt = case.draw_tokens(case.batch, prompt_of(case.shape), device)
+
+    def generate(count: int) -> object:
+        with case.autocast(device):
+            return twin.generate(prompt, count)
+
+    made = torch.as_tensor(generate(case.new_tokens), device=device)
+    if made.shape != (case.batch, case.new_tokens):
+        raise ValueError(f"wrong, so not timed: made {tuple(made.shape)} tokens")
+    if not regret(exact, prompt, made) <= 10 * limit:  # each of many logits is off by its share of the error
+        raise ValueError("wrong, so not timed: did not choose the likeliest tokens")
+    return generate, {"peak_MB": peak_bytes(partial(generate, case.new_tokens), device) / 1e6}
+
+
+def prepare(
+    case: Case, builders: dict[str, Build], device: torch.device
+) -> tuple[dict[str, dict], dict[str, Run]]:
+    """(a row for each implementation, what is to be timed of those that are right)."""
+    rows = {name: case.columns(name) for name in builders}
+    runs: dict[str, Run] = {}
+    weights = draw(case.shape, device)
+    exact = exactly(case, weights, device)
+    for name, build in builders.items():
+        row, start = rows[name], time.perf_counter()
+        limit = EIGHT_BITS.get(name, WRONG[case.dtype])
+        with noted(row):
+            twin = build(case.shape, case.dropout, weights, case.element)
+            row |= {"parameters": twin.parameters, "note": twin.note, "error": error_of(case, twin, exact)}
+            if not row["error"] <= limit:
+                raise ValueError("wrong, so not timed")
+            if case.training:
+                runs[name], said = prepare_training(case, twin, device)
+            else:
+                generate, said = prepare_generation(case, twin, device, exact, limit)
+                runs[name] = partial(generate, case.new_tokens)
+                runs[FIRST + name] = partial(generate, 1)
+            row |= said | {"setup_s": time.perf_counter() - start}
+    return rows, {name: guarded(run, rows[name.removeprefix(FIRST)]) for name, run in runs.items()}
+
+
+def products(case: Case, device: torch.device) -> tuple[Run, int]:
+    """(the products of all Linears, forward and backward, on operands of their shapes; their operations)."""
+    N, D, dtype = case.tokens, case.shape.dim, torch.float32 if case.dtype == "float32" else torch.bfloat16
+    sizes = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)] * case.shape.num_layers
+    sizes += [(D, case.shape.vocab_size)]
+    new = partial(torch.randn, dtype=dtype, device=device)
+    operands = {(i, o): (new(N, i), new(o, i), new(N, o)) for i, o in sizes}
+    onednn = device.type == "cpu" and dtype == torch.float32 and dispatch.float32_faster_in_onednn()
+
+    def run() -> None:
+        with float32_in_onednn() if onednn else nullcontext():
+            for size in sizes:
+                x, weight, dy = operands[size]
+                _ = x @ weight.t(), dy @ weight, dy.t() @ x
+
+    return run, 6 * N * sum(i * o for i, o in sizes)
+
+
+def run_case(
+    case: Case, builders: dict[str, Build], device: torch.device, rounds: int, seconds: float
+) -> list[dict]:
+    """One row an implementation; at most so many rounds, and fewer where they do not fit the seconds."""
+    start = time.perf_counter()
+    try:
+        rows, runs = prepare(case, builders, device)
+        bare, operations = products(case, device) if case.training else (None, 0)
+    except Exception as error:  # noqa: BLE001 too large for this machine, most likely
+        return [case.columns(name) | {"note": reason(error)} for name in builders]
+    if bare is not None:
+        runs[CEILING] = bare
+
+    def clock(run: Run) -> float:
+        if device.type != "cuda":
+            return host_seconds(run)
+        torch.cuda.synchronize(device)
+        return host_seconds(lambda: (run(), torch.cuda.synchronize(device)))
+
+    once = sum(map(clock, runs.values()))
+    left = seconds - (time.perf_counter() - start)
+    taken = measure(runs, rounds=max(min(3, rounds), int(min(rounds, left / once))), warmup=0, clock=clock)
+    for name, row in rows.items():
+        if name in taken and not row["note"].startswith("failed: "):
+            row |= said_of_times(case, name, taken)
+            row |= utilisation(case, row, taken[CEILING], operations) if case.training else {}
+            if case.training and "saved_MB" in rows.get(BASELINE, {}):
+                row["saved_ratio"] = row["saved_MB"] / rows[BASELINE]["saved_MB"]
+    return list(rows.values())
+
+
+def said_of_times(case: Case, name: str, taken: dict[str, list[float]]) -> dict[str, float]:
+    seconds = taken[name]
+    row = comparison(taken.get(BASELINE, seconds), seconds)
+    if BASELINE not in taken:
+        row = {key: row[key] for key in ("ms", "iqr")}
+    row |= {"rounds": len(seconds), "tokens_per_s": case.tokens / row["ms"] * 1e3}
+    if FIRST + name in taken:
+        row["ttft_ms"] = 1e3 * quartiles(taken[FIRST + name])[1]
+    if "transformers" in taken:
+        row["over_transformers"] = comparison(taken["transformers"], seconds)["speedup"]
+    return row
+
+
+def utilisation(case: Case, row: dict, ceiling: list[float], operations: int) -> dict[str, float]:
+    config = config_of(case.shape, case.dropout)
+    rate = flops_per_token(config, case.shape.max_seq_len, training=True) * row["tokens_per_s"] / 1e12
+    most = operations / quartiles(ceiling)[1] / 1e12
+    return {"tflops": rate, "ceiling_tflops": most, "mfu": rate / most}

@@ -1,0 +1,253 @@
+"""Whole models: three codes are one function of one set of weights, and the rows say truly how they fare."""
+
+import json
+from functools import partial
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import ffn
+from benchmarks import decoder, models, twins
+from benchmarks.models import Case, products, run_case
+from benchmarks.twins import GENERATION, SHAPES, TRAINING, Shape, Twin, Weights
+from ffn.cost import parameter_table
+
+CPU = torch.device("cpu")
+TRAINED = Case("training step", "tiny", 2, "float32", dropout=0.1)
+GENERATED = Case("generation", "gpt2", 2, "float32", new_tokens=5)
+NAMES = ["torch", "transformers", "ffn"]
+
+
+@pytest.fixture(autouse=True)
+def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", Shape(11, 16, 2, 2, 8, 2, "gelu"))
+    monkeypatch.setitem(SHAPES, "small", Shape(13, 16, 1, 2, 8, 2, "gelu"))
+    monkeypatch.setitem(SHAPES, "gpt2", Shape(40, 16, 2, 2, 24, 2, "gelu_tanh"))
+
+
+def twin(name: str, case: Case, dtype: torch.dtype = torch.float64) -> Twin:
+    if name == "transformers":
+        pytest.importorskip("transformers")
+    return GENERATION[name](case.shape, 0.0, twins.draw(case.shape, CPU), dtype)
+
+
+def rows_of(case: Case, **builders) -> dict[str, dict]:
+    builders = {"torch": TRAINING["torch"], **builders}
+    return {row["implementation"]: row for row in run_case(case, builders, CPU, rounds=3, seconds=60)}
+
+
+def run(words: str, folder: Path) -> list[dict]:
+    decoder.main([*words.split(), "--device", "cpu", "--rounds", "2", "--out", str(folder)])
+    return [json.loads(line) for line in (folder / "decoder.jsonl").read_text().splitlines()]
+
+
+def test_the_cache_changes_no_token() -> None:
+    model = twin("torch", GENERATED).model
+    prompt = torch.randint(40, (3, 7))
+    assert torch.equal(model.generate(prompt, 9), model.generate(prompt, 9, cache=False))
+
+
+@pytest.mark.parametrize("case", [TRAINED, GENERATED], ids=["erf", "tanh"])
+@pytest.mark.parametrize("name", NAMES)
+def test_all_are_one_function_of_the_weights(name: str, case: Case) -> None:
+    tokens = torch.randint(case.shape.vocab_size, (2, 8))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    plain, other = twin("torch", case), twin(name, case)
+    assert other.parameters == plain.parameters
+    for one in (plain, other):
+        one.model.eval()
+        one.loss(inputs, targets).backward()
+    torch.testing.assert_close(other.logits(inputs), plain.logits(inputs), rtol=1e-11, atol=1e-11)
+    # transformers takes its loss in float32
+    torch.testing.assert_close(other.table.grad, plain.table.grad, rtol=1e-4, atol=1e-7)
+    made = torch.as_tensor(other.generate(inputs[:, :3], 5))
+    assert torch.equal(made, plain.generate(inputs[:, :3], 5))
+
+
+def test_no_weight_is_left_behind() -> None:
+    weights = twins.draw(SHAPES["gpt2"], CPU)
+    assert not any((w == 0).any() or (w == 1).any() for w in weights.values())
+
+
+def test_packed_weights_leave_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "gpt2", Shape(64, 256, 1, 2, 24, 2, "gelu_tanh"))  # wide enough to pack
+    plain, packed = (twin(name, GENERATED, torch.float32) for name in ("torch", "ffn packed"))
+    tokens = torch.randint(64, (2, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(packed.logits(tokens), plain.logits(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_int8_is_one_call_and_a_row_where_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Mock()
+    monkeypatch.setattr(ffn, "pack", called)
+    model = twin("ffn int8", GENERATED).model
+    called.assert_called_once_with(model, form="int8")
+    called.side_effect = ValueError("no such form")
+    int8 = rows_of(GENERATED, **{"ffn int8": GENERATION["ffn int8"]})["ffn int8"]
+    assert int8["note"] == "no such form"
+    assert "ms" not in int8
+
+
+def test_rows_of_training(tmp_path: Path) -> None:
+    rows = run("--only tiny,torch,ffn --dtype float32,autocast", tmp_path)
+    rows = [row for row in rows if row["work"] == "training step"]
+    assert [(row["dtype"], row["dropout"], row["implementation"]) for row in rows] == [
+        (dtype, p, name) for dtype in ("float32", "autocast") for p in (0.0, 0.1) for name in ("torch", "ffn")
+    ]
+    for row in rows:
+        assert row["error"] < (1e-6 if row["dtype"] == "float32" else 2e-2)
+        assert row["tokens_per_s"] == pytest.approx(2 * 8 / row["ms"] * 1e3)
+        assert row["low"] <= row["speedup"] <= row["high"]
+        assert 0 < row["mfu"] == pytest.approx(row["tflops"] / row["ceiling_tflops"])
+        assert row["saved_MB"] > 0 < row["setup_s"]
+    assert len({row["parameters"] for row in rows}) == 1
+    assert rows[1]["saved_ratio"] < rows[0]["saved_ratio"] == rows[0]["speedup"] == 1
+
+
+def test_rows_of_generation(tmp_path: Path) -> None:
+    rows = run("--only generation --dtype float32 --new-tokens 6", tmp_path)
+    assert [(row["batch"], row["implementation"]) for row in rows] == [
+        (batch, name) for batch in (1, 8) for name in GENERATION
+    ]
+    assert all({"torch", "cpu", "commit"} <= row.keys() for row in rows)
+    timed = [row for row in rows if "ms" in row]
+    assert {"torch", "ffn"} <= {row["implementation"] for row in timed} <= {*GENERATION}
+    for row in timed:
+        assert row["error"] < 1e-6
+        assert row["new_tokens"] == 6
+        assert row["tokens_per_s"] == pytest.approx(6 * row["batch"] / row["ms"] * 1e3)
+        assert row["ttft_ms"] > 0
+        assert row["low"] <= row["speedup"] <= row["high"]
+    assert len({row["parameters"] for row in timed}) == 1
+
+
+def test_transformers_is_timed_where_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    rows = run("--only small,transformers --dtype float32", tmp_path)
+    assert {row["work"] for row in rows} == {"training step", "generation"}
+    theirs = [row for row in rows if row["implementation"] == "transformers"]
+    assert all(row["note"].startswith("transformers ") and row["over_transformers"] == 1.0 for row in theirs)
+
+
+def altered(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype, **parts) -> Twin:
+    return TRAINING["torch"](shape, dropout, weights, dtype)._replace(**parts)
+
+
+def scaled(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype) -> Twin:
+    weights = weights | {"positions.weight": 1.01 * weights["positions.weight"]}
+    return TRAINING["torch"](shape, dropout, weights, dtype)
+
+
+@pytest.mark.parametrize("case", [TRAINED, GENERATED], ids=["training", "generation"])
+def test_a_wrong_one_says_so_and_is_not_timed(case: Case) -> None:
+    rows = rows_of(case, wrong=scaled)
+    assert rows["wrong"]["note"] == "wrong, so not timed"
+    assert rows["wrong"]["error"] > 1e-4
+    assert "ms" not in rows["wrong"]
+    assert rows["torch"]["ms"] > 0
+
+
+def test_a_wrong_loss_is_seen_in_the_gradient() -> None:
+    def shifted(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype) -> Twin:
+        plain = TRAINING["torch"](shape, dropout, weights, dtype)
+        return plain._replace(loss=lambda tokens, targets: plain.loss(tokens, tokens))
+
+    assert rows_of(TRAINED, wrong=shifted)["wrong"]["note"] == "wrong, so not timed"
+
+
+def test_one_that_drops_nothing_says_so() -> None:
+    def lazy(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype) -> Twin:
+        return TRAINING["torch"](shape, 0.0, weights, dtype)
+
+    assert rows_of(TRAINED, lazy=lazy)["lazy"]["note"] == "drops nothing"
+
+
+def test_wrong_or_missing_tokens_are_seen() -> None:
+    def zeros(prompt: Tensor, count: int) -> Tensor:
+        return torch.zeros(prompt.shape[0], count, dtype=torch.int64)
+
+    rows = rows_of(
+        GENERATED,
+        other=partial(altered, generate=zeros),
+        fewer=partial(altered, generate=lambda prompt, count: zeros(prompt, count - 1)),
+    )
+    assert rows["other"]["note"] == "wrong, so not timed: did not choose the likeliest tokens"
+    assert rows["fewer"]["note"] == "wrong, so not timed: made (2, 4) tokens"
+    assert not {"ms", "tokens_per_s"} & (rows["other"].keys() | rows["fewer"].keys())
+
+
+def test_what_fails_is_a_row() -> None:
+    def raising(error: Exception):
+        def build(*args) -> Twin:
+            raise error
+
+        return build
+
+    rows = rows_of(
+        TRAINED,
+        absent=raising(ModuleNotFoundError("No module named 'absent'")),
+        large=raising(torch.OutOfMemoryError("CUDA out of memory")),
+    )
+    assert rows["absent"]["note"] == "ModuleNotFoundError: No module named 'absent'"
+    assert rows["large"]["note"] == "out of memory"
+    assert rows["torch"]["ms"] > 0
+
+
+def test_a_case_too_large_for_the_machine_is_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*args) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(models, "draw", too_large)
+    rows = rows_of(GENERATED, ffn=GENERATION["ffn"])
+    assert [row["note"] for row in rows.values()] == ["out of memory"] * 2
+
+
+def test_stopping_keeps_the_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Case] = []
+
+    def interrupted(case: Case, *args) -> list[dict]:
+        if done:
+            raise KeyboardInterrupt
+        done.append(case)
+        return [case.columns("torch")]
+
+    monkeypatch.setattr(decoder, "run_case", interrupted)
+    with pytest.raises(SystemExit, match="stopped"):
+        run("", tmp_path)
+    (row,) = (tmp_path / "decoder.jsonl").read_text().splitlines()
+    assert json.loads(row)["implementation"] == "torch"
+
+
+def test_a_spent_budget_is_rows(tmp_path: Path) -> None:
+    rows = run("--budget 0", tmp_path)
+    assert {row["note"] for row in rows} == {"skipped: the budget is spent"}
+    cases = {(row["work"], row["shape"], row["batch"], row["dtype"], row["dropout"]) for row in rows}
+    assert len(cases) == 2 * 2 * 2 + 2 * 2
+    assert {row["shape"] for row in rows if row["work"] == "training step"} == {"tiny", "small"}
+
+
+def test_names_choose_cases_and_implementations() -> None:
+    def chosen(only: str, device: torch.device = CPU) -> set[tuple]:
+        plan = decoder.plan(device, [], only.split(",") if only else [], 128)
+        return {(case.work, case.name, *builders) for case, builders in plan}
+
+    assert ("training step", "gpt2", *TRAINING) in chosen("", torch.device("cuda"))
+    assert chosen("generation") == {("generation", "gpt2", *GENERATION)}
+    assert chosen("tiny,training step,ffn") == {("training step", "tiny", "torch", "ffn")}
+    assert chosen("gpt2,ffn int8,generation") == {("generation", "gpt2", "torch", "ffn int8")}
+    assert chosen("ffn int8") == {("generation", "gpt2", "torch", "ffn int8")}
+    with pytest.raises(SystemExit, match="none of these implementations does this work"):
+        decoder.main(["--only", "training step,ffn int8"])
+    with pytest.raises(SystemExit, match="--dtype float8: want any of float32, bfloat16, autocast"):
+        decoder.main(["--dtype", "float32,float8"])
+    with pytest.raises(SystemExit, match="--only gpt3: want any of training step, generation, tiny"):
+        decoder.main(["--only", "gpt3"])
+
+
+def test_the_ceiling_has_the_models_products() -> None:
+    parts = parameter_table(twins.config_of(TRAINED.shape, 0.0))
+    linears = sum(part.flops for part in parts if part.name != "attention")
+    assert products(TRAINED, CPU)[1] == 3 * linears * TRAINED.tokens
