@@ -192,7 +192,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    versions = ["ffn", "torch", "einops", "safetensors", "tokenizers", "tqdm", "matplotlib", "triton"]
+    versions = ["ffn", "torch", "safetensors", "tokenizers", "tqdm", "matplotlib", "triton"]
     print(f"python       {platform.python_version()} on {platform.platform()}")
     for name in versions:
         try:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,13 +89,13 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             y_BQTC = self._attend(q, k, v, mask)
-        y = self.o_proj(rearrange(y_BQTC, "B Q T C -> B T (Q C)").to(x.dtype))
+        y = self.o_proj(y_BQTC.transpose(1, 2).flatten(2).to(x.dtype))
         return ops.dropout(y, self.out_dropout, self.training)
 
     def _heads(self, x: Tensor) -> Tensor:
         half = x.dtype in (torch.bfloat16, torch.float16)
         x = x.float() if half and x.device.type == "cpu" else x
-        return rearrange(x, "B T (Q C) -> B T Q C", C=self.head_dim)
+        return x.reshape(*x.shape[:-1], -1, self.head_dim)
 
     def _attend(self, q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
         T, S = q_BQTC.shape[2], k_BGSC.shape[2]
@@ -128,7 +127,7 @@ class LayerCache:
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
-        self.memory: Tensor | None = None  # (2, B, G, capacity, C)
+        self.memory: tuple[Tensor, Tensor] | None = None  # both (B, G, capacity, C)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take in k and v (B, G, T, C); return all keys and values so far, (B, G, S, C), as views.
@@ -140,11 +139,13 @@ class LayerCache:
         if end > self.capacity:
             raise ValueError(f"a cache of {self.capacity} positions got {end}; give it a larger capacity")
         if self.memory is None:
-            self.memory = k.new_empty(2, *k.shape[:2], self.capacity, k.shape[3])
-        self.memory[0, :, :, start:end] = k
-        self.memory[1, :, :, start:end] = v
+            shape = *k.shape[:2], self.capacity, k.shape[3]
+            self.memory = k.new_empty(shape), v.new_empty(shape)
+        keys, values = self.memory
+        keys.narrow(2, start, end - start).copy_(k)
+        values.narrow(2, start, end - start).copy_(v)
         self.length = end
-        return self.memory[0, :, :, :end], self.memory[1, :, :, :end]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
