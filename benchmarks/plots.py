@@ -1,0 +1,247 @@
+"""Pictures of rows: speed beside peers, roofline, memory, cost as tokens grow, whole models.
+
+A row without a time (absent, wrong or failed) is drawn nowhere. There should be one row for a case and
+implementation, which `report.newest` sees to.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.look import (
+    BASELINE,
+    CEILING,
+    GREY,
+    SETTINGS,
+    Picture,
+    Pictures,
+    Style,
+    dot,
+    fixed_ticks,
+    grid,
+    legend,
+    plain_ticks,
+    save,
+    sheet,
+    short,
+    styles_of,
+    without_axis,
+    words_of,
+)
+from benchmarks.roofline import roofline
+from benchmarks.rows import machine, number, positive, split, timed
+
+Styles = dict[str, Style]
+
+
+def draw(rows: list[dict], folder: Path, name: str) -> list[tuple[Path, str]]:
+    """Write each picture there are rows for as FOLDER/NAME-KIND.png; returns paths and one-sentence captions.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib as mpl
+
+    blocks, models = timed(rows), [row for row in rows if "shape" in row and positive(row, "tokens_per_s")]
+    styles = styles_of(row["implementation"] for row in [*blocks, *models])
+    foot = "; ".join(dict.fromkeys(machine(row) for row in [*blocks, *models]))
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with mpl.rc_context(SETTINGS):
+        pictures = [picture for kind in KINDS for picture in kind(blocks, styles)]
+        for picture in [*pictures, *decoder(models, styles)]:
+            path = folder / (re.sub(r"[^\w.-]+", "-", f"{name}-{picture.name}") + ".png")
+            save(picture.figure, path, foot)
+            written.append((path, picture.caption))
+    return written
+
+
+def with_dropout(p: float) -> str:
+    return f", dropout {p:g}" if p else ""
+
+
+# Speed beside peers
+
+
+def bars(rows: list[dict], styles: Styles) -> Pictures:
+    """Speed over plain torch with its interval, a line a shape."""
+    rivals = [
+        row for row in rows if row["implementation"] not in (BASELINE, CEILING) and positive(row, "speedup")
+    ]
+    for (work, dtype, dropout), some in split(rivals, "work", "dtype", "dropout").items():
+        names = {row["implementation"] for row in some}
+        what = f"{work}, {dtype}{with_dropout(dropout)}"
+        hint = "Times as fast as plain torch (line at 1): further right is faster. Whiskers: 95% interval."
+        cases = list(split(some, "block", "tokens"))
+        height = 0.75 + (0.13 + 0.045 * len(names)) * len(cases)
+        figure, body = sheet(f"Speed of the feed-forward block: {what}", hint, legend(names, styles), height)
+        panel = body.subplots()
+        speeds(panel, some, cases, {name: style for name, style in styles.items() if name in names})
+        shapes(panel, cases)
+        caption = (
+            f"Speed over plain torch modules by block and tokens ({what}): right of 1 is faster, whiskers "
+            "are 95% intervals of the ratio of medians."
+        )
+        yield Picture(f"bars-{work}-{dtype}" + (f"-dropout{dropout:g}" if dropout else ""), figure, caption)
+
+
+def speeds(panel: Any, rows: list[dict], cases: list[tuple[str, int]], styles: Styles) -> None:
+    """A dot and a whisker a row, side by side in the line of their case; at the right our best in figures."""
+    ends = [1.0, *(row[key] for row in rows for key in ("speedup", "low", "high") if positive(row, key))]
+    left, right = min(ends) / 1.1, max(ends) * 1.1
+    panel.set(xscale="log", xlim=(left, right), xlabel="speed over plain torch")
+    plain_ticks(panel.xaxis, most=12, unit="×")
+    panel.grid(axis="x")
+    panel.axvline(1, color=GREY, linewidth=1.6, zorder=1)
+    lanes = {name: (place + 0.5) / len(styles) * 0.8 - 0.4 for place, name in enumerate(styles)}
+    for row in rows:
+        style = styles[row["implementation"]]
+        y = cases.index((row["block"], row["tokens"])) + lanes[row["implementation"]]
+        # An end that is no number may lie anywhere: the whisker runs to the edge.
+        low, high = number(row, "low"), number(row, "high")
+        span = (left if low is None else max(low, left), right if high is None else high)
+        panel.plot(span, (y, y), color=style.colour, linewidth=1.2, alpha=0.6, zorder=2)
+        panel.plot(row["speedup"], y, **dot(style), zorder=4 if style.ours else 3)
+    outside = {"transform": panel.get_yaxis_transform(), "va": "center", "color": "#222222"}
+    best: dict[tuple[str, int], float] = {}
+    for row in rows:
+        if styles[row["implementation"]].ours:
+            case = row["block"], row["tokens"]
+            best[case] = max(row["speedup"], best.get(case, 0))
+    for case, ratio in best.items():
+        panel.text(1.01, cases.index(case), f"{ratio:.2f}×", weight="bold", size=8, **outside)
+    if best:
+        panel.text(1.01, -0.85, "our best", size=7, **outside)
+
+
+def shapes(panel: Any, cases: list[tuple[str, int]]) -> None:
+    """Block and tokens of each line, the block named once; every second block on a tinted ground."""
+    labels, tint = [], False
+    for index, (block, tokens) in enumerate(cases):
+        first = index == 0 or cases[index - 1][0] != block
+        tint ^= first
+        labels.append(f"{block}   {tokens:,}" if first else f"{tokens:,}")
+        if tint:
+            panel.axhspan(index - 0.5, index + 0.5, color="#f3f3f3", linewidth=0, zorder=0)
+        if not first:
+            panel.axhline(index - 0.5, color="#dddddd", linewidth=0.6, zorder=0)
+    panel.set_yticks(range(len(cases)), labels)
+    panel.set_ylim(len(cases) - 0.5, -0.5)
+    panel.set_ylabel("block and tokens")
+
+
+# Memory
+
+
+def memory(rows: list[dict], styles: Styles) -> Pictures:
+    """Bytes a token kept for backward, a panel a block, a figure a dtype; paler, what dropout adds."""
+    kept_rows = [row for row in rows if positive(row, "saved_per_token") and row["implementation"] != CEILING]
+    for dtype, some in split(kept_rows, "dtype").items():
+        kept = {(row["block"], row["implementation"], row["dropout"]): row["saved_per_token"] for row in some}
+        names = [name for name in styles if any(name == row["implementation"] for row in some)]
+        blocks = list(split(some, "block"))
+        dropouts = sorted({row["dropout"] for row in some})
+        title = (
+            f"Memory: what a token leaves behind for the backward pass, {dtype}{with_dropout(dropouts[0])}"
+        )
+        hint = "Kilobytes a token kept from forward to backward: shorter is leaner."
+        hint += f" Paler: with dropout {dropouts[-1]:g}." if len(dropouts) > 1 else ""
+        height = (0.45 + 0.19 * len(names)) * math.ceil(len(blocks) / 3)
+        figure, body = sheet(title, hint, [], height)
+        for panel, block in zip(grid(body, len(blocks), 3, sharey=True), blocks, strict=True):
+            values = [[kept.get((block, name, p)) for p in (dropouts[0], dropouts[-1])] for name in names]
+            saved(panel, values, [styles[name] for name in names])
+            panel.set_yticks(range(len(names)), names)
+            panel.set_ylim(len(names) - 0.4, -0.6)
+            panel.set_title(block)
+        caption = f"Bytes a token keeps for the backward pass, by block and implementation, in {dtype}."
+        yield Picture(f"memory-{dtype}", figure, caption)
+
+
+def saved(panel: Any, values: list[list[float | None]], styles: list[Style]) -> None:
+    """A bar an implementation: without dropout, and behind it with."""
+    most = max((value for pair in values for value in pair if value), default=1)
+    for y, ((plain, dropped), style) in enumerate(zip(values, styles, strict=True)):
+        panel.barh(y, (dropped or 0) / 1e3, color=style.colour, alpha=0.35, height=0.68)
+        panel.barh(y, (plain or 0) / 1e3, color=style.colour, height=0.68)
+        told = dict.fromkeys(short(value / 1e3) for value in (plain, dropped) if value)
+        end = max(plain or 0, dropped or 0) / 1e3 + most / 4e4
+        panel.text(end, y, " to ".join(told) + " KB" if told else "", **words_of(style))
+    panel.set_xlim(0, most / 1e3 * 1.5)
+    without_axis(panel)
+
+
+# Cost as tokens grow
+
+
+def cost(rows: list[dict], styles: Styles) -> Pictures:
+    """A panel for each block timed at three counts of tokens or more; where there are, without dropout."""
+    for key, what, unit in (("ms", "time", "ms"), ("peak_MB", "peak memory", "MB")):
+        there = [row for row in rows if positive(row, key) and row["implementation"] != CEILING]
+        for (work, dtype), some in split(there, "work", "dtype").items():
+            for dropout, part in sorted(split(some, "dropout").items()):
+                blocks = {
+                    block: of for block, of in split(part, "block").items() if len(split(of, "tokens")) > 2
+                }
+                if blocks:
+                    how = f"{work}, {dtype}{with_dropout(dropout)}"
+                    figure = curves(blocks, styles, key, what, unit, how)
+                    caption = f"{what.capitalize()} of one call as its tokens grow ({how}): lower is better."
+                    yield Picture(f"cost-{what.split()[-1]}-{work}-{dtype}", figure, caption)
+                    break
+
+
+def curves(blocks: dict[str, list[dict]], styles: Styles, key: str, what: str, unit: str, how: str) -> Any:
+    """The figure: a line an implementation, a panel a block."""
+    hint = f"{what.capitalize()} of one call by its tokens, both axes logarithmic: lower is better."
+    names = {row["implementation"] for part in blocks.values() for row in part}
+    handles = legend(names, styles, linestyle="-")
+    figure, body = sheet(
+        f"Cost as tokens grow: {what}, {how}", hint, handles, 2.3 * math.ceil(len(blocks) / 3) + 0.2
+    )
+    for panel, (block, part) in zip(grid(body, len(blocks), 3), blocks.items(), strict=True):
+        panel.set(xscale="log", yscale="log", title=block)
+        for name, points in split(part, "implementation").items():
+            ours = styles[name].ours
+            look = dot(styles[name]) | {"linestyle": "-", "linewidth": 2 if ours else 1.2, "markersize": 4.5}
+            curve = sorted((row["tokens"], row[key]) for row in points)
+            panel.plot(*zip(*curve, strict=True), **look, zorder=3 if ours else 2)
+        plain_ticks(panel.yaxis, most=6)
+        counts = sorted(split(part, "tokens"))
+        fixed_ticks(panel.xaxis, counts[:: math.ceil(len(counts) / 5)])
+        panel.grid()
+    body.supxlabel("tokens", size=9)
+    body.supylabel(f"{what}, {unit}", size=9)
+    return figure
+
+
+# Whole models
+
+
+def decoder(rows: list[dict], styles: Styles) -> Pictures:
+    """Tokens a second of training steps and generation, a panel a model, work, batch and dtype."""
+    panels = split(rows, "shape", "work", "batch", "dtype")
+    if not panels:
+        return
+    most = max(len(part) for part in panels.values())
+    hint = "Tokens a second: longer is faster. In brackets, times the speed of the plain-torch twin."
+    height = (0.45 + 0.24 * most) * math.ceil(len(panels) / 2)
+    figure, body = sheet("Whole models: tokens a second", hint, [], height)
+    places = grid(body, len(panels), 2)
+    for panel, ((shape, work, batch, dtype), part) in zip(places, panels.items(), strict=True):
+        longest = max(row["tokens_per_s"] for row in part)
+        for y, row in enumerate(part):
+            style, speed = styles[row["implementation"]], row["tokens_per_s"]
+            panel.barh(y, speed, color=style.colour, height=0.68)
+            ratio = f"  ({row['speedup']:.2f}×)" if positive(row, "speedup") else ""
+            panel.text(speed + longest / 50, y, short(speed) + ratio, **words_of(style))
+        panel.set_title(f"{shape}, {work}, batch {batch}, {dtype}")
+        panel.set_yticks(range(len(part)), [row["implementation"] for row in part])
+        panel.set(xlim=(0, longest * 1.5), ylim=(most - 0.4, -0.6))
+        without_axis(panel)
+    caption = "Tokens a second of whole models, training steps and generation, by implementation."
+    yield Picture("decoder", figure, caption)
+
+
+KINDS = (bars, roofline, memory, cost)

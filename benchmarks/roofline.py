@@ -1,0 +1,99 @@
+"""The roofline: every case beneath the limits of arithmetic and of memory that were measured beside it."""
+
+import math
+from typing import Any
+
+from benchmarks.cases import BLOCKS, Case
+from benchmarks.look import CEILING, Picture, Pictures, Style, dot, legend, plain_ticks, sheet, short
+from benchmarks.rows import positive, split
+
+
+def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
+    """A figure a dtype; the bandwidth, which has no dtype, is the greatest of all rows."""
+    ceilings = [row for row in rows if row["implementation"] == CEILING]
+    bandwidth = max((row["gbs"] for row in ceilings if positive(row, "gbs")), default=None)
+    inside = [row for row in rows if row["block"] in BLOCKS and positive(row, "tflops")]
+    for dtype, some in split(inside, "dtype").items():
+        points = [row for row in some if row["implementation"] != CEILING]
+        if not points:
+            continue
+        peak = max((row["tflops"] for row in some if row["implementation"] == CEILING), default=None)
+        title = f"Roofline: how near the block comes to the machine's limits, {dtype}"
+        hint = (
+            "Higher is faster. Lines: limits measured in the same run. Filled: training; hollow: inference."
+        )
+        figure, body = sheet(title, hint, legend({row["implementation"] for row in points}, styles), 4.6)
+        unit, scale = ("TFLOP/s", 1.0) if max(row["tflops"] for row in points) > 3 else ("GFLOP/s", 1e3)
+        panel = body.subplots()
+        panel.set(xscale="log", yscale="log", ylabel=f"speed, {unit}")
+        panel.set_xlabel("arithmetic intensity, FLOP a byte of weights, input and output")
+        cases = [Case(BLOCKS[row["block"]], row["tokens"], dtype, row["work"]) for row in points]
+        for case, row in zip(cases, points, strict=True):
+            style = styles[row["implementation"]]
+            look = dot(style) | {"zorder": 4 if style.ours else 3}
+            if case.work == "inference":
+                look |= {"markerfacecolor": "white", "markeredgecolor": style.colour, "markeredgewidth": 1}
+            panel.plot(intensity(case), row["tflops"] * scale, **look)
+        panel.margins(0.08, 0.12)
+        roofs(panel, peak and peak * scale, bandwidth and bandwidth * scale / 1e3, unit)
+        ground(panel, cases)
+        plain_ticks(panel.xaxis)
+        plain_ticks(panel.yaxis)
+        panel.grid()
+        caption = (
+            f"The speed of every case in {dtype} over its arithmetic intensity, beneath the greatest speed "
+            "of matrix products and the greatest memory bandwidth measured in the same run."
+        )
+        yield Picture(f"roofline-{dtype}", figure, caption)
+
+
+def intensity(case: Case) -> float:
+    """FLOP a byte: weights, input and output cross the memory bus once a pass; training is three passes."""
+    passes = 3 if case.work == "training" else 1
+    elements = case.block.weights + 2 * case.tokens * case.block.dim
+    return case.flops / (passes * elements * case.element.itemsize)
+
+
+def roofs(panel: Any, peak: float | None, slope: float | None, unit: str) -> None:
+    """The limit of arithmetic, and that of memory in FLOP/s over FLOP a byte, where they were measured."""
+    from matplotlib.patheffects import withStroke
+
+    left, right = panel.get_xlim()
+    ridge = min(max(peak / slope, left), right) if peak and slope else (right if slope else left)
+    look = {"color": "#333333", "linewidth": 1.6, "zorder": 2}
+    words = {"zorder": 5, "size": 8, "path_effects": [withStroke(linewidth=3, foreground="white")]}
+    if slope and ridge > left:
+        panel.plot((left, ridge), (left * slope, ridge * slope), **look)
+        start, above = left * (ridge / left) ** 0.06, slope * 1.12
+        # The angle in data coordinates, along the line through the text's own place.
+        turned = {"rotation": math.degrees(math.atan(above)), "rotation_mode": "anchor"}
+        label = f"memory, {short(slope * (1 if unit == 'GFLOP/s' else 1e3))} GB/s"
+        panel.text(start, start * above, label, **turned, transform_rotates_text=True, **words)
+    if peak and ridge < right:
+        panel.plot((ridge, right), (peak, peak), **look)
+        panel.text(right, peak * 1.06, f"matrix product, {short(peak)} {unit} ", ha="right", **words)
+    panel.set_xlim(left, right)
+
+
+def ground(panel: Any, cases: list[Case]) -> None:
+    """Above the axis, how many tokens the points stand for, where there is room to say so."""
+    places = {
+        n: [math.log(intensity(case)) for case in cases if case.tokens == n]
+        for n in {c.tokens for c in cases}
+    }
+    left, right = panel.get_xlim()
+    last = -math.inf
+    for tokens, logs in sorted(places.items()):
+        middle = sum(logs) / len(logs)
+        if middle - last > 0.11 * math.log(right / left):
+            words = f"{tokens:,} token{'s' * (tokens != 1)}"
+            panel.text(
+                math.exp(middle),
+                0.015,
+                words,
+                transform=panel.get_xaxis_transform(),
+                ha="center",
+                color="#666666",
+                size=8,
+            )
+            last = middle

@@ -1,0 +1,138 @@
+"""The page: everything is in it, nothing is run or fetched by it, and a browser shows it."""
+
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from benchmarks import page, plots
+from tests.benchmarks.fake_rows import decoder_rows, rows_of
+
+NASTY = '<script>alert("&")</script>'
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
+OPTIONS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+PROBE = """<script>
+const asked = []
+addEventListener("securitypolicyviolation", event => asked.push(event.blockedURI))
+addEventListener("load", () => setTimeout(() => {
+  document.body.dataset.asked = asked.join(" ")
+  document.body.dataset.widths = [...document.images].map(image => image.naturalWidth).join(" ")
+}))
+</script>"""
+
+
+class Parts(HTMLParser):
+    """The tags with their attributes, and the text of each table cell."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.cells: list[str] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag == "td"
+        self.cells += [""] * self.inside
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.cells[-1] += data
+
+
+def written(rows: list[dict], folder: Path, pictures: list[tuple[Path, str]] | None = None) -> str:
+    page.write(rows, pictures or [], folder / "report.html", "title & <b>")
+    return (folder / "report.html").read_text("utf-8")
+
+
+def test_every_row_is_there_with_its_note(tmp_path: Path) -> None:
+    rows = [*rows_of(("small",)), *decoder_rows()]
+    rows += [{"block": "small", "implementation": "timm", "error": 0.25, "note": "wrong"}]
+    text = written(rows, tmp_path)
+    parts = Parts(text)
+    assert [tag for tag, _ in parts.tags].count("tr") == len(rows) + 2, "two tables, each with a head"
+    assert parts.cells.count("wants a GPU") == 9
+    assert "title &amp; &lt;b&gt;" in text
+    assert "AMD EPYC" in text
+    assert {"training step", "small", "2048", "error 0.25; wrong"} <= {*parts.cells}
+
+
+def test_odd_values_are_escaped(tmp_path: Path) -> None:
+    row = {
+        "block": NASTY,
+        "tokens": 1,
+        "implementation": NASTY,
+        "ms": 1.0,
+        "note": NASTY,
+        "cpu": NASTY,
+        NASTY: NASTY,
+    }
+    row |= {"low": math.nan, "high": math.inf, "dropout": None}
+    text = written([row, row | {"ms": None}, {}], tmp_path)
+    assert "<script" not in text
+    assert Parts(text).cells.count(NASTY) == 6
+    assert "inf" in Parts(text).cells
+
+
+def test_nothing_is_fetched_or_run(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"\x89PNG")
+    parts = Parts(written(rows_of(("small",)), tmp_path, [(picture, f"A {NASTY}.")]))
+    policy = next(
+        of["content"] for tag, of in parts.tags if of.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert not {tag for tag, _ in parts.tags} & {"script", "link", "iframe", "object", "embed"}
+    links = [of.get(key) for _, of in parts.tags for key in ("src", "href", "srcset") if key in of]
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    targets = {of.get("id") for _, of in parts.tags}
+    assert all(link[1:] in targets for link in links if link.startswith("#"))
+    assert f"A {NASTY}." in [of.get("alt") for _, of in parts.tags]
+
+
+def test_no_rows_make_a_page(tmp_path: Path) -> None:
+    assert "0 rows with a time" in written([], tmp_path)
+
+
+def probed(text: str, folder: Path) -> tuple[list[int], str]:
+    """(widths of the images, what the page asked for beyond itself), as a browser has them.
+
+    The page's policy forbids whatever is not in it, and the browser tells of each attempt.
+    """
+    assert text.count(page.POLICY) == 1
+    wrapped = folder / "probe.html"
+    allowed = text.replace(page.POLICY, f"{page.POLICY}; script-src 'unsafe-inline'")
+    wrapped.write_text(allowed.replace("<title>", f"{PROBE}<title>", 1), "utf-8")
+    command = [
+        str(CHROMIUM),
+        *OPTIONS,
+        f"--user-data-dir={folder / 'profile'}",
+        "--dump-dom",
+        wrapped.as_uri(),
+    ]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    widths, asked = (re.search(rf'<body[^>]* data-{name}="([^"]*)"', dom)[1] for name in ("widths", "asked"))
+    return [int(width) for width in widths.split()], asked
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="wants chromium, chromium-browser or google-chrome on PATH")
+def test_a_browser_shows_every_picture_and_asks_for_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [*rows_of(("small",)), *decoder_rows()]
+    pictures = plots.draw(rows, tmp_path / "pictures", "fake")
+    text = written(rows, tmp_path, pictures)
+    shutil.rmtree(tmp_path / "pictures")
+    assert probed(text, tmp_path) == ([1200] * len(pictures), "")
+    elsewhere = '<img src="missing.png"><img src="http://127.0.0.1:9/away.png"></body>'
+    widths, asked = probed(text.replace("</body>", elsewhere), tmp_path)
+    assert widths == [1200] * len(pictures) + [0, 0]
+    assert asked.split() == ["file", "http://127.0.0.1:9/away.png"], "the probe sees what a page asks for"

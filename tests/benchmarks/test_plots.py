@@ -1,0 +1,124 @@
+"""Pictures: which there are, that they are pictures, and that odd rows break none."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import plots
+from benchmarks.cases import BLOCKS, Case
+from benchmarks.look import LOOKS, styles_of
+from benchmarks.roofline import intensity
+from tests.benchmarks.fake_rows import decoder_rows, rows_of
+
+pytest.importorskip("matplotlib")
+ROW = {
+    "block": "small",
+    "tokens": 16,
+    "dtype": "float32",
+    "work": "training",
+    "implementation": "ffn",
+    "ms": 1.0,
+}
+
+
+def drawn(rows: list[dict], folder: Path) -> list[str]:
+    """The kinds of pictures there are, each looked at."""
+    pictures = plots.draw(rows, folder, "fake")
+    for path, caption in pictures:
+        assert path.parent == folder
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG")
+        width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
+        assert width == 1200
+        assert height > 200
+        assert caption.endswith(".")
+        assert caption.count(". ") == 0, "one sentence"
+    assert sorted(path.name for path, _ in pictures) == sorted(path.name for path in folder.iterdir())
+    return [path.stem.removeprefix("fake-") for path, _ in pictures]
+
+
+def test_each_kind_of_picture_there_are_rows_for(tmp_path: Path) -> None:
+    assert drawn([*rows_of(("small", "gpt2")), *decoder_rows()], tmp_path) == [
+        "bars-training-float32",
+        "bars-training-float32-dropout0.1",
+        "bars-inference-float32",
+        "roofline-float32",
+        "memory-float32",
+        "cost-time-training-float32",
+        "cost-time-inference-float32",
+        "cost-memory-training-float32",
+        "cost-memory-inference-float32",
+        "decoder",
+    ]
+
+
+def test_no_cost_curve_from_two_points(tmp_path: Path) -> None:
+    kinds = drawn(rows_of(("small",), (16, 512)), tmp_path)
+    assert not [kind for kind in kinds if kind.startswith("cost")]
+
+
+def test_rows_without_a_time_are_drawn_nowhere(tmp_path: Path) -> None:
+    untimed = [{**ROW, "ms": ms, "speedup": 2.0, "tflops": 1.0} for ms in (None, math.nan, 0.0)]
+    untimed += [{key: value for key, value in ROW.items() if key != "ms"} | {"saved_per_token": 5}]
+    untimed += [{"shape": "gpt2", "implementation": "ffn", "note": "out of memory"}]
+    assert drawn(untimed, tmp_path) == []
+
+
+def test_one_row_alone(tmp_path: Path) -> None:
+    row = {**ROW, "speedup": 1.5, "low": 1.4, "high": 1.6, "tflops": 0.1, "saved_per_token": 100}
+    assert drawn([row], tmp_path / "block") == ["bars-training-float32", "roofline-float32", "memory-float32"]
+    assert drawn(decoder_rows()[:1], tmp_path / "model") == ["decoder"]
+    ceiling = {**ROW, "implementation": "ceiling", "tflops": 0.1, "gbs": 9.0}
+    assert drawn([ceiling], tmp_path / "ceiling") == []
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"low": 0.0, "high": math.inf},
+        {"low": math.nan, "high": None},
+        {"dropout": None},
+        {"block": "of no model"},
+        {"block": None, "dtype": "a/../b"},
+        {"implementation": "$\\frac$ <b>_"},
+        {"implementation": ""},
+        {"speedup": 1e6},
+        {"tflops": math.inf, "saved_per_token": math.nan},
+        {"tokens": 10**7},
+    ],
+    ids=str,
+)
+def test_odd_values_break_nothing(tmp_path: Path, odd: dict) -> None:
+    row = {**ROW, "speedup": 1.5, "low": 1.4, "high": 1.6, "tflops": 0.1, "saved_per_token": 100}
+    others = [{**row, "implementation": name, "speedup": 1.0} for name in ("torch", "timm")]
+    assert len(drawn([*others, row | odd], tmp_path)) >= 3
+
+
+def test_roofs_need_not_all_be_there(tmp_path: Path) -> None:
+    row = {**ROW, "tflops": 0.1}
+    for number, limits in enumerate(({"gbs": 1.0}, {"tflops": 0.2}, {"gbs": 1e9, "tflops": 1e-9})):
+        ceiling = {**ROW, "implementation": "ceiling", **limits}
+        assert drawn([row, ceiling], tmp_path / str(number)) == ["roofline-float32"]
+
+
+def test_an_implementation_has_one_look_whoever_else_is_there() -> None:
+    few, many = (
+        styles_of(["ffn", "timm"]),
+        styles_of([*LOOKS, "someone", "someone else", "ffn other", "ceiling"]),
+    )
+    assert few.items() <= many.items()
+    assert "ceiling" not in many
+    assert [name for name, style in many.items() if style.ours] == [
+        name for name in many if name.startswith("ffn")
+    ]
+    looks = [(style.colour, style.marker) for style in many.values()]
+    assert len(set(looks)) >= len(looks) - 1, "but transformers' model and its block, which never meet"
+
+
+def test_intensity_by_hand() -> None:
+    block = BLOCKS["gpt2"]  # two matrices of 768 by 3072
+    moved = 4 * (2 * 768 * 3072 + 2 * 16 * 768)
+    assert intensity(Case(block, 16, work="inference")) == 2 * 16 * 2 * 768 * 3072 / moved
+    assert intensity(Case(block, 16)) == intensity(Case(block, 16, work="inference"))
+    assert intensity(Case(block, 16, "bfloat16")) == 2 * intensity(Case(block, 16))
