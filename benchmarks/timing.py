@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,6 +130,14 @@ def back_to_back(run: Run, device: torch.device, calls: int = 10) -> float:
     return host_seconds(burst) / calls
 
 
+def memory_of(t: Tensor) -> tuple[int, Any, int]:
+    """(address, weak reference, bytes) of the storage or, where oneDNN hides that, of the tensor."""
+    if t.is_mkldnn:
+        return id(t), torch._C._WeakTensorRef(t), t.numel() * t.element_size()
+    storage = t.untyped_storage()
+    return storage._cdata, StorageWeakRef(storage), storage.nbytes()
+
+
 class Allocations(TorchDispatchMode):
     """Counts the bytes of the tensors alive that ops made while it is on, and the most there were at once.
 
@@ -137,16 +146,16 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.alive: dict[int, tuple[Any, int]] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        known = {memory_of(t)[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = op(*args, **(kwargs or {}))
         self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in known:
-                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        for key, reference, nbytes in (memory_of(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if key not in known:
+                self.alive[key] = reference, nbytes
         self.peak = max(self.peak, sum(nbytes for _, nbytes in self.alive.values()))
         return out
 
