@@ -1,4 +1,4 @@
-"""Measurements: ``python -m benchmarks [NAME]`` prints a table; rows, pictures and a page lie in ``results/``.
+"""Measurements: ``python -m benchmarks [NAME]`` prints a table; rows, pictures and a page lie in results/.
 
 quick           a minute's look at the block; what runs when nothing is named and there is no GPU
 ffn             the block at the shapes of real models, beside every peer

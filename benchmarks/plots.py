@@ -33,6 +33,7 @@ from benchmarks.roofline import roofline
 from benchmarks.rows import machine, number, positive, split, timed
 
 Styles = dict[str, Style]
+MODEL = ("work", "shape", "batch", "dtype", "dropout")
 
 
 def draw(rows: list[dict], folder: Path, name: str) -> list[tuple[Path, str]]:
@@ -220,23 +221,23 @@ def curves(blocks: dict[str, list[dict]], styles: Styles, key: str, what: str, u
 
 
 def decoder(rows: list[dict], styles: Styles) -> Pictures:
-    """Tokens a second of training steps and generation, a panel a model, work, batch and dtype."""
-    panels = split(rows, "shape", "work", "batch", "dtype")
+    """Tokens a second of training steps and generation, a panel a case."""
+    panels = split([{"batch": "?", "dropout": 0.0} | row for row in rows], *MODEL)
     if not panels:
         return
     most = max(len(part) for part in panels.values())
     hint = "Tokens a second: longer is faster. In brackets, times the speed of the plain-torch twin."
-    height = (0.45 + 0.24 * most) * math.ceil(len(panels) / 2)
+    height = (0.45 + 0.22 * most) * math.ceil(len(panels) / 2)
     figure, body = sheet("Whole models: tokens a second", hint, [], height)
     places = grid(body, len(panels), 2)
-    for panel, ((shape, work, batch, dtype), part) in zip(places, panels.items(), strict=True):
+    for panel, ((work, shape, batch, dtype, dropout), part) in zip(places, panels.items(), strict=True):
         longest = max(row["tokens_per_s"] for row in part)
         for y, row in enumerate(part):
             style, speed = styles[row["implementation"]], row["tokens_per_s"]
             panel.barh(y, speed, color=style.colour, height=0.68)
             ratio = f"  ({row['speedup']:.2f}×)" if positive(row, "speedup") else ""
             panel.text(speed + longest / 50, y, short(speed) + ratio, **words_of(style))
-        panel.set_title(f"{shape}, {work}, batch {batch}, {dtype}")
+        panel.set_title(f"{shape}: {work}, batch {batch}, {dtype}{with_dropout(dropout or 0)}")
         panel.set_yticks(range(len(part)), [row["implementation"] for row in part])
         panel.set(xlim=(0, longest * 1.5), ylim=(most - 0.4, -0.6))
         without_axis(panel)

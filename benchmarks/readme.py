@@ -3,49 +3,92 @@
 python -m benchmarks readme             writes the tables anew; each is found by its first line
 """
 
-import json
+from collections.abc import Iterable
 
-from benchmarks import block, training_step
-from benchmarks.report import RESULTS, arguments, lines_of
-from ffn import activations, atomic
+from benchmarks.cases import BLOCKS
+from benchmarks.report import RESULTS, arguments, lines_of, read
+from benchmarks.twins import SHAPES
+from ffn import atomic
 
 README = RESULTS.parents[1] / "README.md"
 DROPOUTS = (0.0, 0.1)
+KINDS = {"gelu": "GELU", "gelu_tanh": "tanh-GELU", "swiglu": "SwiGLU", "geglu_tanh": "GeGLU"}
 
 
 def newest(name: str, keys: tuple[str, ...], **wanted: object) -> dict[tuple, dict]:
     """The last row of each case in results/NAME.jsonl that has the wanted values; cases go by `keys`."""
-    found = {}
-    for line in (RESULTS / f"{name}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if all(row[key] == value for key, value in wanted.items()):
-            found[tuple(row[key] for key in keys)] = row
-    return found
+    rows = [row for row in read(RESULTS / f"{name}.jsonl") if all(row.get(k) == v for k, v in wanted.items())]
+    return {tuple(row[key] for key in keys): row for row in rows}
+
+
+def label(name: str) -> str:
+    """GELU 256/1024, of the block `small`."""
+    block = BLOCKS[name]
+    return f"{KINDS[block.activation]} {block.dim}/{block.hidden_dim}"
+
+
+def ratios(rows: Iterable[dict | None]) -> list[str]:
+    """Speedups; a dash for what cannot serve the case."""
+    return [f"{row['speedup']:.2f}" if row and "speedup" in row else "-" for row in rows]
 
 
 def of_the_block() -> list[str]:
-    modes = {"float32": "float32", "autocast": "bf16 autocast", "bfloat16": "bfloat16"}
-    header = ["shape, tokens"] + [word for mode in modes.values() for word in (mode, "dropout 0.1")]
-    keys = ("case", "tokens", "mode", "dropout")
-    rows = newest("block", keys, implementation="ffn", work="training")
+    dtypes = {"float32": "float32", "autocast": "bf16 autocast", "bfloat16": "bfloat16"}
+    header = ["shape, tokens"] + [word for dtype in dtypes.values() for word in (dtype, "dropout 0.1")]
+    keys = ("block", "tokens", "dtype", "dropout")
+    rows = newest("ffn", keys, implementation="ffn", work="training")
     table = []
-    for case, shape in block.SHAPES.items():
-        kind = "SwiGLU" if activations.TABLE[shape.activation].gated else "GELU"
+    for name in ("small", "bert-base", "qwen2.5-0.5b"):
         for tokens in (512, 2048):
-            ratios = [rows[case, tokens, mode, p]["speedup"] for mode in modes for p in DROPOUTS]
-            table.append([f"{kind} {case}, {tokens}", *(f"{ratio:.2f}" for ratio in ratios)])
+            found = [rows[name, tokens, dtype, p] for dtype in dtypes for p in DROPOUTS]
+            table.append([f"{label(name)}, {tokens}", *ratios(found)])
+    return lines_of(header, table)
+
+
+def of_peers() -> list[str]:
+    names = ("ffn", "TransformerEncoderLayer", "hf", "x-transformers", "timm")
+    words = {"TransformerEncoderLayer": "torch's layer", "hf": "transformers"}
+    header = ["a block of"] + [words.get(name, name) for name in names] + ["ffn, bf16", "saved"]
+    keys = ("block", "dtype", "implementation")
+    rows = newest("ffn", keys, work="training", tokens=512, dropout=0.0)
+    table = []
+    for name, block in BLOCKS.items():
+        if (name, "float32", "ffn") not in rows:
+            continue
+        hf = "hf LlamaMLP" if block.gated else "hf GPT2MLP"
+        found = [rows.get((name, "float32", hf if each == "hf" else each)) for each in names]
+        saved = [rows[name, "float32", each]["saved_per_token"] for each in ("ffn", "torch")]
+        half = rows.get((name, "bfloat16", "ffn"))
+        table.append([f"{name}, {label(name)}", *ratios([*found, half]), f"{saved[0] / saved[1]:.2f}"])
+    return lines_of(header, table)
+
+
+def of_inference() -> list[str]:
+    counts = (1, 16, 512, 2048)
+    header = ["packed, tokens"] + [f"{n}" for n in counts] + [f"bf16, {n}" for n in counts]
+    header += [f"int8, {n}" for n in counts[:2]]
+    rows = newest("ffn", ("block", "tokens", "dtype", "implementation"), work="inference")
+    table = []
+    for name in BLOCKS:
+        cases = [(dtype, n, "ffn packed") for dtype in ("float32", "bfloat16") for n in counts]
+        cases += [("float32", n, "ffn int8") for n in counts[:2]]
+        found = [rows.get((name, n, dtype, each)) for dtype, n, each in cases]
+        if any(found):
+            table.append([f"{name}, {label(name)}", *ratios(found)])
     return lines_of(header, table)
 
 
 def of_the_training_step() -> list[str]:
-    rows = newest("training_step", ("shape", "dropout"), implementation="ffn", mode="float32")
+    wanted = {"implementation": "ffn", "dtype": "float32", "work": "training step"}
+    rows = newest("decoder", ("shape", "dropout"), **wanted)
     table = []
-    for name, shape in training_step.SHAPES.items():
+    for name, shape in SHAPES.items():
         model = f"{shape.num_layers} layers of {shape.dim}, {shape.batch} x {shape.max_seq_len} tokens"
         for p in DROPOUTS:
-            row = rows[name, p]
-            table.append([model, str(p), f"{row['speedup']:.2f}", f"{row['saved_ratio']:.2f}"])
-    return lines_of(["model", "dropout", "speed", "activations saved"], table)
+            if row := rows.get((name, p)):
+                shares = [f"{row[key]:.2f}" for key in ("saved_ratio", "mfu")]
+                table.append([model, str(p), *ratios([row]), *shares])
+    return lines_of(["model", "dropout", "speed", "activations saved", "of the products' rate"], table)
 
 
 def of_shakespeare() -> list[str]:
@@ -57,14 +100,17 @@ def of_shakespeare() -> list[str]:
 
 
 def of_generation() -> list[str]:
-    rows = newest("generation", ("implementation", "dtype"))
-    names = dict.fromkeys(name for name, _ in rows)
-    dtypes = ("float32", "bfloat16")
-    table = [[name, *(f"{rows[name, dtype]['tokens_per_s']:.1f}" for dtype in dtypes)] for name in names]
-    return lines_of(["tokens a second", *dtypes], table)
+    rows = newest("decoder", ("implementation", "dtype", "batch"), work="generation", shape="gpt2")
+    header, table = ["tokens a second"], []
+    cases = [(dtype, batch) for dtype in ("float32", "bfloat16") for batch in (1, 8)]
+    header += [f"{dtype}, batch {batch}" for dtype, batch in cases]
+    for name in dict.fromkeys(name for name, *_ in rows):
+        found = [rows.get((name, *case), {}).get("tokens_per_s") for case in cases]
+        table.append([name, *("-" if rate is None else f"{rate:.1f}" for rate in found)])
+    return lines_of(header, table)
 
 
-TABLES = (of_the_block, of_the_training_step, of_shakespeare, of_generation)
+TABLES = (of_the_block, of_peers, of_inference, of_the_training_step, of_shakespeare, of_generation)
 
 
 def rewritten(text: str) -> str:

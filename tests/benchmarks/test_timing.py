@@ -1,13 +1,25 @@
-"""The ratio that is quoted."""
+"""The instruments are right in what they count, compare and average."""
 
+from functools import partial
 from statistics import median
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from benchmarks import timing
 from benchmarks.timing import speedup
 
 SECONDS = st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=9)
+
+
+def test_candidates_take_turns_and_warm_up_is_not_counted() -> None:
+    calls: list[str] = []
+    candidates = {name: partial(calls.append, name) for name in ("a", "b")}
+    seconds = timing.measure(candidates, rounds=5, warmup=2)
+    assert [len(seconds[name]) for name in ("a", "b")] == [5, 5]
+    assert all({*calls[i : i + 2]} == {"a", "b"} for i in range(0, 14, 2))
 
 
 def test_a_speedup_is_the_ratio_of_medians() -> None:
@@ -22,3 +34,16 @@ def test_its_interval_lies_within_what_the_rounds_allow(rounds: list[tuple[float
     ratio, low, high = speedup(base, other, draws=50)
     assert ratio == median(base) / median(other)
     assert min(base) / max(other) <= low <= high <= max(base) / min(other)
+
+
+def test_a_row_says_what_the_rounds_give() -> None:
+    base, other = [2.0, 30.0, 2.0, 4.0], [1.0, 10.0, 1.0, 2.0]
+    ratio, low, high = timing.speedup(base, other)
+    row = timing.comparison(base, other)
+    assert row == {"ms": 1500.0, "iqr": 3000.0, "speedup": ratio, "low": low, "high": high}
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 3))
+    x = torch.randn(7, 3)
+    assert timing.saved_bytes(lambda: model(x), model) == 4 * 7 * (3 + 5 + 5)
