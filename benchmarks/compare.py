@@ -3,33 +3,30 @@
 python -m benchmarks compare A.jsonl B.jsonl
 
 A case is compared by its speedup over the baseline of its own run, for times of different hours cannot be;
-the newest row of each case counts. It changed where the two 95% intervals do not meet.
+the newest row of each case counts, from the machine that a file's last row is from. It
+changed where the two 95% intervals do not meet.
 """
 
 import json
 from pathlib import Path
 
-from benchmarks.report import arguments, table
+from benchmarks.report import CASE, arguments, newest, table
 
-CASE = ("case", "shape", "tokens", "batch", "mode", "dtype", "dropout", "work", "implementation")
 COLUMNS = ["before", "after", "change"]
 
 
 def rows_of(file: Path) -> dict[tuple, dict]:
-    """The newest row of each case that was timed against a baseline.
+    """The newest row of each case that was timed against a baseline, from the file's last machine.
 
     Raises:
         ValueError: the file does not hold rows.
     """
-    found = {}
     try:
-        for line in file.read_text("utf-8").splitlines():
-            row = json.loads(line)
-            if {"speedup", "low", "high"} <= row.keys():
-                found[tuple((key, row[key]) for key in CASE if key in row)] = row
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        timed = [row for row in rows if {"speedup", "low", "high"} <= row.keys()]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file}: no rows of a benchmark: {error}") from None
-    return found
+    return {tuple((key, row[key]) for key in CASE if key in row): row for row in newest(timed)}
 
 
 def changed(before: dict[tuple, dict], after: dict[tuple, dict]) -> list[dict]:

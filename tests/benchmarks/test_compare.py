@@ -35,6 +35,22 @@ def test_the_newest_row_of_a_case_counts(tmp_path: Path, capsys: pytest.CaptureF
     assert "1 faster, 0 slower, 1 within the noise; 0 cases" in capsys.readouterr().out
 
 
+def test_cases_are_told_apart_by_all_that_rows_say_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    block = {"block": "gpt2", "tokens": 16, "dtype": "float32", "work": "training", "dropout": 0.0}
+    decoder = {"shape": "gpt2", "batch": 8, "dtype": "float32", "work": "generation", "dropout": 0.0}
+    cases = [block, decoder]
+    for case in (block, decoder):
+        cases += [{**case, key: "another"} for key in (*case, "implementation")]
+    before = write(tmp_path / "a.jsonl", *(row("", 1.0, **case) for case in cases))
+    after = write(tmp_path / "b.jsonl", *(row("", 2.0 + i, **case) for i, case in enumerate(cases)))
+    main([before, after])
+    *lines, _, verdict = capsys.readouterr().out.splitlines()
+    assert verdict == f"{len(cases)} faster, 0 slower, 0 within the noise; 0 cases are in one file only"
+    assert [line.split(" | ")[-1] for line in lines[2:]] == [f"{2 + i} |" for i in range(len(cases))]
+
+
 def test_a_file_that_holds_no_rows(tmp_path: Path) -> None:
     good = write(tmp_path / "a.jsonl", row("x", 1.0))
     (tmp_path / "b.jsonl").write_text("words\n")

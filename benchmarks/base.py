@@ -1,0 +1,264 @@
+"""The working tree's block against another commit's: what got faster or slower, beyond the noise.
+
+python -m benchmarks [SUITE] --base REV
+
+The commit is checked out beside the working tree for as long as it takes. Two processes run the benchmark
+code of the working tree, each over its own tree's `ffn`; they take turns, one at a time and in an order
+shuffled anew each round, so that a slow minute falls on both. Where a process happens to lie in memory moves
+its times by up to a third, for as long as it lives: so there are several sittings, each with new processes,
+and what counts is each sitting's median. `speedup` is of the working tree over the commit, with its 95%
+bootstrap interval over the sittings. A case changed where that excludes 1.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.report import table
+from benchmarks.timing import measure, relative_error, speedup
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("before", "after")  # the commit, the working tree
+ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # how far two right ways may lie apart
+SITTINGS = 8  # with 8 the interval of an unchanged case excludes 1 in one of twenty, with 3 in one of four
+ROUNDS = (3, 20)  # the least and the most of a sitting
+VERDICTS = ("faster", "slower", "within the noise", "not timed")
+COLUMNS = ["block", "tokens", "dtype", "work", "dropout", "implementation"]
+COLUMNS += ["before_ms", "after_ms", "speedup", "low", "high", "verdict", "note"]
+
+
+def git(root: Path, *words: str) -> str:
+    command = ["git", "-C", os.fspath(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@contextmanager
+def checked_out(root: Path, rev: str) -> Iterator[Path]:
+    """A worktree of the commit, gone afterwards.
+
+    Raises:
+        ValueError: there is no such commit, or `root` is no checkout of git.
+    """
+    try:
+        commit = git(root, "rev-parse", "--verify", "--end-of-options", f"{rev}^{{commit}}")
+    except FileNotFoundError:
+        raise ValueError(f"--base {rev} wants git, which is not installed") from None
+    except subprocess.CalledProcessError as error:
+        why = error.stderr.strip().splitlines()[-1].removeprefix("fatal: ")
+        raise ValueError(f"--base {rev} wants a commit of {root}: {why}") from None
+    with TemporaryDirectory(prefix="ffn-base-") as folder:
+        tree = Path(folder).resolve() / "tree"
+        try:
+            git(root, "worktree", "add", "--detach", os.fspath(tree), commit)
+            yield tree
+        finally:  # forced twice: half made, it is still locked
+            remove = [
+                "git",
+                "-C",
+                os.fspath(root),
+                "worktree",
+                "remove",
+                "--force",
+                "--force",
+                os.fspath(tree),
+            ]
+            subprocess.run(remove, capture_output=True)
+
+
+# Whether glibc gives freed memory back to the system, to be faulted in again by the next call, depends on the
+# heap's layout, and so on chance; with these it never does.
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
+
+
+class Worker:
+    """A process of `benchmarks.worker` over one tree's `ffn`, started anew when it has died.
+
+    What it is asked for raises RuntimeError when that fails there.
+    """
+
+    def __init__(self, side: str, root: Path, implementations: str, device: str):
+        self.side = side
+        # -P: not the current folder, but what PYTHONPATH and the worker's own first line say
+        self.command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "benchmarks.worker",
+            os.fspath(root),
+            implementations,
+            device,
+        ]
+        self.start()
+
+    def start(self) -> None:
+        path = os.pathsep.join(filter(None, [os.fspath(ROOT), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**ALLOCATOR, **os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for this process, which ends its workers
+        )
+
+    def ask(self, *request: object):
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is dead, so there is no answer either
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.side}: the process ended with code {self.process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"{self.side}: {answer['error']}")
+        return answer["answer"]
+
+    def prepare(self, case: Case, name: str, folder: Path) -> dict[str, torch.Tensor]:
+        """What the implementation computes for the case, sampled; it is then ready to be timed."""
+        if self.process.poll() is not None:
+            self.end()
+            self.start()
+        outputs = folder / f"{self.side}.pt"
+        self.ask("prepare", asdict(case), name, os.fspath(outputs))
+        return torch.load(outputs)
+
+    def seconds(self) -> float:
+        return self.ask("seconds")
+
+    def end(self) -> None:
+        self.process.kill()
+        with self.process:  # waits, and closes the pipes
+            pass
+
+
+@contextmanager
+def at_work(trees: dict[str, Path], implementations: str, device: str) -> Iterator[list[Worker]]:
+    workers: list[Worker] = []
+    try:
+        for side, tree in trees.items():
+            workers.append(Worker(side, tree, implementations, device))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def disagreement(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], dtype: str) -> str:
+    """What the two trees compute differently beyond rounding; empty when nothing."""
+    if {name: t.shape for name, t in before.items()} != {name: t.shape for name, t in after.items()}:
+        return "the outputs differ in shape"
+    for name, was in before.items():
+        error = 0.0 if torch.equal(was, after[name]) else relative_error(after[name].double(), was.double())
+        if not error <= ROUNDING[dtype]:  # a NaN is no agreement
+            return f"{name if name == 'y' else f'the gradient of {name}'} differs by {error:.1e}"
+    return ""
+
+
+@dataclass
+class Pair:
+    """An implementation of a case, on both sides: its median seconds in each sitting, or why it has none."""
+
+    case: Case
+    name: str
+    medians: dict[str, list[float]] = field(default_factory=lambda: {side: [] for side in SIDES})
+    note: str = ""
+    failed: bool = False
+
+    def sit(self, workers: Sequence[Worker], folder: Path, seconds: float) -> None:
+        """Check that both sides compute the same and let them take turns for about so many seconds."""
+        try:
+            before, after = (worker.prepare(self.case, self.name, folder) for worker in workers)
+            self.note = disagreement(before, after, self.case.dtype)
+            turns = {worker.side: worker.seconds for worker in workers}
+            measure(turns, rounds=0, warmup=1, clock=taken)
+            begun = time.monotonic()
+            measure(turns, rounds=0, warmup=1, clock=taken)
+            rounds = int(seconds / (time.monotonic() - begun))
+            rounds = max(ROUNDS[0], min(ROUNDS[1], rounds))
+            for side, seen in measure(turns, rounds=rounds, warmup=0, clock=taken).items():
+                self.medians[side].append(median(seen))
+        except RuntimeError as error:
+            self.fail(str(error))
+
+    def fail(self, note: str) -> None:
+        self.note, self.failed = note, True
+
+    def row(self) -> dict:
+        row = {**self.case.columns(), "implementation": self.name, "note": self.note}
+        if self.failed:
+            return {**row, "verdict": "not timed"}
+        ratio, low, high = speedup(*(self.medians[side] for side in SIDES))
+        row |= {f"{side}_ms": 1e3 * median(self.medians[side]) for side in SIDES}
+        verdict = "faster" if low > 1 else "slower" if high < 1 else "within the noise"
+        return {**row, "speedup": ratio, "low": low, "high": high, "verdict": verdict}
+
+
+def taken(turn: Callable[[], float]) -> float:
+    """A clock that believes the worker."""
+    return turn()
+
+
+def summary(rows: list[dict]) -> str:
+    """A table of the cases that changed or need a word, and how many of each there are."""
+    shown = [row for row in rows if row["verdict"] != "within the noise" or row["note"]]
+    shown.sort(key=lambda row: row.get("speedup", 0.0))
+    verdicts = [row["verdict"] for row in rows]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
+    return f"{table(shown, COLUMNS)}\n\n{counts}" if shown else counts
+
+
+def run(
+    rev: str,
+    cases: Sequence[Case],
+    names: Sequence[str] = ("ffn",),
+    *,
+    device: str = "cpu",
+    budget: float = 60.0,
+    sittings: int = SITTINGS,
+    root: Path = ROOT,
+    implementations: str = "benchmarks.implementations",
+) -> list[dict]:
+    """A row for each case and implementation, in about `budget` seconds; it skips what does not fit.
+
+    Raises:
+        ValueError: there is no such commit, or `root` is no checkout of git.
+    """
+    pairs = [Pair(case, name) for case in cases for name in names]
+    with checked_out(root, rev) as tree, TemporaryDirectory() as folder:
+        for sitting in range(sittings):
+            begun = time.monotonic()
+            with at_work({"before": tree, "after": root}, implementations, device) as workers:
+                todo = [pair for pair in pairs if not pair.failed]
+                for number, pair in enumerate(todo):
+                    left = budget / sittings - (time.monotonic() - begun)
+                    if left < 0 and sitting == 0 and number:  # the other sittings will take as long
+                        pair.fail(f"skipped: the budget of {budget:.0f} s is spent")
+                        continue
+                    print(f"{sitting + 1}/{sittings} {pair.case}, {pair.name}", file=sys.stderr, flush=True)
+                    pair.sit(workers, Path(folder), left / (len(todo) - number))
+    return [pair.row() for pair in pairs]
+
+
+def main(rev: str, cases: Sequence[Case], device: torch.device, budget: float) -> int:
+    """Print what changed, what failed and how many there are of each."""
+    try:
+        rows = run(rev, cases, device=str(device), budget=budget)
+    except ValueError as error:
+        raise SystemExit(f"python -m benchmarks: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("python -m benchmarks --base: stopped before there is a verdict") from None
+    print(summary(rows))
+    return 0
