@@ -21,12 +21,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from benchmarks.models import WRONG, Case, prompt_of, run_case
-from benchmarks.report import RESULTS, arguments, publish
+from benchmarks.report import arguments, publish
 from benchmarks.runner import BASELINE
 from benchmarks.twins import GENERATION, SHAPES, TRAINING, Build
 
@@ -107,12 +106,11 @@ def words(text: str) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = arguments("decoder", __doc__, keeps_rows=False)
+    parser = arguments("decoder", __doc__)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(here))
     parser.add_argument("--dtype", type=words, default=[], help=f"any of {','.join(WRONG)}")
     parser.add_argument("--only", type=words, default=[], help="works, shapes, implementations")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder that keeps the rows")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all cases, roughly")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=128)

@@ -11,7 +11,7 @@ from ffn import atomic
 
 BASELINE, CEILING = "torch", "ceiling"
 WIDTH, DPI = 8.0, 150  # inches; text is sized to be read at 800 pixels
-GREY = "#8a8a8a"
+GREY, LIMIT = "#8a8a8a", "#222222"
 SETTINGS = {
     "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 8.5,
@@ -124,6 +124,13 @@ def legend(names: Iterable[str], styles: dict[str, Style], **options: Any) -> li
     named = {*names}
     looks = {name: dot(style) | {"markersize": 6} for name, style in styles.items() if name in named}
     return [Line2D([], [], label=name, **(look | options)) for name, look in looks.items()]
+
+
+def limit_handle() -> Any:
+    from matplotlib.lines import Line2D
+
+    mark = {"marker": "|", "markersize": 10, "markeredgewidth": 1.6, "linestyle": "none"}
+    return Line2D([], [], color=LIMIT, label="the machine's limit", **mark)
 
 
 def grid(body: Any, count: int, columns: int, **options: Any) -> list[Any]:

@@ -30,15 +30,20 @@ MEANINGS = {
     "low, high": "the 95% bootstrap interval of speedup; where it holds 1, neither is shown to be faster",
     "ms, iqr, rounds": "the median time of one call, its interquartile range, and how often it was timed",
     "tflops": "10¹² floating-point operations a second, those of the matrix products alone",
-    "of_ceiling": "the time of the machine's own limit over this time; 1 is the limit",
+    "of_ceiling": "the time of the machine's limit over this time; 1 is the limit itself",
     "ceiling": "that limit, measured in the same run: the bare matrix products, or reading the weights once",
     "gbs": "10⁹ bytes a second of a copy, read and written",
     "saved_per_token": "bytes that one token keeps in memory from the forward to the backward pass",
-    "peak_MB": "the most memory held at once, 10⁶ bytes",
+    "peak_MB": "the most memory that a call holds beyond what was there before, 10⁶ bytes",
+    "host_ms": "the time of one call when many are sent off in a row: what the host needs",
     "error": "distance from the same block in float64, relative (Frobenius norm); what is wrong is not timed",
     "setup_s": "seconds before the first timed call: building and compiling",
     "tokens_per_s": "tokens a second of a whole model",
-    "mfu": "model FLOP utilisation: the share of the measured ceiling that the model's arithmetic reaches",
+    "over_transformers": "times as fast as transformers' own model in the same rounds",
+    "ceiling_tflops": "tflops of the bare matrix products of the same model, measured in the same rounds",
+    "mfu": "model FLOP utilisation: tflops over ceiling_tflops",
+    "saved_MB": "what a forward pass keeps for the backward pass, 10⁶ bytes",
+    "saved_ratio": "that over what plain torch keeps; below 1 is leaner",
     "ttft_ms": "time to the first generated token",
     "note": "the version or backend; where there is no time, why",
 }
@@ -125,7 +130,7 @@ def machines(rows: list[dict]) -> Iterator[str]:
     """Each machine and commit that rows are from; the versions that timed rows note."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        stamp = tuple((key, cell(row.get(key))) for key in STAMP[:-1] if row.get(key) is not None)
+        stamp = tuple((key, cell(row.get(key))) for key in STAMP[:-1] if row.get(key) not in (None, ""))
         found.setdefault(stamp, []).append(row)
     for stamp, some in found.items():
         times = sorted(str(row["time"]) for row in some if "time" in row)

@@ -13,6 +13,7 @@ from benchmarks.look import (
     BASELINE,
     CEILING,
     GREY,
+    LIMIT,
     SETTINGS,
     Picture,
     Pictures,
@@ -21,6 +22,7 @@ from benchmarks.look import (
     fixed_ticks,
     grid,
     legend,
+    limit_handle,
     plain_ticks,
     save,
     sheet,
@@ -67,18 +69,24 @@ def with_dropout(p: float) -> str:
 
 def bars(rows: list[dict], styles: Styles) -> Pictures:
     """Speed over plain torch with its interval, a line a shape."""
-    rivals = [
-        row for row in rows if row["implementation"] not in (BASELINE, CEILING) and positive(row, "speedup")
-    ]
-    for (work, dtype, dropout), some in split(rivals, "work", "dtype", "dropout").items():
+    compared = [row for row in rows if row["implementation"] != BASELINE and positive(row, "speedup")]
+    for (work, dtype, dropout), some in split(compared, "work", "dtype", "dropout").items():
+        rivals = [row for row in some if row["implementation"] != CEILING]
+        if not rivals:
+            continue
         names = {row["implementation"] for row in some}
         what = f"{work}, {dtype}{with_dropout(dropout)}"
         hint = "Times as fast as plain torch (line at 1): further right is faster. Whiskers: 95% interval."
-        cases = list(split(some, "block", "tokens"))
+        handles = legend(names, styles)
+        if CEILING in names:
+            handles.append(limit_handle())
+        cases = list(split(rivals, "block", "tokens"))
         height = 0.75 + (0.13 + 0.045 * len(names)) * len(cases)
-        figure, body = sheet(f"Speed of the feed-forward block: {what}", hint, legend(names, styles), height)
+        figure, body = sheet(f"Speed of the feed-forward block: {what}", hint, handles, height)
         panel = body.subplots()
-        speeds(panel, some, cases, {name: style for name, style in styles.items() if name in names})
+        scale(panel, some)
+        speeds(panel, some, cases, styles)
+        in_figures(panel, [row for row in rivals if styles[row["implementation"]].ours], cases)
         shapes(panel, cases)
         caption = (
             f"Speed over plain torch modules by block and tokens ({what}): right of 1 is faster, whiskers "
@@ -87,33 +95,43 @@ def bars(rows: list[dict], styles: Styles) -> Pictures:
         yield Picture(f"bars-{work}-{dtype}" + (f"-dropout{dropout:g}" if dropout else ""), figure, caption)
 
 
-def speeds(panel: Any, rows: list[dict], cases: list[tuple[str, int]], styles: Styles) -> None:
-    """A dot and a whisker a row, side by side in the line of their case; at the right our best in figures."""
+def scale(panel: Any, rows: list[dict]) -> None:
+    """The horizontal axis, from the lowest end of a whisker to the highest."""
     ends = [1.0, *(row[key] for row in rows for key in ("speedup", "low", "high") if positive(row, key))]
-    left, right = min(ends) / 1.1, max(ends) * 1.1
-    panel.set(xscale="log", xlim=(left, right), xlabel="speed over plain torch")
+    panel.set(xscale="log", xlim=(min(ends) / 1.1, max(ends) * 1.1), xlabel="speed over plain torch")
     plain_ticks(panel.xaxis, most=12, unit="×")
     panel.grid(axis="x")
     panel.axvline(1, color=GREY, linewidth=1.6, zorder=1)
-    lanes = {name: (place + 0.5) / len(styles) * 0.8 - 0.4 for place, name in enumerate(styles)}
+
+
+def speeds(panel: Any, rows: list[dict], cases: list[tuple[str, int]], styles: Styles) -> None:
+    """A dot and a whisker a row, side by side in the line of their case; the machine's limit across it."""
+    left, right = panel.get_xlim()
+    names = [name for name in styles if any(name == row["implementation"] for row in rows)]
     for row in rows:
-        style = styles[row["implementation"]]
-        y = cases.index((row["block"], row["tokens"])) + lanes[row["implementation"]]
+        if (row["block"], row["tokens"]) not in cases:
+            continue
+        line, name = cases.index((row["block"], row["tokens"])), row["implementation"]
+        if name == CEILING:
+            panel.plot([row["speedup"]] * 2, (line - 0.42, line + 0.42), color=LIMIT, linewidth=1.6, zorder=2)
+            continue
+        style = styles[name]
+        y = line + (names.index(name) + 0.5) / len(names) * 0.8 - 0.4
         # An end that is no number may lie anywhere: the whisker runs to the edge.
         low, high = number(row, "low"), number(row, "high")
         span = (left if low is None else max(low, left), right if high is None else high)
         panel.plot(span, (y, y), color=style.colour, linewidth=1.2, alpha=0.6, zorder=2)
         panel.plot(row["speedup"], y, **dot(style), zorder=4 if style.ours else 3)
-    outside = {"transform": panel.get_yaxis_transform(), "va": "center", "color": "#222222"}
-    best: dict[tuple[str, int], float] = {}
-    for row in rows:
-        if styles[row["implementation"]].ours:
-            case = row["block"], row["tokens"]
-            best[case] = max(row["speedup"], best.get(case, 0))
-    for case, ratio in best.items():
-        panel.text(1.01, cases.index(case), f"{ratio:.2f}×", weight="bold", size=8, **outside)
-    if best:
-        panel.text(1.01, -0.85, "our best", size=7, **outside)
+
+
+def in_figures(panel: Any, ours: list[dict], cases: list[tuple[str, int]]) -> None:
+    """At the right of each line the best of ours."""
+    look = {"transform": panel.get_yaxis_transform(), "va": "center", "color": "#222222"}
+    for case, some in split(ours, "block", "tokens").items():
+        best = max(row["speedup"] for row in some)
+        panel.text(1.01, cases.index(case), f"{best:.2f}×", weight="bold", size=8, **look)
+    if ours:
+        panel.text(1.01, 1.01, "our best", size=7, color="#222222", transform=panel.transAxes, va="bottom")
 
 
 def shapes(panel: Any, cases: list[tuple[str, int]]) -> None:
@@ -225,21 +243,23 @@ def decoder(rows: list[dict], styles: Styles) -> Pictures:
     panels = split([{"batch": "?", "dropout": 0.0} | row for row in rows], *MODEL)
     if not panels:
         return
-    most = max(len(part) for part in panels.values())
+    counts = [len(part) for part in panels.values()]
+    tall = [max(counts[at : at + 2]) for at in range(0, len(counts), 2)]  # bars in each row of panels
     hint = "Tokens a second: longer is faster. In brackets, times the speed of the plain-torch twin."
-    height = (0.45 + 0.22 * most) * math.ceil(len(panels) / 2)
+    height = sum(0.6 + 0.21 * bars for bars in tall)
     figure, body = sheet("Whole models: tokens a second", hint, [], height)
-    places = grid(body, len(panels), 2)
-    for panel, ((work, shape, batch, dtype, dropout), part) in zip(places, panels.items(), strict=True):
+    places = grid(body, len(panels), 2, height_ratios=tall)
+    for at, ((work, shape, batch, dtype, dropout), part) in enumerate(panels.items()):
+        panel = places[at]
         longest = max(row["tokens_per_s"] for row in part)
         for y, row in enumerate(part):
             style, speed = styles[row["implementation"]], row["tokens_per_s"]
             panel.barh(y, speed, color=style.colour, height=0.68)
             ratio = f"  ({row['speedup']:.2f}×)" if positive(row, "speedup") else ""
             panel.text(speed + longest / 50, y, short(speed) + ratio, **words_of(style))
-        panel.set_title(f"{shape}: {work}, batch {batch}, {dtype}{with_dropout(dropout or 0)}")
+        panel.set_title(f"{shape}: {work}\nbatch {batch}, {dtype}{with_dropout(dropout or 0)}")
         panel.set_yticks(range(len(part)), [row["implementation"] for row in part])
-        panel.set(xlim=(0, longest * 1.5), ylim=(most - 0.4, -0.6))
+        panel.set(xlim=(0, longest * 1.5), ylim=(tall[at // 2] - 0.4, -0.6))
         without_axis(panel)
     caption = "Tokens a second of whole models, training steps and generation, by implementation."
     yield Picture("decoder", figure, caption)

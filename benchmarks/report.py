@@ -79,7 +79,7 @@ def arguments(name: str, description: str | None, *, keeps_rows: bool = True) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if keeps_rows:
-        parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that keeps the rows")
+        parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the rows")
     return parser
 
 

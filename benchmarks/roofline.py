@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from benchmarks.cases import BLOCKS, Case
-from benchmarks.look import CEILING, Picture, Pictures, Style, dot, legend, plain_ticks, sheet, short
+from benchmarks.look import CEILING, LIMIT, Picture, Pictures, Style, dot, legend, plain_ticks, sheet, short
 from benchmarks.rows import positive, split
 
 
@@ -34,7 +34,9 @@ def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
             if case.work == "inference":
                 look |= {"markerfacecolor": "white", "markeredgecolor": style.colour, "markeredgewidth": 1}
             panel.plot(intensity(case), row["tflops"] * scale, **look)
-        panel.margins(0.08, 0.12)
+        panel.set_xlim(around([intensity(case) for case in cases], 30))
+        heights = [row["tflops"] * scale for row in points] + ([peak * scale] if peak else [])
+        panel.set_ylim(around(heights, 10))
         roofs(panel, peak and peak * scale, bandwidth and bandwidth * scale / 1e3, unit)
         ground(panel, cases)
         plain_ticks(panel.xaxis)
@@ -54,13 +56,19 @@ def intensity(case: Case) -> float:
     return case.flops / (passes * elements * case.element.itemsize)
 
 
+def around(values: list[float], least: float) -> tuple[float, float]:
+    """The ends of a logarithmic axis that holds these, the one at least so many times the other."""
+    room = max(1.5, math.sqrt(least * min(values) / max(values)))
+    return min(values) / room, max(values) * room
+
+
 def roofs(panel: Any, peak: float | None, slope: float | None, unit: str) -> None:
     """The limit of arithmetic, and that of memory in FLOP/s over FLOP a byte, where they were measured."""
     from matplotlib.patheffects import withStroke
 
     left, right = panel.get_xlim()
     ridge = min(max(peak / slope, left), right) if peak and slope else (right if slope else left)
-    look = {"color": "#333333", "linewidth": 1.6, "zorder": 2}
+    look = {"color": LIMIT, "linewidth": 1.6, "zorder": 2}
     words = {"zorder": 5, "size": 8, "path_effects": [withStroke(linewidth=3, foreground="white")]}
     if slope and ridge > left:
         panel.plot((left, ridge), (left * slope, ridge * slope), **look)

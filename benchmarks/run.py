@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.cases import DTYPES, Case
 from benchmarks.implementations import IMPLEMENTATIONS
-from benchmarks.report import RESULTS, arguments, keep, newest, read, table
+from benchmarks.report import arguments, keep, newest, read, table
 from benchmarks.runner import run_case
 from benchmarks.suites import SUITES, Job, narrowed, toy
 
@@ -33,12 +33,11 @@ RESERVE = 6.0  # seconds of the budget for the pictures
 
 
 def options_of(suite: str, argv: list[str]) -> argparse.Namespace:
-    parser = arguments(suite, __doc__, keeps_rows=False)
+    parser = arguments(suite, __doc__)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if suite == "gpu" else here)
     parser.add_argument("--dtype", type=words, default=list(DTYPES), help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--only", type=words, default=[], help="blocks and implementations, with commas")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of rows, pictures and page")
     parser.add_argument("--budget", type=float, default=BUDGETS[suite], help="seconds for all of it")
     parser.add_argument("--base", metavar="REV", help="compare ffn with this commit's instead")
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)  # one job, in a process of its own

@@ -117,4 +117,4 @@ def main(argv: list[str]) -> None:
         run_baseline(text, options.steps, options.seed),
         run_ffn(options.text.resolve(), text, options.ffn),
     ]
-    publish("shakespeare", rows, COLUMNS, options.results)
+    publish("shakespeare", rows, COLUMNS, options.out)

@@ -228,6 +228,6 @@ def main(argv: list[str]) -> None:
         key = case.key(capability)
         table[key], row = tune_case(case, device, capability, options.rounds)
         rows.append(row)
-        keep("tune", [row], options.results)
+        keep("tune", [row], options.out)
         atomic.write_file(options.table, tilings.to_json(table))
     print(report.table(rows, COLUMNS))

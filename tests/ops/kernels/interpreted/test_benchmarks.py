@@ -1,11 +1,16 @@
 """The benchmarks that need kernels run in the interpreter, at toy sizes; their times mean nothing there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu, tune
+from benchmarks import tune
+from benchmarks.cases import BLOCKS, Case
+from benchmarks.implementations import IMPLEMENTATIONS, always, never, pinned
+from benchmarks.runner import run_case
 from ffn.ops.kernels import tilings
 from ffn.ops.kernels.tilings import Tiling
 
@@ -20,7 +25,7 @@ def test_tune_writes_what_choose_reads(gated: bool, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tune, "CANDIDATES", {way: [TILING, unable] for way in tune.CANDIDATES})
     table = tmp_path / "tilings.json"
     table.write_text('{"another device": null}\n')
-    words = f"--device cpu --tokens 16 --rounds 1 --table {table} --results {tmp_path}"
+    words = f"--device cpu --tokens 16 --rounds 1 --table {table} --out {tmp_path}"
     tune.main([*words.split(), "--blocks", "toy"])
     written = json.loads(table.read_text())
     form = "gated" if gated else "plain"
@@ -39,10 +44,14 @@ def test_tune_writes_what_choose_reads(gated: bool, tmp_path: Path, monkeypatch:
     assert found in (None, TILING)
 
 
-def test_ffn_runs_on_its_kernels_beside_torch(tmp_path: Path) -> None:
-    words = f"--device cpu --backend triton --cases qwen-8192 decode-1 --rounds 1 --results {tmp_path}"
-    gpu.main([*words.split(), "--implementations", "torch", "ffn fused"])
-    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
-    ours = [row for row in rows if row["implementation"] == "ffn fused"]
-    assert [row["note"] for row in ours] == ["backend triton"] * 2
-    assert all(row["error"] <= gpu.WRONG for row in ours)
+@pytest.mark.parametrize("choose", [always, never], ids=["fused", "unfused"])
+@pytest.mark.parametrize("work", ["training", "inference"])
+def test_ffn_runs_on_its_kernels_beside_torch(work: str, choose) -> None:
+    block = replace(BLOCKS["qwen2.5-0.5b"], dim=64, hidden_dim=128)
+    case = Case(block, 32 if work == "training" else 1, "bfloat16", work)
+    builders = {name: IMPLEMENTATIONS[name] for name in ("torch", "ffn triton")}
+    with pinned(choose):
+        rows = run_case(case, builders, torch.device("cpu"), seconds=0.0)
+    (ours,) = (row for row in rows if row["implementation"] == "ffn triton")
+    assert ours["note"] == "backend triton"
+    assert ours["ms"] > 0
