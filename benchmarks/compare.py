@@ -3,8 +3,8 @@
 python -m benchmarks compare A.jsonl B.jsonl
 
 A case is compared by its speedup over the baseline of its own run, for times of different hours cannot be;
-the newest row of each case counts, from the machine that a file's last row is from. It
-changed where the two 95% intervals do not meet.
+the newest row of each case counts, from the machine that a file's last row is from. It changed where the two
+95% intervals do not meet.
 """
 
 import json

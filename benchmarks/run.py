@@ -62,8 +62,13 @@ def main(suite: str, argv: list[str]) -> None:
     if options.base:
         from benchmarks import base
 
-        cases = tuple(dict.fromkeys(case for job in jobs for case in job.cases))
-        raise SystemExit(base.main(options.base, cases, torch.device(options.device), options.budget))
+        cases = list(dict.fromkeys(case for job in jobs for case in job.cases))
+        names = [name for name in options.only if name in IMPLEMENTATIONS] or ["ffn"]
+        try:
+            base.run(options.base, cases, names, device=options.device, budget=options.budget)
+        except ValueError as error:
+            raise SystemExit(f"python -m benchmarks {suite}: {error}") from None
+        return
     if options.job is not None:
         jobs = [jobs[options.job]]
     apart = suite == "gpu" and options.job is None

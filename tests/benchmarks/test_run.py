@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run, suites
+from benchmarks import base, run, suites
 from benchmarks.__main__ import main
 from benchmarks.cases import BLOCKS, Case
 from benchmarks.implementations import IMPLEMENTATIONS
@@ -115,6 +115,19 @@ def test_on_a_gpu_each_job_has_a_process_whose_end_costs_only_its_rows(
     rows = rows_of(tmp_path, "gpu")
     assert rows["gpt2", "ffn"]["ms"] > 0
     assert rows[second.cases[0].block.name, "ffn"]["note"] == "skipped: not done in the 16 s it was given"
+
+
+def test_base_compares_the_cases_with_another_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(base, "run", lambda *words, **options: asked.append((words, options)))
+    run.main("ffn", "--device cpu --only minilm,ffn --dtype float32 --base HEAD~3 --budget 9".split())
+    ((rev, cases, names), options) = asked[0]
+    assert (rev, names, options) == ("HEAD~3", ["ffn"], {"device": "cpu", "budget": 9.0})
+    assert len(set(cases)) == len(cases) > 1
+    assert {(case.block.name, case.dtype) for case in cases} == {("minilm", "float32")}
+    with pytest.raises(SystemExit, match="--base nothing wants a commit of"):
+        monkeypatch.undo()
+        run.main("ffn", ["--device", "cpu", "--base", "nothing"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
