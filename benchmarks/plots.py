@@ -89,8 +89,9 @@ def bars(rows: list[dict], styles: Styles) -> Pictures:
         in_figures(panel, [row for row in rivals if styles[row["implementation"]].ours], cases)
         shapes(panel, cases)
         caption = (
-            f"Speed over plain torch modules by block and tokens ({what}): right of 1 is faster, whiskers "
-            "are 95% intervals of the ratio of medians."
+            f"Speed over plain torch modules by block and tokens ({what}): right of 1 is faster; whiskers "
+            "are 95% intervals of the ratio of medians, black marks what bare matrix products (or, of few "
+            "tokens, reading the weights) would reach."
         )
         yield Picture(f"bars-{work}-{dtype}" + (f"-dropout{dropout:g}" if dropout else ""), figure, caption)
 

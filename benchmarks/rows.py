@@ -9,7 +9,9 @@ from benchmarks.cases import BLOCKS, DTYPES, WORKS
 
 def machine(row: dict) -> str:
     """What the row was measured on, in a few words."""
-    where = row.get("gpu") or f"{row.get('cpu', 'unnamed machine')}, {row.get('threads', '?')} threads"
+    threads = row.get("threads", "?")
+    cpu = f"{row.get('cpu', 'unnamed machine')}, {threads} thread{'s' * (threads != 1)}"
+    where = row.get("gpu") or cpu
     return f"{where}, torch {row.get('torch', '?')}"
 
 
