@@ -24,6 +24,7 @@ from functools import partial
 
 import torch
 
+from benchmarks import page
 from benchmarks.models import WRONG, Case, prompt_of, run_case
 from benchmarks.report import arguments, publish
 from benchmarks.runner import BASELINE
@@ -129,3 +130,4 @@ def main(argv: list[str]) -> None:
         run(cases, options.device, rounds=options.rounds, left=lambda: end - time.monotonic(), keep=keep)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the rows of the finished cases are kept") from None
+    page.present("decoder", options.out)

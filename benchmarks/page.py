@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 
+from benchmarks import plots
 from benchmarks.look import is_ours
-from benchmarks.report import cell
+from benchmarks.report import cell, newest, read
 from ffn import atomic
 
 STAMP = ("gpu", "capability", "gpu_bytes", "cpu", "threads", "torch", "cuda", "triton", "commit", "time")
@@ -183,3 +184,15 @@ def table(rows: list[dict]) -> Iterator[str]:
         yield f'<tr class="{" ".join(kinds)}">{"".join(cells)}</tr>'
         before = case
     yield "</tbody></table></div>"
+
+
+def present(suite: str, folder: Path) -> None:
+    """Pictures and report.html of the newest rows in FOLDER/SUITE.jsonl."""
+    rows = newest(read(folder / f"{suite}.jsonl"))
+    try:
+        pictures = plots.draw(rows, folder, suite)
+    except ImportError as error:
+        print(f"no pictures: {error}")
+        pictures = []
+    write(rows, pictures, folder / "report.html", f"ffn: the suite {suite}")
+    print(f"{folder / 'report.html'} shows it all")

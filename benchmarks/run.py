@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import page
 from benchmarks.cases import DTYPES, Case
 from benchmarks.implementations import IMPLEMENTATIONS
-from benchmarks.report import arguments, keep, newest, read, table
+from benchmarks.report import arguments, keep, read, table
 from benchmarks.runner import run_case
 from benchmarks.suites import SUITES, Job, narrowed, toy
 
@@ -86,7 +87,7 @@ def main(suite: str, argv: list[str]) -> None:
         print(f"\nstopped: {len(rows)} rows are in {options.out / suite}.jsonl", file=sys.stderr)
     if options.job is None and rows:
         print(f"\n{table(rows, COLUMNS)}\n\n{time.monotonic() - begun:.0f} s", flush=True)
-        present(suite, options.out)
+        page.present(suite, options.out)
 
 
 def all_rows(
@@ -176,17 +177,3 @@ def missing(job: Job, cases: tuple[Case, ...], rows: list[dict], why: str) -> li
     done = {key(row) for row in rows}
     wanted = [case.columns() | {"implementation": name} for case in cases for name in job.names]
     return [row | {"note": why} for row in wanted if key(row) not in done]
-
-
-def present(suite: str, folder: Path) -> None:
-    """Pictures and report.html of the newest rows in FOLDER/SUITE.jsonl."""
-    from benchmarks import page, plots
-
-    rows = newest(read(folder / f"{suite}.jsonl"))
-    try:
-        pictures = plots.draw(rows, folder, suite)
-    except ImportError as error:
-        print(f"no pictures: {error}")
-        pictures = []
-    page.write(rows, pictures, folder / "report.html", f"ffn: the suite {suite}")
-    print(f"{folder / 'report.html'} shows it all")

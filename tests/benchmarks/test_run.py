@@ -120,13 +120,15 @@ def test_on_a_gpu_each_job_has_a_process_whose_end_costs_only_its_rows(
 def test_base_compares_the_cases_with_another_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(base, "run", lambda *words, **options: asked.append((words, options)))
-    run.main("ffn", "--device cpu --only minilm,ffn --dtype float32 --base HEAD~3 --budget 9".split())
-    ((rev, cases, names), options) = asked[0]
-    assert (rev, names, options) == ("HEAD~3", ["ffn"], {"device": "cpu", "budget": 9.0})
+    rev = "HEAD~3"
+    words = f"--device cpu --only minilm,ffn --dtype float32 --base {rev} --budget 9"
+    run.main("ffn", words.split())
+    ((asked_rev, cases, names), options) = asked[0]
+    assert (asked_rev, names, options) == (rev, ["ffn"], {"device": "cpu", "budget": 9.0})
     assert len(set(cases)) == len(cases) > 1
     assert {(case.block.name, case.dtype) for case in cases} == {("minilm", "float32")}
+    monkeypatch.undo()
     with pytest.raises(SystemExit, match="--base nothing wants a commit of"):
-        monkeypatch.undo()
         run.main("ffn", ["--device", "cpu", "--base", "nothing"])
 
 
