@@ -7,7 +7,8 @@ code of the working tree, each over its own tree's `ffn`; they take turns, one a
 shuffled anew each round, so that a slow minute falls on both. Where a process happens to lie in memory moves
 its times by up to a third, for as long as it lives: so there are several sittings, each with new processes,
 and what counts is each sitting's median. `speedup` is of the working tree over the commit, with its 95%
-bootstrap interval over the sittings. A case changed where that excludes 1.
+bootstrap interval over the sittings. A case changed where that excludes 1. The working tree is read anew in
+each sitting: leave it alone meanwhile.
 """
 
 import json
@@ -32,15 +33,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("before", "after")  # the commit, the working tree
 ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # how far two right ways may lie apart
 SITTINGS = 8  # with 8 the interval of an unchanged case excludes 1 in one of twenty, with 3 in one of four
-ROUNDS = (3, 20)  # the least and the most of a sitting
+ROUNDS = (2, 20)  # the least and the most of a sitting
 VERDICTS = ("faster", "slower", "within the noise", "not timed")
 COLUMNS = ["block", "tokens", "dtype", "work", "dropout", "implementation"]
 COLUMNS += ["before_ms", "after_ms", "speedup", "low", "high", "verdict", "note"]
 
 
-def git(root: Path, *words: str) -> str:
+def git(root: Path, *words: str, check: bool = True) -> str:
     command = ["git", "-C", os.fspath(root), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=check).stdout.strip()
 
 
 @contextmanager
@@ -63,17 +64,7 @@ def checked_out(root: Path, rev: str) -> Iterator[Path]:
             git(root, "worktree", "add", "--detach", os.fspath(tree), commit)
             yield tree
         finally:  # forced twice: half made, it is still locked
-            remove = [
-                "git",
-                "-C",
-                os.fspath(root),
-                "worktree",
-                "remove",
-                "--force",
-                "--force",
-                os.fspath(tree),
-            ]
-            subprocess.run(remove, capture_output=True)
+            git(root, "worktree", "remove", "--force", "--force", os.fspath(tree), check=False)
 
 
 # Whether glibc gives freed memory back to the system, to be faulted in again by the next call, depends on the
@@ -81,30 +72,22 @@ def checked_out(root: Path, rev: str) -> Iterator[Path]:
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
 
 
-class Worker:
-    """A process of `benchmarks.worker` over one tree's `ffn`, started anew when it has died.
+class Failure(RuntimeError):
+    """What was asked of a worker failed there."""
 
-    What it is asked for raises RuntimeError when that fails there.
-    """
+
+class Worker:
+    """A process of `benchmarks.worker` over one tree's `ffn`, started anew when it has died."""
 
     def __init__(self, side: str, root: Path, implementations: str, device: str):
         self.side = side
-        # -P: not the current folder, but what PYTHONPATH and the worker's own first line say
-        self.command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "benchmarks.worker",
-            os.fspath(root),
-            implementations,
-            device,
-        ]
+        self.words = (os.fspath(root), implementations, device)
         self.start()
 
     def start(self) -> None:
         path = os.pathsep.join(filter(None, [os.fspath(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            self.command,
+            [sys.executable, "-P", "-m", "benchmarks.worker", *self.words],  # -P: `ffn` is not the folder's
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -120,10 +103,10 @@ class Worker:
             pass  # it is dead, so there is no answer either
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.side}: the process ended with code {self.process.wait()}")
+            raise Failure(f"{self.side}: the process ended with code {self.process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise RuntimeError(f"{self.side}: {answer['error']}")
+            raise Failure(f"{self.side}: {answer['error']}")
         return answer["answer"]
 
     def prepare(self, case: Case, name: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -158,10 +141,11 @@ def at_work(trees: dict[str, Path], implementations: str, device: str) -> Iterat
 
 def disagreement(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], dtype: str) -> str:
     """What the two trees compute differently beyond rounding; empty when nothing."""
-    if {name: t.shape for name, t in before.items()} != {name: t.shape for name, t in after.items()}:
-        return "the outputs differ in shape"
-    for name, was in before.items():
-        error = 0.0 if torch.equal(was, after[name]) else relative_error(after[name].double(), was.double())
+    was, now = ({name: (t.shape, t.dtype) for name, t in side.items()} for side in (before, after))
+    if was != now:
+        return "the outputs differ in shape or dtype"
+    for name, old in before.items():
+        error = 0.0 if torch.equal(old, after[name]) else relative_error(after[name].double(), old.double())
         if not error <= ROUNDING[dtype]:  # a NaN is no agreement
             return f"{name if name == 'y' else f'the gradient of {name}'} differs by {error:.1e}"
     return ""
@@ -183,14 +167,13 @@ class Pair:
             before, after = (worker.prepare(self.case, self.name, folder) for worker in workers)
             self.note = disagreement(before, after, self.case.dtype)
             turns = {worker.side: worker.seconds for worker in workers}
-            measure(turns, rounds=0, warmup=1, clock=taken)
             begun = time.monotonic()
             measure(turns, rounds=0, warmup=1, clock=taken)
-            rounds = int(seconds / (time.monotonic() - begun))
+            rounds = int(seconds / max(time.monotonic() - begun, 1e-6))
             rounds = max(ROUNDS[0], min(ROUNDS[1], rounds))
             for side, seen in measure(turns, rounds=rounds, warmup=0, clock=taken).items():
                 self.medians[side].append(median(seen))
-        except RuntimeError as error:
+        except Failure as error:
             self.fail(str(error))
 
     def fail(self, note: str) -> None:
@@ -231,7 +214,7 @@ def run(
     root: Path = ROOT,
     implementations: str = "benchmarks.implementations",
 ) -> list[dict]:
-    """A row for each case and implementation, in about `budget` seconds; it skips what does not fit.
+    """A row for each case and implementation, in about `budget` seconds; what they do not reach is skipped.
 
     Raises:
         ValueError: there is no such commit, or `root` is no checkout of git.
