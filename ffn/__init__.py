@@ -22,7 +22,7 @@ from ffn.checkpoint import load, load_tokenizer
 from ffn.generate import generate
 from ffn.nn import FeedForward, gated_hidden_dim
 from ffn.ops import feed_forward
-from ffn.packing import pack, unpack
+from ffn.packing import pack, packing_error, unpack
 from ffn.transformer import Transformer, TransformerConfig
 
 __all__ = [
@@ -35,5 +35,6 @@ __all__ = [
     "load",
     "load_tokenizer",
     "pack",
+    "packing_error",
     "unpack",
 ]

@@ -1,6 +1,6 @@
 """Attention: the tokens of a sequence look at one another; multi-head or grouped-query, causal or not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -76,10 +76,20 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: "LayerCache | None" = None,
     ) -> Tensor:
-        device, autocast = x.device.type, autocasts(x)
-        if autocast:
-            x = x.to(torch.get_autocast_dtype(device))  # once, rather than in each of the three products
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if autocasts(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, rather than in each of the products
+        return self.mix((self.q_proj(x), self.k_proj(x), self.v_proj(x)), rotary, mask, cache)
+
+    def mix(
+        self,
+        projected: Sequence[Tensor],
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: "LayerCache | None" = None,
+    ) -> Tensor:
+        """What `forward` makes of q_proj(x), k_proj(x) and v_proj(x), (B, T, heads C) each."""
+        dtype, device, autocast = projected[0].dtype, projected[0].device.type, autocasts(projected[0])
+        q, k, v = map(self._heads, projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast norms in float32
         if rotary is not None:
@@ -89,7 +99,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             y_BQTC = self._attend(q, k, v, mask)
-        y = self.o_proj(y_BQTC.transpose(1, 2).flatten(2).to(x.dtype))
+        y = self.o_proj(y_BQTC.transpose(1, 2).flatten(2).to(dtype))
         return ops.dropout(y, self.out_dropout, self.training)
 
     def _heads(self, x: Tensor) -> Tensor:

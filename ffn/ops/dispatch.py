@@ -76,6 +76,22 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and _has_onednn_linear()
 
 
+@cache
+def int8_in_onednn() -> bool:
+    """Whether oneDNN multiplies int8 here by instructions made for it, whose sums do not saturate (VNNI)."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    x, weight = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int64)
+    try:
+        laid_out = torch.ops.onednn.qlinear_prepack.default(weight, None)
+        product = torch.ops.onednn.qlinear_pointwise.default
+        y = product(x, 1.0, 128, laid_out, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    except (AttributeError, RuntimeError):  # private ops of torch, absent from some builds
+        return False
+    return bool((y == 64 * 127 * 127).all())
+
+
 def check_backend(backend: str) -> None:
     """Raise ValueError for a name that is not in BACKENDS."""
     if backend not in BACKENDS:

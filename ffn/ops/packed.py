@@ -7,6 +7,7 @@ that of F.linear.
 """
 
 from ctypes import Array, c_char, sizeof
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +19,17 @@ _TOKENS = 512  # the layout for so many serves one token best, too
 _PROBE = 64  # bytes at either end
 
 # What oneDNN does to a product before writing it, by its names. Its relu would turn NaN into 0.
-_AS_IT_IS = "none", [], ""
-_WITHIN = {"silu": ("swish", [], ""), "gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh"),
-           "sigmoid": ("sigmoid", [], ""), "tanh": ("tanh", [], ""), "identity": _AS_IT_IS}  # fmt: skip
+AS_IT_IS = "none", [], ""
+WITHIN = {"silu": ("swish", [], ""), "gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh"),
+          "sigmoid": ("sigmoid", [], ""), "tanh": ("tanh", [], ""), "identity": AS_IT_IS}  # fmt: skip
 
 
-def why_not(tensor: Tensor) -> str | None:
-    """Why oneDNN cannot take this weight (out, in) in a layout of its own, or this bias; None if it can."""
+def refusal(tensor: Tensor, taker: str, able: bool) -> str | None:
+    """Why `taker` cannot take this weight or bias, where oneDNN is able to or not; None if it can."""
     kind = f"{str(tensor.dtype)[6:]} on {tensor.device.type}"
     if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
-        return f"{kind}; oneDNN packs float32 and bfloat16 on the CPU"
-    if not dispatch.packs(tensor.dtype):
+        return f"{kind}; {taker} float32 and bfloat16 on the CPU"
+    if not able:
         return f"{kind}, which oneDNN does not take on this processor or in this build of torch"
     if tensor.is_inference():
         return "made in inference mode, where writes go uncounted; make it outside"
@@ -41,22 +42,38 @@ class Packed:
     Args:
         tensors: weights (out, in) and biases (out), None among them; each as `why_not` wants it. Biases are
             not copied.
+        joined: whether to make one weight and one bias of them all, for one product; copies the biases too.
 
-    `layouts` holds the copies in their places, `dtype` and `width` what an x (..., width) must have.
+    `layouts` holds the copies in their places, `dtype` and `width` what an x (..., width) must have,
+    `heights` the widths of what comes out.
     """
 
-    def __init__(self, tensors: tuple[Tensor | None, ...]):
+    what = "products in oneDNN, from copies of the weights in its own layout"
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], joined: bool = False):
         given = [t for t in tensors if t is not None]
         self.tensors = tensors
         self.aliases = [t.detach() for t in given]  # so that no address is given to another
         self.seen = [None if t is None else _glance(t) for t in tensors]
-        self.ends = [end for t in self.aliases if t.ndim == 2 for end in _ends(t)]
+        self.ends = [end for t in self.aliases if joined or t.ndim == 2 for end in _ends(t)]
         self.bytes = [end.raw for end in self.ends]
         self.dtype, self.width = given[0].dtype, given[0].shape[1:]
-        reorder = torch.ops.mkldnn._reorder_linear_weight.default
-        self.layouts = [reorder(t.detach(), _TOKENS) if t is not None and t.ndim == 2 else t for t in tensors]
-        self.product = torch.ops.mkldnn._linear_pointwise.default
-        self.product_times = torch.ops.mkldnn._linear_pointwise.binary
+        self.heights = [t.shape[0] for t in given if t.ndim == 2]
+        if joined:
+            weights, biases = ([t for t in self.aliases if t.ndim == ndim] for ndim in (2, 1))
+            tensors = torch.cat(weights), torch.cat(biases) if biases else None
+        copy = self.copy
+        self.layouts: list[Any] = [copy(t.detach()) if t is not None and t.ndim == 2 else t for t in tensors]
+
+    @staticmethod
+    def why_not(tensor: Tensor) -> str | None:
+        """Why oneDNN cannot lay out this weight (out, in) by itself, or take this bias; None if it can."""
+        return refusal(tensor, "oneDNN packs", dispatch.packs(tensor.dtype))
+
+    @staticmethod
+    def copy(weight: Tensor) -> Any:
+        """The copy of a weight (out, in)."""
+        return torch.ops.mkldnn._reorder_linear_weight.default(weight, _TOKENS)
 
     def are_of(self, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether these are the copies of these tensors as they are now, as far as a glance can tell.
@@ -77,20 +94,21 @@ class Packed:
     def linear(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), for a weight and a bias."""
         weight, bias = self.layouts
-        return self.product(x, weight, bias, *_AS_IT_IS)
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, *AS_IT_IS)
 
     def feed_forward(self, x: Tensor, activation: str) -> Tensor:
         """The block without dropout, (..., D) -> (..., O), for up, down, gate and their biases."""
         up, down, gate, up_bias, down_bias, gate_bias = self.layouts
+        product = torch.ops.mkldnn._linear_pointwise
         name = GATES.get(activation, activation)
-        within = _WITHIN.get(name)
+        within = WITHIN.get(name)
         first, bias = (up, up_bias) if gate is None else (gate, gate_bias)
-        h = self.product(x, first, bias, *(within or _AS_IT_IS))
+        h = product.default(x, first, bias, *(within or AS_IT_IS))
         if within is None:
             h = TABLE[name](h)
         if gate is not None:
-            h = self.product_times(x, h, up, up_bias, "mul")
-        return self.product(h, down, down_bias, *_AS_IT_IS)
+            h = product.binary(x, h, up, up_bias, "mul")
+        return product.default(h, down, down_bias, *AS_IT_IS)
 
 
 def _glance(tensor: Tensor) -> tuple:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ffn.activations import TABLE
 from ffn.ops import dispatch, reference
-from ffn.ops.packed import Packed, why_not
+from ffn.ops.packed import Packed
 from tests.ops.samples import NAMES, draw
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,17 +136,17 @@ def test_an_address_is_not_given_away() -> None:
 )
 def test_what_is_not_packed(weight: Tensor, reason: str) -> None:
     skip_unless_packed(torch.float32)
-    assert str(why_not(weight)).startswith(reason)
-    assert why_not(torch.zeros(64, 64)) is None
+    assert str(Packed.why_not(weight)).startswith(reason)
+    assert Packed.why_not(torch.zeros(64, 64)) is None
 
 
 def test_what_inference_mode_made_is_not_packed() -> None:
     skip_unless_packed(torch.float32)
     with torch.inference_mode():
         weight = torch.zeros(64, 64)
-    assert str(why_not(weight)).startswith("made in inference mode")
+    assert str(Packed.why_not(weight)).startswith("made in inference mode")
 
 
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "packs", lambda dtype: False)
-    assert "does not take on this processor" in str(why_not(torch.zeros(64, 64)))
+    assert "does not take on this processor" in str(Packed.why_not(torch.zeros(64, 64)))

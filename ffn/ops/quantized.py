@@ -1,0 +1,100 @@
+"""Products on the CPU from weights and inputs rounded to int8, and the block made of such products.
+
+    x ~ s q / 127, q = round(127 x / s), s = max |x| of each token;  the same for each row of the weight
+
+A few tokens are bound by reading the weights, of which a fourth is left. Each token is rounded by itself,
+when it comes, so that it does not matter who else is in the batch. Sums are exact, in int32.
+
+Source: Dettmers et al. 2022, section 2 (a scale a token and a row).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ffn.activations import GATES, TABLE
+from ffn.ops import dispatch
+from ffn.ops.packed import AS_IT_IS, WITHIN, Packed, refusal
+
+_WIDEST = (2**31 - 1) // (255 * 127)  # terms of a sum that int32 holds
+_TINY = 1e-35  # what is smaller throughout counts as zero, since 127 / s would be infinite
+_MIDDLE = 128  # inputs are unsigned: for signed ones oneDNN has a loop, a thousand times slower
+_CUT = torch.tensor(_MIDDLE + 0.5, device="cpu")  # conversion to integers cuts off
+_WITHIN = {name: WITHIN[name] for name in ("silu", "gelu", "gelu_tanh", "tanh", "identity")}
+
+
+class Rows(NamedTuple):
+    """A weight (out, in) in oneDNN's layout of int8."""
+
+    values: Tensor
+    scales: Tensor  # (out), of a unit of the weight times a unit of the input, over the token's s
+    zeros: Tensor  # (out)
+
+
+class Quantized(Packed):
+    """Int8 copies of weights that are used together; see `Packed`. Biases stay as they are."""
+
+    what = "int8 products in oneDNN, weights and tokens rounded to 255 steps"
+
+    @staticmethod
+    def why_not(tensor: Tensor) -> str | None:
+        """Why this weight cannot be rounded and used, or this bias; None if it can."""
+        if tensor.ndim == 2 and tensor.shape[1] > _WIDEST:
+            return f"{tensor.shape[1]} wide; int8 sums hold up to {_WIDEST} terms"
+        return refusal(tensor, "int8 products take", dispatch.int8_in_onednn())
+
+    @staticmethod
+    def copy(weight: Tensor) -> Rows:
+        largest = weight.abs().amax(1).float().clamp_min_(_TINY)
+        values = weight.div(largest[:, None]).mul_(127).round_().to(torch.int8)
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        return Rows(torch.ops.onednn.qlinear_prepack.default(values, None), largest / 127**2, zeros)
+
+    def fit(self, x: Tensor) -> bool:
+        return super().fit(x) and x.numel() > 0  # of no tokens oneDNN forgets the shape
+
+    def linear(self, x: Tensor) -> Tensor:
+        weight, bias = self.layouts
+        return _product(*_rounded(x), weight, bias).to(x.dtype)
+
+    def feed_forward(self, x: Tensor, activation: str) -> Tensor:
+        up, down, gate, up_bias, down_bias, gate_bias = self.layouts
+        name = GATES.get(activation, activation)
+        values, largest = _rounded(x)
+        if gate is None:
+            h = _product(values, largest, up, up_bias, name)
+        else:
+            h = _product(values, largest, gate, gate_bias, name).mul_(_product(values, largest, up, up_bias))
+        return _product(*_rounded(h), down, down_bias).to(x.dtype)
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor | float]:
+    """x (..., in) as steps from the middle, uint8, and the largest magnitude of each token (..., 1).
+
+    A NaN or an infinity goes into the latter. A single token's is a number, which oneDNN multiplies with.
+    """
+    x = x.float()
+    if x.numel() == x.shape[-1]:
+        largest = x.abs().amax().item()
+        steps = torch.add(_CUT, x, alpha=127 / largest if largest > _TINY else 0.0)
+    else:
+        largest = x.abs().amax(-1, keepdim=True)
+        steps = torch.addcmul(_CUT, x, largest.clamp_min(_TINY).reciprocal_().mul_(127))
+    return steps.to(torch.uint8), largest
+
+
+def _product(
+    values: Tensor, largest: Tensor | float, weight: Rows, bias: Tensor | None, activation: str = "identity"
+) -> Tensor:
+    """activation(x weight^T + bias), (..., out) in float32."""
+    product = torch.ops.onednn.qlinear_pointwise.default
+    bias = None if bias is None else bias.float()
+    kind = 1.0, 0, torch.float32  # of the output
+    if isinstance(largest, Tensor):
+        y = product(values, 1.0, _MIDDLE, *weight, None, *kind, *AS_IT_IS)
+        y = y.mul_(largest) if bias is None else torch.addcmul(bias, y, largest)
+        return y if activation == "identity" else TABLE[activation](y)
+    within = _WITHIN.get(activation)
+    y = product(values, largest, _MIDDLE, *weight, bias, *kind, *(within or AS_IT_IS))
+    return y if within else TABLE[activation](y)
