@@ -1,16 +1,21 @@
-"""The README's measured tables, written from the rows in ``results/``: the newest of each case.
+"""The README's measured tables and pictures, from the rows in ``results/``: the newest of each case.
 
-python -m benchmarks readme             writes the tables anew; each is found by its first line
+python -m benchmarks readme     writes the tables anew, each found by its first line, and the pictures in docs/
 """
 
 from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from benchmarks import plots, report
 from benchmarks.cases import BLOCKS
 from benchmarks.report import RESULTS, arguments, lines_of, read
 from benchmarks.twins import SHAPES
 from ffn import atomic
 
 README = RESULTS.parents[1] / "README.md"
+PICTURES = ("bars-training-float32", "bars-training-bfloat16", "memory-float32", "roofline-float32")
+PICTURES += ("cost-time-training-float32",)
 DROPOUTS = (0.0, 0.1)
 KINDS = {"gelu": "GELU", "gelu_tanh": "tanh-GELU", "swiglu": "SwiGLU", "geglu_tanh": "GeGLU"}
 
@@ -133,3 +138,8 @@ def rewritten(text: str) -> str:
 def main(argv: list[str]) -> None:
     arguments("readme", __doc__, keeps_rows=False).parse_args(argv)
     atomic.write_file(README, rewritten(README.read_text("utf-8")))
+    with TemporaryDirectory() as folder:
+        plots.draw(report.newest(read(RESULTS / "ffn.jsonl")), Path(folder), "ffn")
+        for name in PICTURES:
+            picture = f"ffn-{name}.png"
+            atomic.write_file(README.parent / "docs" / picture, (Path(folder) / picture).read_bytes())

@@ -67,7 +67,7 @@ def ffn() -> list[Job]:
         Job(cases(of_kind(True), [512], most_flops=bearable), GATED),
         Job(cases(BLOCKS, [1, 16, 512, 2048], work="inference", most_flops=bearable), PACKED, seconds=1.5),
         Job(cases(["gpt2", "qwen2.5-0.5b"], [1, 16, 128, 512, 2048, 8192], most_flops=bearable), OURS),
-        Job(cases(["gpt2", "qwen2.5-0.5b"], [512]), (BASELINE, "torch.compile", "ffn")),
+        Job(cases(["gpt2", "qwen2.5-0.5b"], [512]), (BASELINE, "torch.compile", "torch max-autotune", "ffn")),
     ]
 
 

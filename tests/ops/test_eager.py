@@ -16,7 +16,7 @@ needs_onednn = pytest.mark.skipif(
     reason="torch has no oneDNN here, or its float32 products would round to bfloat16",
 )
 SEED = torch.tensor([11])
-WIDE = {"shape": (64,), "widths": (128, 640, 512), "dtype": torch.float32}  # above eager._WORTH_ONEDNN
+WIDE = {"shape": (128,), "widths": (128, 640, 512), "dtype": torch.float32}  # above eager._WORTH_ONEDNN
 
 
 def force(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
@@ -61,7 +61,7 @@ def test_activate_and_back(name: str, backend) -> None:
 def test_a_linear_is_the_same_in_onednn(bias: bool, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and not dispatch.bfloat16_in_onednn():
         pytest.skip("this processor does not multiply bfloat16")
-    for rows, multiplied in ((2, 0), (128, 1)):
+    for rows, multiplied in ((2, 0), (256, 1)):
         x, weight = torch.randn(rows, 96).to(dtype), torch.randn(400, 96).to(dtype)
         offset = torch.randn(400).to(dtype) if bias else None
         assert (rows * weight.numel() >= eager._WORTH_ONEDNN[torch.float32]) == multiplied
@@ -78,7 +78,7 @@ def test_a_linear_is_the_same_in_onednn(bias: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("save", ["preact", "input"])
 def test_the_float32_route_changes_nothing_but_rounding(monkeypatch, name: str, save: str) -> None:
     arguments = draw(name, **WIDE)
-    dy = torch.randn(64, 512)
+    dy = torch.randn(128, 512)
     results = []
     for onednn in (True, False):
         choice = Choice("eager", "", onednn, onednn)
