@@ -5,9 +5,9 @@ python -m benchmarks decoder --only "training step,tiny"   some works, shapes or
 python -m benchmarks decoder --only generation --dtype float32 --budget 300
 
 Each is first compared with plain torch in float64: `error` is that of the logits and, for training, of the
-gradient of the token table if it is larger; what is generated must be what the float64 model finds likeliest,
-as far as rounding allows. A wrong one is not timed. `speedup` is over plain torch. Times are a person's: by
-the host's clock, until the device is done.
+gradient of the token table or the norm of all other gradients, if larger; what is generated must be what the
+float64 model finds likeliest, as far as rounding allows. A wrong one is not timed. `speedup` is over plain
+torch. Times are a person's: by the host's clock, until the device is done.
 
 A step of training is forward, loss, backward and AdamW, with dropout where nanoGPT has it. `mfu`: the model's
 operations a second (`ffn.cost`: matrix products and causal attention, three times those of a forward) over
@@ -17,7 +17,6 @@ weights anew in each call, `ffn packed` once. `peak_MB` is what a call holds bey
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -25,9 +24,10 @@ from functools import partial
 import torch
 
 from benchmarks import page
+from benchmarks.cases import BASELINE
 from benchmarks.models import WRONG, Case, prompt_of, run_case
-from benchmarks.report import arguments, publish
-from benchmarks.runner import BASELINE
+from benchmarks.report import arguments, progress, table, words
+from benchmarks.report import keep as kept
 from benchmarks.twins import GENERATION, SHAPES, TRAINING, Build
 
 COLUMNS = ["work", "shape", "batch", "dtype", "dropout", "implementation", "ms", "iqr", "rounds"]
@@ -90,20 +90,22 @@ def run(
         left: the seconds that there still are; a case gets its share of them.
     """
     rows: list[dict] = []
-    for i, (case, builders) in enumerate(cases):
-        share = left() / (len(cases) - i)
-        print(f"{i + 1} of {len(cases)}: {case}", file=sys.stderr, flush=True)
-        if share > 0:
-            found = run_case(case, builders, device, rounds if case.training else -(-rounds // 4), share)
-        else:
-            found = [case.columns(name) | {"note": "skipped: the budget is spent"} for name in builders]
-        keep(found)
-        rows += found
+    with progress(sum(effort(case) for case, _ in cases), quiet=False) as advance:
+        for i, (case, builders) in enumerate(cases):
+            advance(0, str(case))
+            share = left() / (len(cases) - i)
+            if share > 0:
+                found = run_case(case, builders, device, rounds if case.training else -(-rounds // 4), share)
+            else:
+                found = [case.columns(name) | {"note": "skipped: the budget is spent"} for name in builders]
+            keep(found)
+            rows += found
+            advance(effort(case), "")
     return rows
 
 
-def words(text: str) -> list[str]:
-    return text.split(",")
+def effort(case: Case) -> float:
+    return 1.0 if case.training else 4.0
 
 
 def main(argv: list[str]) -> None:
@@ -122,12 +124,18 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"python -m benchmarks decoder: {error}") from None
     end = time.monotonic() + options.budget
 
-    def keep(rows: list[dict]) -> None:
-        columns = [column for column in COLUMNS if any(row.get(column) not in (None, "") for row in rows)]
-        publish("decoder", rows, columns, options.out)
+    rows: list[dict] = []
+
+    def keep(found: list[dict]) -> None:
+        kept("decoder", found, options.out)
+        rows.extend(found)
 
     try:
         run(cases, options.device, rounds=options.rounds, left=lambda: end - time.monotonic(), keep=keep)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the rows of the finished cases are kept") from None
-    page.present("decoder", options.out)
+    finally:
+        if rows:
+            columns = [column for column in COLUMNS if any(row.get(column) not in (None, "") for row in rows)]
+            print(table(rows, columns), flush=True)
+            page.present("decoder", options.out)

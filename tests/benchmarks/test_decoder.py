@@ -158,6 +158,15 @@ def test_a_wrong_loss_is_seen_in_the_gradient() -> None:
     assert rows_of(TRAINED, wrong=shifted)["wrong"]["note"] == "wrong, so not timed"
 
 
+def test_inner_gradients_left_out_are_seen() -> None:
+    def frozen(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype) -> Twin:
+        plain = TRAINING["torch"](shape, dropout, weights, dtype)
+        plain.model.blocks[0].mlp.c_fc.weight.requires_grad_(False)
+        return plain
+
+    assert rows_of(TRAINED, wrong=frozen)["wrong"]["note"] == "wrong, so not timed"
+
+
 def test_one_that_drops_nothing_says_so() -> None:
     def lazy(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype) -> Twin:
         return TRAINING["torch"](shape, 0.0, weights, dtype)
@@ -177,6 +186,51 @@ def test_wrong_or_missing_tokens_are_seen() -> None:
     assert rows["other"]["note"] == "wrong, so not timed: did not choose the likeliest tokens"
     assert rows["fewer"]["note"] == "wrong, so not timed: made (2, 4) tokens"
     assert not {"ms", "tokens_per_s"} & (rows["other"].keys() | rows["fewer"].keys())
+
+
+def test_eight_bits_do_not_excuse_unlikely_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "regret", lambda *args: 0.4)
+    int8 = rows_of(GENERATED, **{"ffn int8": TRAINING["torch"]})["ffn int8"]
+    assert int8["note"] == "wrong, so not timed: did not choose the likeliest tokens"
+
+
+@pytest.mark.parametrize("case", [TRAINED, GENERATED], ids=["training", "generation"])
+def test_where_none_is_right_there_are_rows(case: Case) -> None:
+    (row,) = rows_of(case, torch=scaled).values()
+    assert row["note"] == "wrong, so not timed"
+
+
+def broken() -> None:
+    raise RuntimeError("no more")
+
+
+def test_nothing_is_compared_with_what_fails_while_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = []
+
+    def failing(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype) -> Twin:
+        plain = TRAINING["torch"](shape, dropout, weights, dtype)
+        return plain._replace(loss=lambda *tokens: broken() if timing else plain.loss(*tokens))
+
+    def measure(*args, **options) -> dict[str, list[float]]:
+        timing.append(True)
+        return timed(*args, **options)
+
+    timed = models.measure
+    monkeypatch.setattr(models, "measure", measure)
+    rows = rows_of(TRAINED, torch=failing, transformers=failing, ffn=TRAINING["ffn"])
+    for name in ("torch", "transformers"):
+        assert rows[name]["note"] == "failed: RuntimeError: no more"
+        assert "ms" not in rows[name]
+    assert rows["ffn"]["ms"] > 0 < rows["ffn"]["mfu"]
+    assert not {"speedup", "low", "over_transformers"} & rows["ffn"].keys()
+
+
+@pytest.mark.parametrize("found", [lambda *args: (broken, 1), lambda *args: broken()], ids=["run", "set up"])
+def test_without_a_ceiling_nothing_is_said_of_it(monkeypatch: pytest.MonkeyPatch, found) -> None:
+    monkeypatch.setattr(models, "products", found)
+    row = rows_of(TRAINED)["torch"]
+    assert row["ms"] > 0
+    assert not {"mfu", "tflops", "ceiling_tflops"} & row.keys()
 
 
 def test_what_fails_is_a_row() -> None:
@@ -219,6 +273,7 @@ def test_stopping_keeps_the_finished_rows(tmp_path: Path, monkeypatch: pytest.Mo
         run("", tmp_path)
     (row,) = (tmp_path / "decoder.jsonl").read_text().splitlines()
     assert json.loads(row)["implementation"] == "torch"
+    assert (tmp_path / "report.html").exists()
 
 
 def test_a_spent_budget_is_rows(tmp_path: Path) -> None:
