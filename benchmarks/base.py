@@ -235,13 +235,12 @@ def run(
     return [pair.row() for pair in pairs]
 
 
-def main(rev: str, cases: Sequence[Case], device: torch.device, budget: float) -> int:
+def main(rev: str, cases: Sequence[Case], names: Sequence[str], *, device: str, budget: float) -> None:
     """Print what changed, what failed and how many there are of each."""
     try:
-        rows = run(rev, cases, device=str(device), budget=budget)
+        rows = run(rev, cases, names, device=device, budget=budget)
     except ValueError as error:
         raise SystemExit(f"python -m benchmarks: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("python -m benchmarks --base: stopped before there is a verdict") from None
+        raise SystemExit("stopped before there is a verdict") from None
     print(summary(rows))
-    return 0

@@ -4,28 +4,31 @@ python -m benchmarks compare A.jsonl B.jsonl
 
 A case is compared by its speedup over the baseline of its own run, for times of different hours cannot be;
 the newest row of each case counts, from the machine that a file's last row is from. It changed where the two
-95% intervals do not meet.
+95% intervals do not meet and the speedups differ by more than 5%: the intervals are of one process each, and
+where a process happens to lie in memory moves its times for as long as it lives.
 """
 
-import json
 from pathlib import Path
 
-from benchmarks.report import CASE, arguments, newest, table
+from benchmarks.report import CASE, arguments, newest, read, table
 
 COLUMNS = ["before", "after", "change"]
+LEAST_CHANGE = 1.05  # as a ratio, either way
 
 
 def rows_of(file: Path) -> dict[tuple, dict]:
     """The newest row of each case that was timed against a baseline, from the file's last machine.
 
     Raises:
-        ValueError: the file does not hold rows.
+        ValueError: the file is not there or does not hold rows.
     """
     try:
-        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        rows = read(file)
         timed = [row for row in rows if {"speedup", "low", "high"} <= row.keys()]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file}: no rows of a benchmark: {error}") from None
+    if not rows:
+        raise ValueError(f"{file}: no rows of a benchmark")
     return {tuple((key, row[key]) for key in CASE if key in row): row for row in newest(timed)}
 
 
@@ -34,9 +37,12 @@ def changed(before: dict[tuple, dict], after: dict[tuple, dict]) -> list[dict]:
     moved = []
     for case, old in before.items():
         new = after.get(case)
-        if new is not None and (new["low"] > old["high"] or new["high"] < old["low"]):
+        if new is None:
+            continue
+        change = new["speedup"] / old["speedup"]
+        apart = new["low"] > old["high"] or new["high"] < old["low"]
+        if apart and max(change, 1 / change) > LEAST_CHANGE:
             was, now = (f"{row['speedup']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in (old, new))
-            change = new["speedup"] / old["speedup"]
             moved.append({**dict(case), "before": was, "after": now, "change": change})
     return sorted(moved, key=lambda row: row["change"])
 

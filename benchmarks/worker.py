@@ -16,40 +16,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from benchmarks.report import reason
 from benchmarks.timing import Run, clock_of
 
 TURN = 0.02  # seconds
 SAMPLE = 1 << 20  # elements of an output that are compared
-
-
-def drawn(case, device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """(weights, x, dy), the same in every process; the weights as torch.nn.Linear draws its own."""
-    torch.manual_seed(0)
-    block, weights = case.block, {}
-    shapes = {"up_proj": (block.hidden_dim, block.dim), "down_proj": (block.dim, block.hidden_dim)}
-    if block.gated:
-        shapes["gate_proj"] = shapes["up_proj"]
-    with device:
-        for name, (rows, columns) in shapes.items():
-            bound = columns**-0.5
-            weights[f"{name}.weight"] = torch.empty(rows, columns).uniform_(-bound, bound).to(case.element)
-            if block.bias:
-                weights[f"{name}.bias"] = torch.empty(rows).uniform_(-bound, bound).to(case.element)
-        x, dy = (torch.randn(case.tokens, block.dim).to(case.element) for _ in range(2))
-    return weights, x.requires_grad_(case.work == "training"), dy
-
-
-def work(contender, case, x: Tensor, dy: Tensor) -> Tensor:
-    """The output; after training with the gradients left in the parameters and in x."""
-    training = case.work == "training"
-    contender.module.zero_grad(set_to_none=True)
-    x.grad = None
-    with torch.set_grad_enabled(training), contender.setting():
-        with case.autocast(x.device):
-            y = contender.module(x)
-        if training:
-            y.backward(dy.to(y.dtype))
-    return y.detach()
 
 
 def sample(tensor: Tensor) -> Tensor:
@@ -72,19 +43,21 @@ class Bench:
 
         assert Path(ffn.__file__).resolve().is_relative_to(self.root), f"ffn came from {ffn.__file__}"
         from benchmarks.cases import Block, Case
+        from benchmarks.plain import inference, set_up, training
 
         case = Case(**{**case, "block": Block(**case["block"])})
         build = partial(self.build, import_module(self.table).IMPLEMENTATIONS[name])
-        weights, x, dy = drawn(case, self.device)
-        plain = replace(case, dropout=0.0)
-        contender = build(plain, weights)
-        found = {"y": work(contender, plain, x, dy)}
-        if case.work == "training":
+        weights, x, dy = set_up(case, self.device)
+        trains = case.work == "training"
+        work = partial(training, x=x, dy=dy) if trains else partial(inference, x=x)
+        contender = build(replace(case, dropout=0.0), weights)
+        found = {"y": work(case, contender)}
+        if trains:
             found |= {"x": x.grad} | contender.gradients()
         torch.save({of: sample(tensor) for of, tensor in found.items()}, outputs)
         if case.dropout:
             contender = build(case, weights)
-        self.run = partial(work, contender, case, x, dy)
+        self.run = partial(work, case, contender)
         return contender.note
 
     def build(self, builder, case, weights: dict[str, Tensor]):
@@ -112,7 +85,7 @@ def main(root: str, table: str, device: str) -> None:
         try:
             answer = {"answer": getattr(bench, what)(*details)}
         except Exception as error:  # noqa: BLE001 another commit may fail in any way; the row says how
-            answer = {"error": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:120]}
+            answer = {"error": reason(error)}
         print(json.dumps(answer), file=answers)
 
 

@@ -3,6 +3,7 @@
 import random
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ ACTIVATIONS = """
 from types import SimpleNamespace
 
 TABLE = {"gelu": SimpleNamespace(gated=False)}
+GATES = {}
 """
 FFN = """
 import os, random, time
@@ -102,8 +104,22 @@ def test_what_changed_between_two_commits(repository: Path, monkeypatch: pytest.
     assert fatal["note"] == "after: the process ended with code 3"
     assert refused["verdict"] == fatal["verdict"] == "not timed"
     assert only_the_checkout_is_left(repository)
-    *lines, _, counts = base.summary(rows).splitlines()
-    assert counts.endswith("2 not timed")
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, root: Path, rev: str, *tokens: int) -> None:
+    ours = partial(base.run, sittings=2, root=root, implementations="fake_table")
+    monkeypatch.setattr(base, "run", ours)
+    base.main(rev, [Case(BLOCK, n) for n in tokens], ["ffn"], device="cpu", budget=60.0)
+
+
+def test_the_verdict_is_on_stdout(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(base, "ROUNDS", (3, 3))
+    run_main(monkeypatch, repository, "first", SLOWER, REFUSED)
+    *lines, _, counts = capsys.readouterr().out.splitlines()
+    assert counts == "0 faster, 1 slower, 0 within the noise, 1 not timed"
+    assert any("| slower |" in line for line in lines)
     assert any("NotImplementedError: no such block" in line for line in lines)
 
 
@@ -136,11 +152,15 @@ def test_chance_is_seldom_taken_for_a_change_and_a_change_never_for_chance(
     assert verdicts.count(verdict) >= 90
 
 
-def test_a_commit_that_does_not_exist(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_commit_that_does_not_exist(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match=r"^--base nowhere wants a commit of /.*: Needed a single revision$"):
         compared(repository, "nowhere", SAME)
     with pytest.raises(ValueError, match=r"^--base HEAD wants a commit of /.*: not a git repository"):
         compared(tmp_path_factory.mktemp("elsewhere"), "HEAD", SAME)
+    with pytest.raises(SystemExit, match=r"^python -m benchmarks: --base nowhere wants a commit of /.*$"):
+        run_main(monkeypatch, repository, "nowhere", SAME)
 
 
 def test_what_the_budget_does_not_reach_is_skipped(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
@@ -158,7 +178,7 @@ def test_an_interrupt_leaves_nothing_behind(repository: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr(base.Worker, "prepare", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        compared(repository, "first", SAME)
+    with pytest.raises(SystemExit, match=r"^stopped before there is a verdict$"):
+        run_main(monkeypatch, repository, "first", SAME)
     assert only_the_checkout_is_left(repository)
     assert started[0].returncode is not None

@@ -28,6 +28,16 @@ def test_a_change_is_what_intervals_do_not_share(tmp_path: Path, capsys: pytest.
     assert verdict == "1 faster, 1 slower, 1 within the noise; 2 cases are in one file only"
 
 
+def test_a_change_of_less_than_five_percent_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    speedups = {"a": 1.04, "b": 0.96, "c": 1.06, "d": 0.94}
+    before = write(tmp_path / "a.jsonl", *(row(case, 1.0, 0.001) for case in speedups))
+    after = write(tmp_path / "b.jsonl", *(row(case, now, 0.001) for case, now in speedups.items()))
+    main([before, after])
+    *lines, _, verdict = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| d", "| c"]
+    assert verdict.startswith("1 faster, 1 slower, 2 within the noise")
+
+
 def test_the_newest_row_of_a_case_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = write(tmp_path / "a.jsonl", row("x", 9.0), row("x", 1.0, dropout=0.1), row("x", 1.0))
     after = write(tmp_path / "b.jsonl", row("x", 1.0), row("x", 3.0, dropout=0.1), {"case": "x"})
@@ -53,7 +63,10 @@ def test_cases_are_told_apart_by_all_that_rows_say_of_them(
 
 def test_a_file_that_holds_no_rows(tmp_path: Path) -> None:
     good = write(tmp_path / "a.jsonl", row("x", 1.0))
-    (tmp_path / "b.jsonl").write_text("words\n")
-    for bad in (tmp_path / "b.jsonl", tmp_path / "absent.jsonl"):
-        with pytest.raises(SystemExit, match=rf"^python -m benchmarks compare: {bad}: no rows of a "):
+    for name, text in {"words": "words\n", "empty": "", "list": "[1]\n[2]\n"}.items():
+        (tmp_path / name).write_text(text)
+    for bad in (tmp_path / name for name in ("words", "empty", "list", "absent")):
+        with pytest.raises(
+            SystemExit, match=rf"^python -m benchmarks compare: {bad}: no rows of a benchmark"
+        ):
             main([good, str(bad)])
