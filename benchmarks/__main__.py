@@ -3,11 +3,16 @@
 import importlib
 import sys
 
+import benchmarks
+
 SUITES = ("quick", "ffn", "gpu")
 PROGRAMS = ("decoder", "shakespeare", "tune", "readme", "compare")
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(benchmarks.__doc__)
+        return 0
     name = argv[0] if argv and not argv[0].startswith("-") else default()
     rest = argv[1:] if argv[:1] == [name] else argv
     if name in SUITES:

@@ -9,6 +9,7 @@ from ffn import activations
 
 DTYPES = ("float32", "bfloat16", "autocast")  # autocast: float32 weights and input under bfloat16 autocast
 WORKS = ("training", "inference")  # forward and backward; forward alone, without gradients
+BASELINE, CEILING = "torch", "ceiling"  # what all are compared with; the yardstick of the machine
 
 
 @dataclass(frozen=True)

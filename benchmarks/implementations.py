@@ -60,6 +60,10 @@ def build_ffn(case: Case, weights: Weights, *, save: str = "preact", backend: st
 
 def build_pinned(case: Case, weights: Weights, choose: Callable[..., "Tiling | None"]) -> Contender:
     peers.require_gpu(weights)
+    from ffn.ops.kernels import tilings
+
+    known = torch.cuda.get_device_capability()[0] in tilings.DEFAULTS
+    peers.require(known, "has no tiles for this GPU")
     return build_ffn(case, weights)._replace(setting=partial(pinned, choose))
 
 

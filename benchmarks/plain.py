@@ -1,4 +1,4 @@
-"""The block in plain torch modules, and what takes part beside it: the same block, under the same names."""
+"""The block in plain torch modules; what takes part beside it, under the same names; what each is put to."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -90,3 +90,30 @@ def build_compiled(case: Case, weights: Weights, mode: str | None = None) -> Con
     contender = build_torch(case, weights)
     contender.module.compile(dynamic=False, mode=mode)
     return contender
+
+
+def set_up(case: Case, device: torch.device) -> tuple[Weights, Tensor, Tensor]:
+    """(weights, x, dy), the same for all."""
+    torch.manual_seed(0)
+    block = case.block
+    with device:
+        plain = Plain(block.dim, block.hidden_dim, block.activation, 0.0, block.bias)
+        x, dy = torch.randn(2, case.tokens, block.dim).to(case.element).unbind()
+    weights = {name: w.to(case.element) for name, w in plain.state_dict().items()}
+    return weights, x.clone().requires_grad_(case.work == "training"), dy.clone()
+
+
+def training(case: Case, contender: Contender, x: Tensor, dy: Tensor) -> Tensor:
+    """The output, with the gradients left in the parameters and in x."""
+    contender.module.zero_grad(set_to_none=True)
+    x.grad = None
+    with contender.setting():
+        with case.autocast(x.device):
+            y = contender.module(x)
+        y.backward(dy.to(y.dtype))
+    return y.detach()
+
+
+def inference(case: Case, contender: Contender, x: Tensor) -> Tensor:
+    with torch.no_grad(), contender.setting(), case.autocast(x.device):
+        return contender.module(x)

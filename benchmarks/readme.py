@@ -1,6 +1,6 @@
 """The README's measured tables and pictures, from the rows in ``results/``: the newest of each case.
 
-python -m benchmarks readme     writes the tables anew, each found by its first line, and the pictures in docs/
+python -m benchmarks readme     writes the tables anew, each found by its first line, and docs/ffn-*.png
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,8 @@ KINDS = {"gelu": "GELU", "gelu_tanh": "tanh-GELU", "swiglu": "SwiGLU", "geglu_ta
 
 def newest(name: str, keys: tuple[str, ...], **wanted: object) -> dict[tuple, dict]:
     """The last row of each case in results/NAME.jsonl that has the wanted values; cases go by `keys`."""
-    rows = [row for row in read(RESULTS / f"{name}.jsonl") if all(row.get(k) == v for k, v in wanted.items())]
+    timed = [row for row in read(RESULTS / f"{name}.jsonl") if "ms" in row or "seconds" in row]
+    rows = [row for row in report.newest(timed) if all(row.get(k) == v for k, v in wanted.items())]
     return {tuple(row[key] for key in keys): row for row in rows}
 
 
@@ -105,7 +106,9 @@ def of_shakespeare() -> list[str]:
 
 
 def of_generation() -> list[str]:
-    rows = newest("decoder", ("implementation", "dtype", "batch"), work="generation", shape="gpt2")
+    rows = newest(
+        "decoder", ("implementation", "dtype", "batch"), work="generation", shape="gpt2", new_tokens=128
+    )
     header, table = ["tokens a second"], []
     cases = [(dtype, batch) for dtype in ("float32", "bfloat16") for batch in (1, 8)]
     header += [f"{dtype}, batch {batch}" for dtype, batch in cases]

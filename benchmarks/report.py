@@ -5,8 +5,13 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,11 +27,17 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache  # what was measured, however long it took
 def commit() -> str:
-    """The checkout's commit, with a plus where files differ from it; empty outside a checkout."""
-    git = ["git", "-C", os.fspath(RESULTS.parent), "describe", "--always", "--dirty=+", "--abbrev=10"]
+    """The checkout's commit, with a plus where code differs from it; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", os.fspath(RESULTS.parents[1]), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "-uno", "--", "ffn", "benchmarks", ":!benchmarks/results")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -102,14 +113,67 @@ def keep(name: str, rows: list[dict], folder: Path) -> None:
 
 def read(file: Path) -> list[dict]:
     """The rows of a file; none where it is not there."""
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    rows = []
+    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+        with suppress(json.JSONDecodeError):  # half a line, of one that was killed
+            rows.append(json.loads(line))
+    return rows
 
 
-CASE = ("block", "shape", "case", "batch", "tokens", "dtype", "mode", "dropout", "work", "implementation")
-MACHINE = ("cpu", "gpu", "threads", "torch")
+CASE = (
+    "block",
+    "shape",
+    "case",
+    "batch",
+    "tokens",
+    "new_tokens",
+    "dtype",
+    "dropout",
+    "work",
+    "implementation",
+)
+MACHINE = ("cpu", "gpu", "device", "threads", "torch")
 
 
 def newest(rows: list[dict]) -> list[dict]:
     """The last row of each case and implementation, from the machine that the last row of all is from."""
     here = [row for row in rows if all(row.get(key) == rows[-1].get(key) for key in MACHINE)]
     return list({tuple(row.get(key) for key in CASE): row for row in here}.values())
+
+
+def reason(error: BaseException) -> str:
+    """One line for a row."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return "out of memory"
+    return str(error) if type(error) is ValueError else text
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+class progress:
+    """A bar with the time left, through tqdm where it is installed; without it, a line now and then."""
+
+    def __init__(self, total: float, quiet: bool = False):
+        self.bar, self.quiet = None, quiet
+        if not quiet and find_spec("tqdm") is not None:
+            from tqdm import tqdm
+
+            shape = "{l_bar}{bar}| {elapsed} of about {remaining} more  {postfix}"
+            self.bar = tqdm(total=1.0001 * total, bar_format=shape, leave=False)
+
+    def __enter__(self) -> Callable[[float, str], None]:
+        return self.advance
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, done: float, now: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(now, refresh=True)
+            self.bar.update(done)
+        elif now and not self.quiet:
+            print(now, file=sys.stderr, flush=True)

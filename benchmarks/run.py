@@ -5,7 +5,7 @@ python -m benchmarks ffn --dtype float32 --only gpt2,timm --out DIR --budget 600
 python -m benchmarks ffn --only gpt2 --base REV    this tree beside another commit, in turn
 python -m benchmarks gpu --device cpu              a dry run at toy sizes, which shows only that all runs
 
-Ctrl-C keeps what is done. On a GPU each job has a process of its own, which may fail without the others.
+Ctrl-C keeps what is done. Each job of the suite gpu has a process, which may fail without the others.
 """
 
 import argparse
@@ -13,9 +13,8 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,13 +22,14 @@ import torch
 from benchmarks import page
 from benchmarks.cases import DTYPES, Case
 from benchmarks.implementations import IMPLEMENTATIONS
-from benchmarks.report import arguments, keep, read, table
+from benchmarks.report import arguments, commit, keep, progress, read, table, words
 from benchmarks.runner import run_case
 from benchmarks.suites import SUITES, Job, narrowed, toy
 
 BUDGETS = {"quick": 60.0, "ffn": 1800.0, "gpu": 500.0}  # seconds
 COLUMNS = ["block", "tokens", "dtype", "work", "dropout", "implementation", "ms", "speedup", "low", "high"]
 COLUMNS += ["of_ceiling", "saved_per_token", "peak_MB", "error", "setup_s", "note"]
+BEARABLE = 3.5e11  # operations a call on a CPU: a second or two on two cores
 RESERVE = 6.0  # seconds of the budget for the pictures
 
 
@@ -39,21 +39,21 @@ def options_of(suite: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if suite == "gpu" else here)
     parser.add_argument("--dtype", type=words, default=list(DTYPES), help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--only", type=words, default=[], help="blocks and implementations, with commas")
-    parser.add_argument("--budget", type=float, default=BUDGETS[suite], help="seconds for all of it")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGETS[suite], help="seconds, %(default)s if not given"
+    )
     parser.add_argument("--base", metavar="REV", help="compare ffn with this commit's instead")
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)  # one job, in a process of its own
     options = parser.parse_args(argv)
+    options.out = options.out.resolve()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --device cpu makes a dry run")
     return options
 
 
-def words(text: str) -> list[str]:
-    return text.split(",")
-
-
 def main(suite: str, argv: list[str]) -> None:
     options, begun = options_of(suite, argv), time.monotonic()
+    commit()  # as it is now, not when the rows are written
     try:
         jobs = narrowed(SUITES[suite](), options.dtype, options.only)
     except ValueError as error:
@@ -65,10 +65,7 @@ def main(suite: str, argv: list[str]) -> None:
 
         cases = list(dict.fromkeys(case for job in jobs for case in job.cases))
         names = [name for name in options.only if name in IMPLEMENTATIONS] or ["ffn"]
-        try:
-            base.run(options.base, cases, names, device=options.device, budget=options.budget)
-        except ValueError as error:
-            raise SystemExit(f"python -m benchmarks {suite}: {error}") from None
+        base.main(options.base, cases, names, device=options.device, budget=options.budget)
         return
     if options.job is not None:
         jobs = [jobs[options.job]]
@@ -79,73 +76,56 @@ def main(suite: str, argv: list[str]) -> None:
     def left() -> float:
         return options.budget - RESERVE - (time.monotonic() - begun)
 
-    rows: list[dict] = []
+    file = options.out / f"{suite}.jsonl"
+    before = len(read(file))
+    stopped = False
     try:
-        for found in all_rows(suite, jobs, options, left, apart):
-            rows += found
+        run_all(suite, jobs, options, left, apart)
     except KeyboardInterrupt:
-        print(f"\nstopped: {len(rows)} rows are in {options.out / suite}.jsonl", file=sys.stderr)
+        stopped = True
+    rows = read(file)[before:]
+    if stopped:
+        print(f"\nstopped: {len(rows)} rows are in {file}", file=sys.stderr)
     if options.job is None and rows:
         print(f"\n{table(rows, COLUMNS)}\n\n{time.monotonic() - begun:.0f} s", flush=True)
         page.present(suite, options.out)
 
 
-def all_rows(
+def run_all(
     suite: str, jobs: list[Job], options: argparse.Namespace, left: Callable[[], float], apart: bool
-) -> Iterator[list[dict]]:
-    """The rows of each job or, where jobs are not apart, of each case; they are kept as they come."""
+) -> None:
+    """Keep the rows of each job or, where jobs are not apart, of each case, as they come."""
     todo = sum(effort(case, job) for job in jobs for case in job.cases)
     with progress(todo, quiet=options.job is not None) as advance:
         for number, job in enumerate(jobs):
             if apart:
-                yield in_a_process(suite, number, job, options, min(left(), job.limit))
+                in_a_process(suite, number, job, options, min(left(), job.limit))
                 advance(sum(effort(case, job) for case in job.cases), "")
                 continue
-            builders = {name: IMPLEMENTATIONS[name] for name in job.names}
             for case in job.cases:
                 advance(0, str(case))
-                if left() > 0:
-                    found = run_case(case, builders, torch.device(options.device), seconds=job.seconds)
-                else:
-                    found = missing(job, (case,), [], spent(options))
-                keep(suite, found, options.out)
-                yield found
+                keep(suite, rows_of(case, job, options, left()), options.out)
                 advance(effort(case, job), "")
+
+
+def rows_of(case: Case, job: Job, options: argparse.Namespace, left: float) -> list[dict]:
+    if left <= 0:
+        return missing(job, (case,), [], spent(options))
+    if options.device == "cpu" and case.flops > BEARABLE:
+        return missing(job, (case,), [], "skipped: a call would take seconds on a CPU")
+    builders = {name: IMPLEMENTATIONS[name] for name in job.names}
+    return run_case(case, builders, torch.device(options.device), seconds=job.seconds)
 
 
 def effort(case: Case, job: Job) -> float:
     """About the seconds that a case takes on two cores."""
+    if case.flops > BEARABLE:
+        return 0.1
     return job.seconds + len(job.names) * (0.2 + 8 * case.flops / 3e11)
 
 
-class progress:
-    """A bar with the time left, through tqdm where it is installed."""
-
-    def __init__(self, total: float, quiet: bool):
-        self.bar = None
-        if not quiet and find_spec("tqdm") is not None:
-            from tqdm import tqdm
-
-            shape = "{l_bar}{bar}| {elapsed} of about {remaining} more  {postfix}"
-            self.bar = tqdm(total=round(total, 1), bar_format=shape, leave=False)
-
-    def __enter__(self) -> Callable[[float, str], None]:
-        return self.advance
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def advance(self, done: float, now: str) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(now, refresh=True)
-            self.bar.update(done)
-
-
-def in_a_process(
-    suite: str, number: int, job: Job, options: argparse.Namespace, seconds: float
-) -> list[dict]:
-    """The rows of a job, which its process keeps; those that it did not come to say why."""
+def in_a_process(suite: str, number: int, job: Job, options: argparse.Namespace, seconds: float) -> None:
+    """A job's process keeps its rows; those that it did not come to say why."""
     file = options.out / f"{suite}.jsonl"
     before = len(read(file))
     why = spent(options)
@@ -158,10 +138,7 @@ def in_a_process(
             why = f"its process ended with code {code}"
         except subprocess.TimeoutExpired:
             why = f"skipped: not done in the {seconds:.0f} s it was given"
-    rows = read(file)[before:]
-    lost = missing(job, job.cases, rows, why)
-    keep(suite, lost, options.out)
-    return rows + lost
+    keep(suite, missing(job, job.cases, read(file)[before:], why), options.out)
 
 
 def spent(options: argparse.Namespace) -> str:

@@ -1,23 +1,28 @@
 """Cases x implementations -> rows: each must first be right, then they are timed in turn.
 
 A row says of its case and implementation: the median `ms` and its interquartile range, the `speedup` over
-plain torch with a 95% interval, the products' `tflops`, `of_ceiling` (the time of the bare products, or with
-few tokens of reading the weights at the speed of a copy, over its own), the bytes saved for backward a token,
-the peak of memory beyond weights and input, the `error` beside float64 and the seconds of `setup_s`, for
-building, compiling and first calls. One that is wrong, absent, fails or runs out of memory has a `note`.
+plain torch with a 95% interval, the products' `tflops`, `of_ceiling` (the yardstick's time over its own), the
+bytes saved for backward a token, the peak of memory beyond weights and input, the `error` beside float64 and
+the seconds of `setup_s`, for building, compiling and first calls. One that is wrong, absent, fails or runs
+out of memory has a `note`.
+
+The yardstick, row "ceiling", is the bare matrix products of the case, gate and up joined or apart, whichever
+is faster; with few tokens, if that takes longer, reading the weights at the speed of a copy.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.cases import BASELINE, CEILING, Case
 from benchmarks.implementations import Contender, Weights
-from benchmarks.plain import Plain
+from benchmarks.plain import Plain, inference, set_up, training
+from benchmarks.report import reason
 from benchmarks.timing import (
     Run,
     back_to_back,
@@ -31,23 +36,12 @@ from benchmarks.timing import (
 from ffn.ops import dispatch
 from ffn.ops.eager import float32_in_onednn
 
-BASELINE, CEILING = "torch", "ceiling"
 WRONG = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # relative errors that rounding never reaches
 EIGHT_BITS = {"torchao float8": 0.1, "ffn int8": 0.1}  # whose rounding is larger
-FEW = 64  # tokens up to which reading the weights, not multiplying, is the limit
+FEW = 64  # tokens up to which reading the weights may take longer than multiplying
+COPIED = 1 << 30  # bytes; an eighth of it on a CPU
 ROUNDS = (5, 30)
 Build = Callable[[Case, Weights], Contender]
-
-
-def set_up(case: Case, device: torch.device) -> tuple[Weights, Tensor, Tensor]:
-    """(weights, x, dy), the same for all."""
-    torch.manual_seed(0)
-    block = case.block
-    with device:
-        plain = Plain(block.dim, block.hidden_dim, block.activation, 0.0, block.bias)
-        x, dy = torch.randn(2, case.tokens, block.dim).to(case.element).unbind()
-    weights = {name: w.to(case.element) for name, w in plain.state_dict().items()}
-    return weights, x.clone().requires_grad_(case.work == "training"), dy.clone()
 
 
 def textbook(case: Case, weights: Weights, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -63,22 +57,6 @@ def textbook(case: Case, weights: Weights, x: Tensor, dy: Tensor) -> dict[str, T
     y = plain(x)
     y.backward(dy.double())
     return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in plain.named_parameters()}
-
-
-def training(case: Case, contender: Contender, x: Tensor, dy: Tensor) -> Tensor:
-    """The output, with the gradients left in the parameters and in x."""
-    contender.module.zero_grad(set_to_none=True)
-    x.grad = None
-    with contender.setting():
-        with case.autocast(x.device):
-            y = contender.module(x)
-        y.backward(dy.to(y.dtype))
-    return y.detach()
-
-
-def inference(case: Case, contender: Contender, x: Tensor) -> Tensor:
-    with torch.no_grad(), contender.setting(), case.autocast(x.device):
-        return contender.module(x)
 
 
 def captured(forward: Callable[[], Tensor], device: torch.device) -> tuple[Run, Callable[[], Tensor]]:
@@ -103,24 +81,28 @@ def captured(forward: Callable[[], Tensor], device: torch.device) -> tuple[Run, 
     return graph.replay, output
 
 
-def prepare(case: Case, contender: Contender, x: Tensor, dy: Tensor, exact: dict[str, Tensor]):
+def prepare(
+    case: Case, contender: Contender, weights: Weights, x: Tensor, dy: Tensor, exact: dict[str, Tensor]
+) -> tuple[Run, dict]:
     """(what to time, what the row says of it already)."""
     module, device = contender.module, x.device
     if case.work == "inference":
         module.eval()
         run = output = partial(inference, case, contender, x)
+        output()
+        row = {"peak_MB": peak_of(contender, run, device)}
         if case.tokens <= FEW:
             run, output = captured(run, device)
-        error = relative_error(output(), exact["y"])
-        return run, {"error": error, "peak_MB": peak_of(contender, run, device)}
+        return run, row | {"error": relative_error(output(), exact["y"])}
     module.train(case.dropout == 0.0)
     found = {"y": training(case, contender, x, dy), "x": x.grad} | contender.gradients()
     errors = [relative_error(found[name], exact[name]) for name in exact]
     row: dict[str, object] = {"error": max(errors, key=lambda error: (error != error, error))}
     module.train()
     run = partial(training, case, contender, x, dy)
-    if relative_error(run(), exact["y"]) < case.dropout:  # about sqrt(p / (1 - p)), were p dropped
-        raise ValueError("drops nothing")
+    y = run()
+    if case.dropout:
+        check_dropout(case.dropout, y, exact["y"], dy, weights, contender.gradients())
 
     def forward() -> Tensor:
         with case.autocast(device):
@@ -133,47 +115,82 @@ def prepare(case: Case, contender: Contender, x: Tensor, dy: Tensor, exact: dict
     return run, row | {"peak_MB": peak_of(contender, run, device)}
 
 
+def check_dropout(
+    p: float, y: Tensor, exact: Tensor, dy: Tensor, weights: Weights, gradients: Weights
+) -> None:
+    """Raise ValueError unless dropout is of the right size, and backward's mask that of forward.
+
+    y is linear in the weight and bias of down, whatever was dropped: <dW, W> + <db, b> = <dy, y>. By another
+    mask the sides differ by about the size of one term of such a sum of N D independent ones.
+    """
+    usual = (p / (1 - p)) ** 0.5
+    if not 0.3 * usual < relative_error(y, exact) < 3 * usual:
+        raise ValueError("wrong, so not timed: drops too little or too much")
+    of_down = [(gradients[n].double() * w.double()).sum() for n, w in weights.items() if n.startswith("down")]
+    of_y, term = (dy.double() * y.double()).sum(), dy.double().norm() * y.double().norm() / y.numel() ** 0.5
+    if not (sum(of_down) - of_y).abs() < 0.1 * term:
+        raise ValueError("wrong, so not timed: backward drops others than forward")
+
+
 def peak_of(contender: Contender, run: Run, device: torch.device) -> float | None:
     """In MB; on the CPU compiled code is not seen."""
     compiled = contender.module._compiled_call_impl is not None
     return None if compiled and device.type != "cuda" else peak_bytes(run, device) / 1e6
 
 
-def products(case: Case, x: Tensor, dy: Tensor) -> Run:
-    """The matrix products of the case alone, gate and up as one, on operands of their shapes."""
+def products(case: Case, x: Tensor, dy: Tensor, joined: bool) -> Run:
+    """The matrix products of the case alone, on operands of their shapes, gate and up as one or apart."""
     block, dtype = case.block, torch.float32 if case.dtype == "float32" else torch.bfloat16
-    width, new = block.hidden_dim * (1 + block.gated), partial(torch.randn, dtype=dtype, device=x.device)
-    up, down = new(width, block.dim), new(block.dim, block.hidden_dim)
-    h, pre = new(case.tokens, block.hidden_dim), new(case.tokens, width)
+    new = partial(torch.randn, dtype=dtype, device=x.device)
+    parts, width = (1, 2 * block.hidden_dim) if joined else (1 + block.gated, block.hidden_dim)
+    ups, down = [new(width, block.dim) for _ in range(parts)], new(block.dim, block.hidden_dim)
+    h, pres = new(case.tokens, block.hidden_dim), [new(case.tokens, width) for _ in range(parts)]
     x, dy = x.detach().to(dtype), dy.to(dtype)
     onednn = x.device.type == "cpu" and dtype == torch.float32 and dispatch.float32_faster_in_onednn()
 
     @torch.no_grad()
     def run() -> None:
         with float32_in_onednn() if onednn else nullcontext():
-            _ = x @ up.t(), h @ down.t()
+            _ = [x @ up.t() for up in ups], h @ down.t()
             if case.work == "training":
-                _ = dy @ down, dy.t() @ h, pre.t() @ x, pre @ up
+                _ = (
+                    dy @ down,
+                    dy.t() @ h,
+                    [(pre.t() @ x, pre @ up) for pre, up in zip(pres, ups, strict=True)],
+                )
 
     return run
 
 
-def ceiling(case: Case, weights: Weights, x: Tensor, dy: Tensor) -> tuple[Run, float, dict]:
-    """(what to time, what its seconds times this factor are the case's least, what is done in that time)."""
-    if case.tokens > FEW or case.work == "training":
-        return products(case, x, dy), 1.0, {"tflops": case.flops / 1e12}
-    source = torch.ones((1 << 30) if x.is_cuda else (1 << 27), dtype=torch.uint8, device=x.device)
-    target = torch.empty_like(source)
-    read = sum(w.nbytes for w in weights.values())
-    return partial(target.copy_, source), read / (2 * source.nbytes), {"gbs": read / 1e9}
+def copying(device: torch.device) -> Run:
+    source = torch.ones(COPIED // (1 if device.type == "cuda" else 8), dtype=torch.uint8, device=device)
+    return partial(torch.empty_like(source).copy_, source)
 
 
-def reason(error: BaseException) -> str:
-    """One line for a row."""
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        return "out of memory"
-    return str(error) if type(error) is ValueError else text
+def yardsticks(case: Case, x: Tensor, dy: Tensor) -> dict[str, Run]:
+    """What the row "ceiling" may come from."""
+    runs = {f"{CEILING} apart": products(case, x, dy, joined=False)}
+    if case.block.gated:
+        runs[f"{CEILING} joined"] = products(case, x, dy, joined=True)
+    if case.work == "inference" and case.tokens <= FEW:
+        runs[f"{CEILING} copy"] = copying(x.device)
+    return runs
+
+
+def yardstick(case: Case, weights: Weights, taken: dict[str, list[float]]) -> tuple[list[float], dict] | None:
+    """(seconds in each round, what is done a second), taking the yardsticks out; None if one failed."""
+    found = {name: taken.pop(name) for name in list(taken) if name.startswith(CEILING)}
+    copy = found.pop(f"{CEILING} copy", None)
+    if not found:
+        return None
+    best = min(found.values(), key=median)
+    if copy is not None:
+        read = sum(w.nbytes for w in weights.values())
+        moved = 2 * COPIED // (1 if weights["up_proj.weight"].is_cuda else 8)
+        copy = [read / moved * s for s in copy]
+        if median(copy) > median(best):
+            return copy, {"gbs": read / median(copy) / 1e9}
+    return best, {"tflops": case.flops / median(best) / 1e12}
 
 
 @contextmanager
@@ -183,15 +200,15 @@ def noted(row: dict) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 another's package may fail in any way; the row says how
         row["note"] = reason(error)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    if "note" in row and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def guarded(run: Run, row: dict) -> Run:
     """The call, which after it has failed once does nothing."""
 
     def attempt() -> None:
-        if not row.get("note", "").startswith("failed: "):
+        if not failed(row):
             try:
                 run()
             except Exception as error:  # noqa: BLE001 the others are still to be timed
@@ -200,59 +217,62 @@ def guarded(run: Run, row: dict) -> Run:
     return attempt
 
 
+def failed(row: dict) -> bool:
+    return row.get("note", "").startswith("failed: ")
+
+
 def run_case(
     case: Case, builders: dict[str, Build], device: torch.device, *, seconds: float = 5.0
 ) -> list[dict]:
     """One row an implementation, and one of the ceiling; timing takes so many seconds, or five rounds."""
     torch.compiler.reset()  # no graph of another case: each has its own shapes
-    rows = {name: case.columns() | {"implementation": name} for name in (*builders, CEILING)}
+    about = case.columns() | {"device": device.type}
+    rows = {name: about | {"implementation": name} for name in (*builders, CEILING)}
     runs: dict[str, Run] = {}
-    factor, rate = 1.0, {}
     try:
         weights, x, dy = set_up(case, device)
         exact = textbook(case, weights, x, dy)
-        runs[CEILING], factor, rate = ceiling(case, weights, x, dy)
+        for name, run in yardsticks(case, x, dy).items():
+            runs[name] = guarded(run, rows[CEILING])
     except Exception as error:  # noqa: BLE001 too large for this machine, most likely
         return [row | {"note": reason(error)} for row in rows.values()]
-    limit = WRONG[case.dtype]
+    contenders = []  # a graph that replays keeps no weight alive
     for name, build in builders.items():
         row, start = rows[name], time.perf_counter()
         with noted(row):
             with device:
-                contender = build(case, weights)
-            run, said = prepare(case, contender, x, dy, exact)
-            row |= {"note": contender.note} | said | {"setup_s": time.perf_counter() - start}
-            if row["error"] <= EIGHT_BITS.get(name, limit):
+                contenders.append(build(case, weights))
+            run, said = prepare(case, contenders[-1], weights, x, dy, exact)
+            row |= {"note": contenders[-1].note} | said | {"setup_s": time.perf_counter() - start}
+            if row["error"] <= EIGHT_BITS.get(name, WRONG[case.dtype]):
                 if device.type == "cuda":
                     row["host_ms"] = 1e3 * back_to_back(run, device)
                 runs[name] = guarded(run, row)
             else:
                 row["note"] = "wrong, so not timed"
     del exact
-    clock = clock_of(device)
+    clock = clock_of(device, cold=case.tokens <= FEW)
     once = sum(clock(run) for run in runs.values())
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / once)))
     taken = measure(runs, rounds=rounds, warmup=2, clock=clock)
-    fill_in(rows, taken, case, factor, rate)
+    if failed(rows[CEILING]):
+        taken = {name: s for name, s in taken.items() if not name.startswith(CEILING)}
+    fill_in(rows, case, weights, {name: s for name, s in taken.items() if not failed(rows.get(name, {}))})
     return list(rows.values())
 
 
-def fill_in(
-    rows: dict[str, dict], taken: dict[str, list[float]], case: Case, factor: float, rate: dict
-) -> None:
+def fill_in(rows: dict[str, dict], case: Case, weights: Weights, taken: dict[str, list[float]]) -> None:
     """Write into the rows what the seconds of each round say."""
-    least = [factor * s for s in taken[CEILING]]
-    baseline = taken.get(BASELINE)
-    for name, seconds in ({**taken, CEILING: least}).items():
-        row = rows[name]
-        if row.get("note", "").startswith("failed: "):
-            continue
-        found = comparison(baseline or seconds, seconds)
-        if baseline is None:
+    least = yardstick(case, weights, taken)
+    if least is not None:
+        taken[CEILING] = least[0]
+        rows[CEILING] |= least[1]
+    for name, seconds in taken.items():
+        row, found = rows[name], comparison(taken.get(BASELINE, seconds), seconds)
+        if BASELINE not in taken:
             found = {key: found[key] for key in ("ms", "iqr")}
         row |= found | {"rounds": len(seconds)}
-        if name == CEILING:
-            row |= {key: value / found["ms"] * 1e3 for key, value in rate.items()}
-        else:
-            of_ceiling = comparison(least, seconds)["speedup"]
-            row |= {"of_ceiling": of_ceiling, "tflops": case.flops / found["ms"] / 1e9}
+        if name != CEILING:
+            row["tflops"] = case.flops / found["ms"] / 1e9
+            if least is not None and name not in EIGHT_BITS:
+                row["of_ceiling"] = median(least[0]) / median(seconds)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import base, run, suites
+from benchmarks import base, report, run, suites
 from benchmarks.__main__ import main
 from benchmarks.cases import BLOCKS, Case
 from benchmarks.implementations import IMPLEMENTATIONS
@@ -28,12 +28,18 @@ def suite_of(monkeypatch: pytest.MonkeyPatch, name: str, *jobs: Job) -> None:
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_suites_name_what_exists_and_measure_each_thing_once(name: str) -> None:
+def test_suites_name_what_exists(name: str) -> None:
     jobs = SUITES[name]()
     assert {each for job in jobs for each in job.names} <= set(IMPLEMENTATIONS)
     assert all("torch" in job.names for job in jobs)
     for job in jobs:
         assert len(set(job.cases)) == len(job.cases) > 0
+
+
+@pytest.mark.parametrize("name", ["quick", "ffn"])
+def test_on_a_cpu_each_case_is_measured_in_one_job_so_that_its_rows_are_of_one_run(name: str) -> None:
+    cases = [case for job in SUITES[name]() for case in job.cases]
+    assert len(set(cases)) == len(cases)
 
 
 def test_the_ffn_suite_has_every_block_and_the_gpu_suite_every_peer() -> None:
@@ -88,6 +94,23 @@ def test_ctrl_c_keeps_the_finished_rows(
     assert "stopped: 3 rows are in" in capsys.readouterr().err
 
 
+def test_half_a_line_of_a_killed_process_is_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"block": "gpt2"}\n{"block": "gp')
+    assert report.read(file) == [{"block": "gpt2"}]
+    assert report.read(tmp_path / "none.jsonl") == []
+
+
+def test_what_takes_seconds_a_call_is_a_row_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = replace(TOY, tokens=1 << 40)
+    suite_of(monkeypatch, "quick", Job((long,), ("torch", "ffn"), seconds=0.0))
+    main(["quick", "--device", "cpu", "--out", str(tmp_path)])
+    rows = rows_of(tmp_path, "quick")
+    assert {row["note"] for row in rows.values()} == {"skipped: a call would take seconds on a CPU"}
+
+
 def test_what_the_budget_does_not_reach_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite_of(monkeypatch, "quick", Job((TOY,), ("torch", "ffn"), seconds=0.0))
     main(["quick", "--device", "cpu", "--budget", "1", "--out", str(tmp_path)])
@@ -113,13 +136,16 @@ def test_on_a_gpu_each_job_has_a_process_whose_end_costs_only_its_rows(
     words = f"--device cpu --only gpt2,ffn --out {tmp_path}"
     run.main("gpu", words.split())
     rows = rows_of(tmp_path, "gpu")
-    assert rows["gpt2", "ffn"]["ms"] > 0
-    assert rows[second.cases[0].block.name, "ffn"]["note"] == "skipped: not done in the 16 s it was given"
+    assert rows["toy gpt2", "ffn"]["ms"] > 0
+    assert (
+        rows[f"toy {second.cases[0].block.name}", "ffn"]["note"]
+        == "skipped: not done in the 16 s it was given"
+    )
 
 
 def test_base_compares_the_cases_with_another_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(base, "run", lambda *words, **options: asked.append((words, options)))
+    monkeypatch.setattr(base, "main", lambda *words, **options: asked.append((words, options)))
     rev = "HEAD~3"
     words = f"--device cpu --only minilm,ffn --dtype float32 --base {rev} --budget 9"
     run.main("ffn", words.split())
@@ -143,6 +169,8 @@ def test_the_door_names_what_there_is(capsys: pytest.CaptureFixture, monkeypatch
     assert main(["qiuck"]) == 2
     assert "wants one of quick, ffn, gpu, decoder" in capsys.readouterr().err
     suite_of(monkeypatch, "quick", Job((TOY,), ("torch",)))
+    assert main(["-h"]) == 0
+    assert "decoder         whole models" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--only nothing: not in this suite"):
         main(["--device", "cpu", "--only", "nothing"])
     assert sys.modules["benchmarks.run"] is run

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks import timing
 from benchmarks.cases import BLOCKS, Case
 from benchmarks.implementations import IMPLEMENTATIONS, Contender
-from benchmarks.runner import run_case
+from benchmarks.runner import run_case, yardstick
 
 CPU = torch.device("cpu")
 BLOCK = replace(BLOCKS["qwen2.5-0.5b"], dim=16, hidden_dim=24)
@@ -69,8 +69,42 @@ def test_one_whose_gradient_alone_is_wrong_says_so() -> None:
 
 def test_one_that_drops_nothing_says_so() -> None:
     rows = rows_of(replace(CASE, dropout=0.3), lazy=lambda case, w: IMPLEMENTATIONS["torch"](CASE, w))
-    assert rows["lazy"]["note"] == "drops nothing"
+    assert rows["lazy"]["note"] == "wrong, so not timed: drops too little or too much"
     assert rows["torch"]["ms"] > 0
+
+
+def test_one_whose_backward_drops_others_than_forward_says_so() -> None:
+    def build(case: Case, weights) -> Contender:
+        contender = IMPLEMENTATIONS["torch"](case, weights)
+        module = contender.module
+
+        def forward(x):
+            h = module.act(module.gate_proj(x)) * module.up_proj(x)
+            if not module.training:
+                return module.down_proj(h)
+            y, dropped = module.down_proj(h), module.down_proj(nn.functional.dropout(h, 0.3))
+            return y + (dropped - y).detach()  # backward sees y
+
+        module.forward = forward
+        return contender
+
+    rows = rows_of(replace(CASE, dropout=0.3, tokens=64), other=build)
+    assert rows["other"]["note"] == "wrong, so not timed: backward drops others than forward"
+
+
+def test_without_its_baseline_a_case_has_times_and_no_speedups() -> None:
+    calls = iter(range(100))
+
+    def tired(y):
+        if next(calls) > 4:
+            raise OSError
+        return y
+
+    rows = rows_of(CASE, torch=partial(after, then=tired), ffn=IMPLEMENTATIONS["ffn"])
+    assert rows["torch"]["note"].startswith("failed: ")
+    assert "ms" not in rows["torch"]
+    assert rows["ffn"]["ms"] > 0
+    assert "speedup" not in rows["ffn"]
 
 
 def test_what_one_allocates_and_saves_is_counted() -> None:
@@ -152,11 +186,18 @@ def test_saved_bytes_are_those_counted_by_hand(name: str) -> None:
     assert saved["ffn save=input"] == 4 * dim
 
 
-def test_few_tokens_are_measured_against_reading_the_weights() -> None:
-    few, many = (rows_of(replace(CASE, work="inference", tokens=n))["ceiling"] for n in (1, 65))
-    assert "gbs" in few
-    assert "tflops" not in few
-    assert many["tflops"] == pytest.approx(2 * 65 * BLOCK.weights / many["ms"] / 1e9)
+@pytest.mark.parametrize("products", [0.1, 0.0001])
+def test_few_tokens_are_measured_against_the_products_or_reading_the_weights(products: float) -> None:
+    case, weights = replace(CASE, work="inference"), {"up_proj.weight": torch.zeros(1 << 18)}
+    taken = {"ceiling joined": [2 * products] * 3, "ceiling apart": [products] * 3}
+    taken |= {"ceiling copy": [1.0] * 3}
+    seconds, rate = yardstick(case, weights, taken)
+    reading = 4 * (1 << 18) / (2 * (1 << 27))
+    assert seconds == pytest.approx([max(products, reading)] * 3)
+    by_products = {"tflops": case.flops / products / 1e12}
+    assert rate == pytest.approx({"gbs": (1 << 28) / 1e9} if products < reading else by_products)
+    assert taken == {}
+    assert yardstick(case, weights, {}) is None
 
 
 def noisy(draw: random.Random, slow: float) -> float:
