@@ -127,10 +127,11 @@ def legend(names: Iterable[str], styles: dict[str, Style], **options: Any) -> li
 
 
 def limit_handle() -> Any:
+    """The mark of the ceiling, which can be beaten and so is called no limit."""
     from matplotlib.lines import Line2D
 
     mark = {"marker": "|", "markersize": 10, "markeredgewidth": 1.6, "linestyle": "none"}
-    return Line2D([], [], color=LIMIT, label="the machine's limit", **mark)
+    return Line2D([], [], color=LIMIT, label="yardstick: bare products", **mark)
 
 
 def grid(body: Any, count: int, columns: int, **options: Any) -> list[Any]:
@@ -164,6 +165,24 @@ def plain_ticks(axis: Any, most: int = 8, unit: str = "") -> None:
         if len(ticks) <= most:
             break
     fixed_ticks(axis, ticks[:: math.ceil(len(ticks) / most) or 1], unit)
+
+
+def spaced(counts: Sequence[int], width: float) -> list[int]:
+    """Of ascending counts those whose labels stand apart on a logarithmic axis this wide, in inches.
+
+    The first and the last are always there.
+    """
+    first, last = counts[0], counts[-1]
+
+    def apart(left: int, right: int) -> bool:
+        label = 0.07 * (len(short(left)) + len(short(right))) / 2
+        return 0.9 * width * math.log(right / left) / math.log(last / first) > label + 0.06
+
+    kept = [last]
+    for count in counts[-2:0:-1]:
+        if apart(count, kept[-1]) and apart(first, count):
+            kept.append(count)
+    return [first, *reversed(kept)]
 
 
 def fixed_ticks(axis: Any, ticks: Sequence[float], unit: str = "") -> None:

@@ -1,17 +1,19 @@
 """report.html: the machine, how to read it, the pictures and all rows, in one file that needs no other."""
 
 import base64
+import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.look import is_ours
-from benchmarks.report import cell, newest, read
+from benchmarks.report import cell, newest
 from ffn import atomic
 
 STAMP = ("gpu", "capability", "gpu_bytes", "cpu", "threads", "torch", "cuda", "triton", "commit", "time")
-CASE = ("suite", "shape", "block", "batch", "tokens", "dtype", "work", "dropout")
+CASE = ("shape", "block", "batch", "tokens", "dtype", "work", "dropout")
 FIRST = (
     "tokens_per_s",
     "ms",
@@ -27,12 +29,15 @@ FIRST = (
 )
 FIRST += ("saved_per_token", "peak_MB", "ttft_ms", "error", "setup_s")
 MEANINGS = {
-    "speedup": "times as fast as plain torch in the same rounds (the ratio of medians); above 1 is faster",
+    "speedup": "times as fast as plain torch in the same rounds (the ratio of medians); above 1 is faster. "
+    "Its interval is within one process: another process's place in memory may move it by some percent",
     "low, high": "the 95% bootstrap interval of speedup; where it holds 1, neither is shown to be faster",
     "ms, iqr, rounds": "the median time of one call, its interquartile range, and how often it was timed",
     "tflops": "10¹² floating-point operations a second, those of the matrix products alone",
-    "of_ceiling": "the time of the machine's limit over this time; 1 is the limit itself",
-    "ceiling": "that limit, measured in the same run: the bare matrix products, or reading the weights once",
+    "of_ceiling": "the time of the ceiling over this time: a yardstick, not a proven limit; a cache or a "
+    "better product can bring it above 1",
+    "ceiling": "the least time of the bare matrix products (gate and up joined or apart) in the same run; "
+    "for few tokens, the greater of that and reading the weights at the speed of a copy",
     "gbs": "10⁹ bytes a second of a copy, read and written",
     "saved_per_token": "bytes that one token keeps in memory from the forward to the backward pass",
     "peak_MB": "the most memory that a call holds beyond what was there before, 10⁶ bytes",
@@ -186,13 +191,25 @@ def table(rows: list[dict]) -> Iterator[str]:
     yield "</tbody></table></div>"
 
 
+def readable(file: Path) -> list[dict]:
+    """The file's rows of blocks and of whole models; a line that was half written is passed over."""
+    found = []
+    for line in file.read_text("utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    rows = [row for row in found if isinstance(row, dict) and "implementation" in row]
+    return [row for row in rows if "block" in row or {"shape", "work"} <= row.keys()]
+
+
 def present(suite: str, folder: Path) -> None:
-    """Pictures and report.html of the newest rows in FOLDER/SUITE.jsonl."""
-    rows = newest(read(folder / f"{suite}.jsonl"))
-    try:
-        pictures = plots.draw(rows, folder, suite)
-    except ImportError as error:
-        print(f"no pictures: {error}")
-        pictures = []
-    write(rows, pictures, folder / "report.html", f"ffn: the suite {suite}")
+    """Pictures of each suite and report.html of all, from the newest rows in FOLDER/*.jsonl; SUITE first."""
+    rows, pictures = [], []
+    for file in sorted(folder.glob("*.jsonl"), key=lambda file: (file.stem != suite, file.stem)):
+        some = newest(readable(file))
+        rows += some
+        try:
+            pictures += plots.draw(some, folder, file.stem)
+        except ImportError as error:
+            print(f"no pictures: {error}")
+    write(rows, pictures, folder / "report.html", "ffn: benchmarks")
     print(f"{folder / 'report.html'} shows it all")

@@ -15,6 +15,7 @@ from benchmarks.look import (
     GREY,
     LIMIT,
     SETTINGS,
+    WIDTH,
     Picture,
     Pictures,
     Style,
@@ -27,14 +28,16 @@ from benchmarks.look import (
     save,
     sheet,
     short,
+    spaced,
     styles_of,
     without_axis,
     words_of,
 )
 from benchmarks.roofline import roofline
-from benchmarks.rows import machine, number, positive, split, timed
+from benchmarks.rows import machine_words, number, positive, split, timed
 
 Styles = dict[str, Style]
+BLOCK = "ffn"  # the implementation whose ratios are written out
 MODEL = ("work", "shape", "batch", "dtype", "dropout")
 
 
@@ -48,7 +51,7 @@ def draw(rows: list[dict], folder: Path, name: str) -> list[tuple[Path, str]]:
 
     blocks, models = timed(rows), [row for row in rows if "shape" in row and positive(row, "tokens_per_s")]
     styles = styles_of(row["implementation"] for row in [*blocks, *models])
-    foot = "; ".join(dict.fromkeys(machine(row) for row in [*blocks, *models]))
+    foot = "; ".join(dict.fromkeys(machine_words(row) for row in [*blocks, *models]))
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with mpl.rc_context(SETTINGS):
@@ -86,12 +89,12 @@ def bars(rows: list[dict], styles: Styles) -> Pictures:
         panel = body.subplots()
         scale(panel, some)
         speeds(panel, some, cases, styles)
-        in_figures(panel, [row for row in rivals if styles[row["implementation"]].ours], cases)
+        in_figures(panel, [row for row in rivals if row["implementation"] == BLOCK], cases)
         shapes(panel, cases)
         caption = (
             f"Speed over plain torch modules by block and tokens ({what}): right of 1 is faster; whiskers "
-            "are 95% intervals of the ratio of medians, black marks what bare matrix products (or, of few "
-            "tokens, reading the weights) would reach."
+            "are 95% intervals of the ratio of medians, black marks a yardstick, bare matrix products in the "
+            "case's dtype (of few tokens also reading the weights at the speed of a copy)."
         )
         yield Picture(f"bars-{work}-{dtype}" + (f"-dropout{dropout:g}" if dropout else ""), figure, caption)
 
@@ -106,7 +109,7 @@ def scale(panel: Any, rows: list[dict]) -> None:
 
 
 def speeds(panel: Any, rows: list[dict], cases: list[tuple[str, int]], styles: Styles) -> None:
-    """A dot and a whisker a row, side by side in the line of their case; the machine's limit across it."""
+    """A dot and a whisker a row, side by side in the line of their case; the yardstick across it."""
     left, right = panel.get_xlim()
     names = [name for name in styles if any(name == row["implementation"] for row in rows)]
     for row in rows:
@@ -125,14 +128,14 @@ def speeds(panel: Any, rows: list[dict], cases: list[tuple[str, int]], styles: S
         panel.plot(row["speedup"], y, **dot(style), zorder=4 if style.ours else 3)
 
 
-def in_figures(panel: Any, ours: list[dict], cases: list[tuple[str, int]]) -> None:
-    """At the right of each line the best of ours."""
+def in_figures(panel: Any, rows: list[dict], cases: list[tuple[str, int]]) -> None:
+    """At the right of each line the ratio of the block itself, not of the best way to run it."""
     look = {"transform": panel.get_yaxis_transform(), "va": "center", "color": "#222222"}
-    for case, some in split(ours, "block", "tokens").items():
-        best = max(row["speedup"] for row in some)
-        panel.text(1.01, cases.index(case), f"{best:.2f}×", weight="bold", size=8, **look)
-    if ours:
-        panel.text(1.01, 1.01, "our best", size=7, color="#222222", transform=panel.transAxes, va="bottom")
+    for row in rows:
+        line = cases.index((row["block"], row["tokens"]))
+        panel.text(1.01, line, f"{row['speedup']:.2f}×", weight="bold", size=8, **look)
+    if rows:
+        panel.text(1.01, 1.01, BLOCK, size=7, color="#222222", transform=panel.transAxes, va="bottom")
 
 
 def shapes(panel: Any, cases: list[tuple[str, int]]) -> None:
@@ -157,7 +160,8 @@ def shapes(panel: Any, cases: list[tuple[str, int]]) -> None:
 def memory(rows: list[dict], styles: Styles) -> Pictures:
     """Bytes a token kept for backward, a panel a block, a figure a dtype; paler, what dropout adds."""
     kept_rows = [row for row in rows if positive(row, "saved_per_token") and row["implementation"] != CEILING]
-    for dtype, some in split(kept_rows, "dtype").items():
+    for dtype, every in split(kept_rows, "dtype").items():
+        some, tokens = at_most_tokens(every)
         kept = {(row["block"], row["implementation"], row["dropout"]): row["saved_per_token"] for row in some}
         names = [name for name in styles if any(name == row["implementation"] for row in some)]
         blocks = list(split(some, "block"))
@@ -165,7 +169,7 @@ def memory(rows: list[dict], styles: Styles) -> Pictures:
         title = (
             f"Memory: what a token leaves behind for the backward pass, {dtype}{with_dropout(dropouts[0])}"
         )
-        hint = "Kilobytes a token kept from forward to backward: shorter is leaner."
+        hint = f"Kilobytes a token kept from forward to backward, of {tokens}: shorter is leaner."
         hint += f" Paler: with dropout {dropouts[-1]:g}." if len(dropouts) > 1 else ""
         height = (0.45 + 0.19 * len(names)) * math.ceil(len(blocks) / 3)
         figure, body = sheet(title, hint, [], height)
@@ -175,8 +179,21 @@ def memory(rows: list[dict], styles: Styles) -> Pictures:
             panel.set_yticks(range(len(names)), names)
             panel.set_ylim(len(names) - 0.4, -0.6)
             panel.set_title(block)
-        caption = f"Bytes a token keeps for the backward pass, by block and implementation, in {dtype}."
+        copies = ", with the weights' bfloat16 copies" if dtype == "autocast" else ""
+        caption = (
+            f"Bytes a token keeps for the backward pass, by block and implementation, in {dtype}{copies}, "
+            f"of {tokens}."
+        )
         yield Picture(f"memory-{dtype}", figure, caption)
+
+
+def at_most_tokens(rows: list[dict]) -> tuple[list[dict], str]:
+    """The rows of the greatest count of tokens that all blocks have, else of each block's own; the count."""
+    counts = {block: {row["tokens"] for row in part} for block, part in split(rows, "block").items()}
+    shared = set.intersection(*counts.values())
+    most = {block: max(shared or own) for block, own in counts.items()}
+    words = f"{max(shared):,} token{'s' * (shared != {1})}" if shared else "as many tokens as were measured"
+    return [row for row in rows if row["tokens"] == most[row["block"]]], words
 
 
 def saved(panel: Any, values: list[list[float | None]], styles: list[Style]) -> None:
@@ -228,8 +245,7 @@ def curves(blocks: dict[str, list[dict]], styles: Styles, key: str, what: str, u
             curve = sorted((row["tokens"], row[key]) for row in points)
             panel.plot(*zip(*curve, strict=True), **look, zorder=3 if ours else 2)
         plain_ticks(panel.yaxis, most=6)
-        counts = sorted(split(part, "tokens"))
-        fixed_ticks(panel.xaxis, counts[:: math.ceil(len(counts) / 5)])
+        fixed_ticks(panel.xaxis, spaced(sorted(split(part, "tokens")), WIDTH / min(len(blocks), 3) - 0.6))
         panel.grid()
     body.supxlabel("tokens", size=9)
     body.supylabel(f"{what}, {unit}", size=9)

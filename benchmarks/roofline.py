@@ -1,4 +1,4 @@
-"""The roofline: every case beneath the limits of arithmetic and of memory that were measured beside it."""
+"""The roofline: every case beneath the bare products and the copy that were measured beside it."""
 
 import math
 from typing import Any
@@ -7,6 +7,8 @@ from benchmarks.cases import BLOCKS, Case
 from benchmarks.look import CEILING, LIMIT, Picture, Pictures, Style, dot, legend, plain_ticks, sheet, short
 from benchmarks.rows import positive, split
 
+EIGHT_BITS = {"ffn int8", "torchao float8"}  # their products are not of the case's dtype, as the roofs are
+
 
 def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
     """A figure a dtype; the bandwidth, which has no dtype, is the greatest of all rows."""
@@ -14,14 +16,12 @@ def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
     bandwidth = max((row["gbs"] for row in ceilings if positive(row, "gbs")), default=None)
     inside = [row for row in rows if row["block"] in BLOCKS and positive(row, "tflops")]
     for dtype, some in split(inside, "dtype").items():
-        points = [row for row in some if row["implementation"] != CEILING]
+        points = [row for row in some if row["implementation"] not in {CEILING, *EIGHT_BITS}]
         if not points:
             continue
         peak = max((row["tflops"] for row in some if row["implementation"] == CEILING), default=None)
-        title = f"Roofline: how near the block comes to the machine's limits, {dtype}"
-        hint = (
-            "Higher is faster. Lines: limits measured in the same run. Filled: training; hollow: inference."
-        )
+        title = f"Roofline: the block beneath bare products and a copy, {dtype}"
+        hint = "Higher is faster. Lines: yardsticks of the same run. Filled: training; hollow: inference."
         figure, body = sheet(title, hint, legend({row["implementation"] for row in points}, styles), 4.6)
         unit, scale = ("TFLOP/s", 1.0) if max(row["tflops"] for row in points) > 3 else ("GFLOP/s", 1e3)
         panel = body.subplots()
@@ -44,7 +44,8 @@ def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
         panel.grid()
         caption = (
             f"The speed of every case in {dtype} over its arithmetic intensity, beneath the greatest speed "
-            "of matrix products and the greatest memory bandwidth measured in the same run."
+            "of bare matrix products in that dtype and of a copy measured in the same run; what multiplies "
+            "in 8 bits is left out."
         )
         yield Picture(f"roofline-{dtype}", figure, caption)
 
@@ -63,7 +64,7 @@ def around(values: list[float], least: float) -> tuple[float, float]:
 
 
 def roofs(panel: Any, peak: float | None, slope: float | None, unit: str) -> None:
-    """The limit of arithmetic, and that of memory in FLOP/s over FLOP a byte, where they were measured."""
+    """The speed of bare products, and a copy's in FLOP/s over FLOP a byte, where they were measured."""
     from matplotlib.patheffects import withStroke
 
     left, right = panel.get_xlim()
@@ -75,11 +76,11 @@ def roofs(panel: Any, peak: float | None, slope: float | None, unit: str) -> Non
         start, above = left * (ridge / left) ** 0.06, slope * 1.12
         # The angle in data coordinates, along the line through the text's own place.
         turned = {"rotation": math.degrees(math.atan(above)), "rotation_mode": "anchor"}
-        label = f"memory, {short(slope * (1 if unit == 'GFLOP/s' else 1e3))} GB/s"
+        label = f"copy, {short(slope * (1 if unit == 'GFLOP/s' else 1e3))} GB/s"
         panel.text(start, start * above, label, **turned, transform_rotates_text=True, **words)
     if peak and ridge < right:
         panel.plot((ridge, right), (peak, peak), **look)
-        panel.text(right, peak * 1.06, f"matrix product, {short(peak)} {unit} ", ha="right", **words)
+        panel.text(right, peak * 1.06, f"bare products, {short(peak)} {unit} ", ha="right", **words)
     panel.set_xlim(left, right)
 
 

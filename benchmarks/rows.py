@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.cases import BLOCKS, DTYPES, WORKS
 
 
-def machine(row: dict) -> str:
+def machine_words(row: dict) -> str:
     """What the row was measured on, in a few words."""
     threads = row.get("threads", "?")
     cpu = f"{row.get('cpu', 'unnamed machine')}, {threads} thread{'s' * (threads != 1)}"

@@ -69,7 +69,6 @@ def decoder_rows() -> list[dict]:
     for work, batch, base in (("training step", 4, 812.0), ("generation", 1, 21.0), ("generation", 8, 96.0)):
         for name, ratio in list(speeds.items())[: 3 if work == "training step" else 5]:
             row = {
-                "suite": "decoder",
                 "shape": "gpt2",
                 "implementation": name,
                 "dtype": "float32",

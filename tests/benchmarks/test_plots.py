@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks import plots
 from benchmarks.cases import BLOCKS, Case
-from benchmarks.look import LOOKS, styles_of
+from benchmarks.look import LOOKS, Picture, spaced, styles_of
 from benchmarks.roofline import intensity
+from benchmarks.rows import timed
 from tests.benchmarks.fake_rows import decoder_rows, rows_of
 
 pytest.importorskip("matplotlib")
@@ -114,6 +115,48 @@ def test_an_implementation_has_one_look_whoever_else_is_there() -> None:
     ]
     looks = [(style.colour, style.marker) for style in many.values()]
     assert len(set(looks)) >= len(looks) - 1, "but transformers' model and its block, which never meet"
+
+
+def words(picture: Picture) -> set[str]:
+    from matplotlib.text import Text
+
+    return {text.get_text() for text in picture.figure.findobj(Text)}
+
+
+def test_bars_write_out_the_block_itself_and_not_the_best_of_ours() -> None:
+    rows = [{**ROW, "speedup": 1.5}, {**ROW, "speedup": 4.25, "implementation": "ffn int8"}]
+    rows += [{**ROW, "speedup": 3.75, "implementation": "ffn packed", "tokens": 1}]
+    (picture,) = plots.bars(timed(rows), styles_of(["ffn", "ffn int8", "ffn packed"]))
+    assert {"ffn", "1.50×"} <= words(picture)
+    assert not {"4.25×", "3.75×"} & words(picture)
+
+
+def test_memory_is_of_one_count_of_tokens_and_says_which() -> None:
+    def kept(block: str, tokens: int, size: float) -> dict:
+        return {**ROW, "block": block, "tokens": tokens, "saved_per_token": size, "dtype": "autocast"}
+
+    rows = [kept("small", 2048, 2e3), kept("small", 512, 5e3), kept("gpt2", 512, 7e3)]
+    (shared,) = plots.memory(timed(rows), styles_of(["ffn"]))
+    assert {"5 KB", "7 KB"} <= words(shared)
+    assert "2 KB" not in words(shared)
+    assert any("of 512 tokens:" in text for text in words(shared))
+    assert "with the weights' bfloat16 copies" in shared.caption
+    (apart,) = plots.memory(timed(rows[::2]), styles_of(["ffn"]))
+    assert {"2 KB", "7 KB"} <= words(apart)
+
+
+def test_eight_bits_are_beneath_no_roof(tmp_path: Path) -> None:
+    row = {**ROW, "tflops": 0.1, "speedup": 2.0}
+    eight = [{**row, "implementation": name} for name in ("ffn int8", "torchao float8")]
+    assert drawn(eight, tmp_path) == ["bars-training-float32"]
+
+
+def test_labels_of_tokens_stand_apart() -> None:
+    counts = [1, 16, 128, 512, 2048, 8192]
+    assert spaced(counts, 3.4) == counts
+    assert spaced(counts, 2.0) == [1, 16, 128, 512, 8192]
+    assert spaced([1, 2, 3], 0.3) == [1, 3]
+    assert spaced([16, 512, 2048], 2.0) == [16, 512, 2048]
 
 
 def test_intensity_by_hand() -> None:
