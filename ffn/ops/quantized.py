@@ -5,37 +5,41 @@
 A few tokens are bound by reading the weights, of which a fourth is left. Each token is rounded by itself,
 when it comes, so that it does not matter who else is in the batch. Sums are exact, in int32.
 
+oneDNN takes the products. A token that comes alone goes to FBGEMM where torch has it, from a second copy of
+the weight: it rounds within the product, from the least value to the largest, which is quicker.
+
 Source: Dettmers et al. 2022, section 2 (a scale a token and a row).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ffn.activations import GATES, TABLE
 from ffn.ops import dispatch
-from ffn.ops.packed import AS_IT_IS, WITHIN, Packed, refusal
+from ffn.ops.packed import AS_IT_IS, Packed, refusal
 
 _WIDEST = (2**31 - 1) // (255 * 127)  # terms of a sum that int32 holds
 _TINY = 1e-35  # what is smaller throughout counts as zero, since 127 / s would be infinite
 _MIDDLE = 128  # inputs are unsigned: for signed ones oneDNN has a loop, a thousand times slower
 _CUT = torch.tensor(_MIDDLE + 0.5, device="cpu")  # conversion to integers cuts off
-_WITHIN = {name: WITHIN[name] for name in ("silu", "gelu", "gelu_tanh", "tanh", "identity")}
+_LEAST, _MOST = 0.02, 1e30  # what FBGEMM may get: its steps are 6.1e-5 at least, and it makes numbers of NaN
 
 
 class Rows(NamedTuple):
-    """A weight (out, in) in oneDNN's layout of int8."""
+    """A weight (out, in) in the layouts of int8."""
 
-    values: Tensor
+    values: Tensor  # oneDNN's
     scales: Tensor  # (out), of a unit of the weight times a unit of the input, over the token's s
     zeros: Tensor  # (out)
+    alone: Any  # FBGEMM's, or None where it is not to be had
 
 
 class Quantized(Packed):
     """Int8 copies of weights that are used together; see `Packed`. Biases stay as they are."""
 
-    what = "int8 products in oneDNN, weights and tokens rounded to 255 steps"
+    what = "int8 products, weights and tokens rounded to 255 steps"
 
     @staticmethod
     def why_not(tensor: Tensor) -> str | None:
@@ -49,7 +53,8 @@ class Quantized(Packed):
         largest = weight.abs().amax(1).float().clamp_min_(_TINY)
         values = weight.div(largest[:, None]).mul_(127).round_().to(torch.int8)
         zeros = torch.zeros(len(weight), dtype=torch.int64)
-        return Rows(torch.ops.onednn.qlinear_prepack.default(values, None), largest / 127**2, zeros)
+        alone = dispatch.fbgemm_layout(values, largest / 127) if dispatch.int8_in_fbgemm() else None
+        return Rows(torch.ops.onednn.qlinear_prepack.default(values, None), largest / 127**2, zeros, alone)
 
     def fit(self, x: Tensor) -> bool:
         return super().fit(x) and x.numel() > 0  # of no tokens oneDNN forgets the shape
@@ -61,40 +66,36 @@ class Quantized(Packed):
     def feed_forward(self, x: Tensor, activation: str) -> Tensor:
         up, down, gate, up_bias, down_bias, gate_bias = self.layouts
         name = GATES.get(activation, activation)
-        values, largest = _rounded(x)
-        if gate is None:
-            h = _product(values, largest, up, up_bias, name)
-        else:
-            h = _product(values, largest, gate, gate_bias, name).mul_(_product(values, largest, up, up_bias))
+        first, bias = (up, up_bias) if gate is None else (gate, gate_bias)
+        tokens = _rounded(x)
+        h = _product(*tokens, first, bias)
+        if name != "identity":
+            h = TABLE[name](h)
+        if gate is not None:
+            h.mul_(_product(*tokens, up, up_bias))
         return _product(*_rounded(h), down, down_bias).to(x.dtype)
 
 
-def _rounded(x: Tensor) -> tuple[Tensor, Tensor | float]:
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x (..., in) as steps from the middle, uint8, and the largest magnitude of each token (..., 1).
 
-    A NaN or an infinity goes into the latter. A single token's is a number, which oneDNN multiplies with.
+    A NaN or an infinity goes into the latter. Where FBGEMM will round: x itself in float32, and None.
     """
     x = x.float()
-    if x.numel() == x.shape[-1]:
-        largest = x.abs().amax().item()
-        steps = torch.add(_CUT, x, alpha=127 / largest if largest > _TINY else 0.0)
-    else:
-        largest = x.abs().amax(-1, keepdim=True)
-        steps = torch.addcmul(_CUT, x, largest.clamp_min(_TINY).reciprocal_().mul_(127))
+    largest = x.abs().amax(-1, keepdim=True)
+    alone = x.ndim > 1 and x.numel() == x.shape[-1]
+    if alone and dispatch.int8_in_fbgemm() and _LEAST < largest.item() < _MOST:
+        return x, None
+    steps = torch.addcmul(_CUT, x, largest.clamp_min(_TINY).reciprocal_().mul_(127))
     return steps.to(torch.uint8), largest
 
 
-def _product(
-    values: Tensor, largest: Tensor | float, weight: Rows, bias: Tensor | None, activation: str = "identity"
-) -> Tensor:
-    """activation(x weight^T + bias), (..., out) in float32."""
-    product = torch.ops.onednn.qlinear_pointwise.default
-    bias = None if bias is None else bias.float()
+def _product(values: Tensor, largest: Tensor | None, weight: Rows, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, (..., out) in float32, of x rounded."""
+    if largest is None:
+        y = torch.ops.quantized.linear_dynamic.default(values, weight.alone, False)
+        return y if bias is None else y.add_(bias)
     kind = 1.0, 0, torch.float32  # of the output
-    if isinstance(largest, Tensor):
-        y = product(values, 1.0, _MIDDLE, *weight, None, *kind, *AS_IT_IS)
-        y = y.mul_(largest) if bias is None else torch.addcmul(bias, y, largest)
-        return y if activation == "identity" else TABLE[activation](y)
-    within = _WITHIN.get(activation)
-    y = product(values, largest, _MIDDLE, *weight, bias, *kind, *(within or AS_IT_IS))
-    return y if within else TABLE[activation](y)
+    product = torch.ops.onednn.qlinear_pointwise.default
+    y = product(values, 1.0, _MIDDLE, *weight[:3], None, *kind, *AS_IT_IS)
+    return y.mul_(largest) if bias is None else torch.addcmul(bias.float(), y, largest)
