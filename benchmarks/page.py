@@ -1,15 +1,13 @@
 """report.html: the machine, how to read it, the pictures and all rows, in one file that needs no other."""
 
 import base64
-import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.look import is_ours
-from benchmarks.report import cell, newest
+from benchmarks.report import cell, newest, read
 from ffn import atomic
 
 STAMP = ("gpu", "capability", "gpu_bytes", "cpu", "threads", "torch", "cuda", "triton", "commit", "time")
@@ -191,25 +189,13 @@ def table(rows: list[dict]) -> Iterator[str]:
     yield "</tbody></table></div>"
 
 
-def readable(file: Path) -> list[dict]:
-    """The file's rows of blocks and of whole models; a line that was half written is passed over."""
-    found = []
-    for line in file.read_text("utf-8", errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    rows = [row for row in found if isinstance(row, dict) and "implementation" in row]
-    return [row for row in rows if "block" in row or {"shape", "work"} <= row.keys()]
-
-
 def present(suite: str, folder: Path) -> None:
-    """Pictures of each suite and report.html of all, from the newest rows in FOLDER/*.jsonl; SUITE first."""
-    rows, pictures = [], []
-    for file in sorted(folder.glob("*.jsonl"), key=lambda file: (file.stem != suite, file.stem)):
-        some = newest(readable(file))
-        rows += some
-        try:
-            pictures += plots.draw(some, folder, file.stem)
-        except ImportError as error:
-            print(f"no pictures: {error}")
-    write(rows, pictures, folder / "report.html", "ffn: benchmarks")
+    """Pictures and report.html of the newest rows in FOLDER/SUITE.jsonl."""
+    rows = newest(read(folder / f"{suite}.jsonl"))
+    try:
+        pictures = plots.draw(rows, folder, suite)
+    except ImportError as error:
+        print(f"no pictures: {error}")
+        pictures = []
+    write(rows, pictures, folder / "report.html", f"ffn: the suite {suite}")
     print(f"{folder / 'report.html'} shows it all")

@@ -33,8 +33,9 @@ from benchmarks.look import (
     without_axis,
     words_of,
 )
+from benchmarks.report import machine_words
 from benchmarks.roofline import roofline
-from benchmarks.rows import machine_words, number, positive, split, timed
+from benchmarks.rows import number, positive, split, timed
 
 Styles = dict[str, Style]
 BLOCK = "ffn"  # the implementation whose ratios are written out

@@ -52,8 +52,8 @@ def of_the_block() -> list[str]:
 
 
 def of_peers() -> list[str]:
-    names = ("ffn", "TransformerEncoderLayer", "hf", "x-transformers", "timm")
-    words = {"TransformerEncoderLayer": "torch's layer", "hf": "transformers"}
+    names = ("ffn", "torch.compile", "TransformerEncoderLayer", "hf", "x-transformers", "timm")
+    words = {"torch.compile": "compiled", "TransformerEncoderLayer": "torch's layer", "hf": "transformers"}
     header = ["a block of"] + [words.get(name, name) for name in names] + ["ffn, bf16", "saved"]
     keys = ("block", "dtype", "implementation")
     rows = newest("ffn", keys, work="training", tokens=512, dropout=0.0)

@@ -65,6 +65,14 @@ def machine() -> dict[str, object]:
     return facts
 
 
+def machine_words(row: dict) -> str:
+    """What the row was measured on, in a few words."""
+    threads = row.get("threads", "?")
+    cpu = f"{row.get('cpu', 'unnamed machine')}, {threads} thread{'s' * (threads != 1)}"
+    where = row.get("gpu") or cpu
+    return f"{where}, torch {row.get('torch', '?')}"
+
+
 def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -96,10 +104,7 @@ def arguments(name: str, description: str | None, *, keeps_rows: bool = True) ->
 
 def publish(name: str, rows: list[dict], columns: list[str], folder: Path) -> None:
     """Print the table and append the rows to FOLDER/NAME.jsonl."""
-    facts = machine()
-    where = facts.get("gpu", f"{facts['cpu']}, {facts['threads']} threads")
-    print(f"{where}, torch {facts['torch']}\n")
-    print(table(rows, columns), flush=True)
+    print(f"{machine_words(machine())}\n\n{table(rows, columns)}", flush=True)
     keep(name, rows, folder)
 
 

@@ -7,14 +7,6 @@ from typing import Any
 from benchmarks.cases import BLOCKS, DTYPES, WORKS
 
 
-def machine_words(row: dict) -> str:
-    """What the row was measured on, in a few words."""
-    threads = row.get("threads", "?")
-    cpu = f"{row.get('cpu', 'unnamed machine')}, {threads} thread{'s' * (threads != 1)}"
-    where = row.get("gpu") or cpu
-    return f"{where}, torch {row.get('torch', '?')}"
-
-
 def number(row: dict, key: str) -> float | None:
     """The row's value where it is a finite number."""
     value = row.get(key)

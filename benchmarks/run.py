@@ -110,9 +110,9 @@ def run_all(
 
 def rows_of(case: Case, job: Job, options: argparse.Namespace, left: float) -> list[dict]:
     if left <= 0:
-        return missing(job, (case,), [], spent(options))
+        return missing(job, (case,), [], spent(options), options.device)
     if options.device == "cpu" and case.flops > BEARABLE:
-        return missing(job, (case,), [], "skipped: a call would take seconds on a CPU")
+        return missing(job, (case,), [], "skipped: a call would take seconds on a CPU", options.device)
     builders = {name: IMPLEMENTATIONS[name] for name in job.names}
     return run_case(case, builders, torch.device(options.device), seconds=job.seconds)
 
@@ -138,14 +138,14 @@ def in_a_process(suite: str, number: int, job: Job, options: argparse.Namespace,
             why = f"its process ended with code {code}"
         except subprocess.TimeoutExpired:
             why = f"skipped: not done in the {seconds:.0f} s it was given"
-    keep(suite, missing(job, job.cases, read(file)[before:], why), options.out)
+    keep(suite, missing(job, job.cases, read(file)[before:], why, options.device), options.out)
 
 
 def spent(options: argparse.Namespace) -> str:
     return f"skipped: the budget of {options.budget:.0f} s is spent"
 
 
-def missing(job: Job, cases: tuple[Case, ...], rows: list[dict], why: str) -> list[dict]:
+def missing(job: Job, cases: tuple[Case, ...], rows: list[dict], why: str, device: str) -> list[dict]:
     """A row that says why for each that has none."""
 
     def key(row: dict) -> tuple:
@@ -153,4 +153,4 @@ def missing(job: Job, cases: tuple[Case, ...], rows: list[dict], why: str) -> li
 
     done = {key(row) for row in rows}
     wanted = [case.columns() | {"implementation": name} for case in cases for name in job.names]
-    return [row | {"note": why} for row in wanted if key(row) not in done]
+    return [row | {"device": device, "note": why} for row in wanted if key(row) not in done]

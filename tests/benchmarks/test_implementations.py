@@ -227,6 +227,10 @@ def test_what_is_fused_is_pinned_for_a_while() -> None:
 
 def test_the_pinned_contenders_run_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "require_gpu", lambda weights: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match="has no tiles for this GPU"):
+        build("ffn fused", GELU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with build("ffn unfused", GELU).setting():
         assert tilings.choose is never
     with build("ffn fused", GELU).setting():

@@ -104,24 +104,19 @@ def test_no_rows_make_a_page(tmp_path: Path) -> None:
     assert "0 rows with a time" in written([], tmp_path)
 
 
-def test_the_page_is_of_every_suite_in_the_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suite", "picture"), [("ffn", "bars-training-float32"), ("decoder", "decoder")])
+def test_a_suite_is_presented_by_its_own_newest_rows(suite: str, picture: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     suites = {"ffn": rows_of(("small",))[:10], "decoder": decoder_rows()}
-    suites["tune"] = [{"case": "a case of the tuner", "implementation": "x", "ms": 1.0}]
-    suites["shakespeare"] = [{"implementation": "a recipe", "val_loss": 1.5}]
-    suites["old"] = [{"shape": "of old", "implementation": "x", "ms": 1.0}]
     for name, rows in suites.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(lines + '[1]\n{"block": "half wri')
-    (tmp_path / "empty.jsonl").touch()
-    page.present("ffn", tmp_path)
-    text = (tmp_path / "report.html").read_text("utf-8")
-    figures = [of["id"] for tag, of in Parts(text).tags if tag == "figure"]
-    assert figures[0] == "ffn-bars-training-float32"
-    assert figures[-1] == "decoder-decoder"
+        (tmp_path / f"{name}.jsonl").write_text(lines + '{"block": "half wri')
+    page.present(suite, tmp_path)
+    parts = Parts((tmp_path / "report.html").read_text("utf-8"))
+    figures = [of["id"] for tag, of in parts.tags if tag == "figure"]
+    assert figures[0] == f"{suite}-{picture}"
     assert {path.stem for path in tmp_path.glob("*.png")} == {*figures}
-    assert {"generation", "training"} <= {*Parts(text).cells}
-    assert not {"a case of the tuner", "a recipe", "of old", "half wri"} & {*Parts(text).cells}
+    assert "half wri" not in parts.cells
 
 
 def probed(text: str, folder: Path) -> tuple[list[int], str]:

@@ -109,6 +109,7 @@ def test_what_takes_seconds_a_call_is_a_row_that_says_so(
     main(["quick", "--device", "cpu", "--out", str(tmp_path)])
     rows = rows_of(tmp_path, "quick")
     assert {row["note"] for row in rows.values()} == {"skipped: a call would take seconds on a CPU"}
+    assert {row["device"] for row in rows.values()} == {"cpu"}, "as the timed rows have it"
 
 
 def test_what_the_budget_does_not_reach_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

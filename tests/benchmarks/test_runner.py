@@ -41,12 +41,13 @@ def slept(seconds: float, y):
 def test_one_that_sleeps_is_slower_by_its_sleep(work: str) -> None:
     builders = {name: partial(after, then=partial(slept, s)) for name, s in (("torch", 0.01), ("slow", 0.04))}
     rows = rows_of(replace(CASE, work=work), **builders)
-    assert 10 <= rows["torch"]["ms"] < 25
-    assert 40 <= rows["slow"]["ms"] < 60
-    assert 0.2 < rows["slow"]["low"] <= rows["slow"]["speedup"] <= rows["slow"]["high"] < 0.5
+    assert rows["torch"]["ms"] >= 10
+    assert rows["slow"]["ms"] >= 40
+    assert rows["slow"]["speedup"] == pytest.approx(rows["torch"]["ms"] / rows["slow"]["ms"])
+    assert rows["slow"]["low"] <= rows["slow"]["speedup"] <= rows["slow"]["high"] < 1
     assert rows["torch"]["speedup"] == 1.0
     assert rows["slow"]["rounds"] == 5
-    assert 0 < rows["slow"]["of_ceiling"] < 0.01
+    assert 0 < rows["slow"]["of_ceiling"] < 0.1
     assert rows["slow"]["tflops"] == pytest.approx(rows["torch"]["tflops"] * rows["slow"]["speedup"])
 
 
