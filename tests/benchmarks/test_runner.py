@@ -39,12 +39,13 @@ def slept(seconds: float, y):
 
 @pytest.mark.parametrize("work", ["training", "inference"])
 def test_one_that_sleeps_is_slower_by_its_sleep(work: str) -> None:
-    builders = {name: partial(after, then=partial(slept, s)) for name, s in (("torch", 0.01), ("slow", 0.04))}
+    builders = {name: partial(after, then=partial(slept, s)) for name, s in (("torch", 0.01), ("slow", 0.1))}
     rows = rows_of(replace(CASE, work=work), **builders)
     assert rows["torch"]["ms"] >= 10
-    assert rows["slow"]["ms"] >= 40
+    assert rows["slow"]["ms"] >= 100
     assert rows["slow"]["speedup"] == pytest.approx(rows["torch"]["ms"] / rows["slow"]["ms"])
-    assert rows["slow"]["low"] <= rows["slow"]["speedup"] <= rows["slow"]["high"] < 1
+    assert rows["slow"]["low"] <= rows["slow"]["speedup"] <= rows["slow"]["high"]
+    assert rows["slow"]["speedup"] < 0.9  # 0.1 on a machine that does nothing else
     assert rows["torch"]["speedup"] == 1.0
     assert rows["slow"]["rounds"] == 5
     assert 0 < rows["slow"]["of_ceiling"] < 0.1
