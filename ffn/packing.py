@@ -42,12 +42,12 @@ def pack(model: M, form: str = "float") -> M:
     runs as before: gradients, dropout, autocast, torch.compile, export, torch.func; and so does a block or an
     attention once a child of it is hooked, replaced or parametrized.
 
-    The copies, as large as the weights (int8: two bytes each), are made by the first call that wants them, and
-    anew by the first one after a weight has changed or moved: state dicts, torch's optimizers, `.to()` and
-    in-place operations are seen. Not seen is a write past torch's counter (through `weight.data`, numpy or
-    another process) that leaves the first and the last 64 bytes of the weight alone: call `unpack` and `pack`
-    after such a one. Copies are in no state dict; a deep copy and a pickle of the model are packed and make
-    their own.
+    The copies, as large as the weights (int8: two bytes each), are made by the first call that wants them,
+    and anew by the first one after a weight has changed or moved: state dicts, torch's optimizers, `.to()`
+    and in-place operations are seen. Not seen is a write past torch's counter (through `weight.data`, numpy
+    or another process) that leaves the first and the last 64 bytes of the weight alone: call `unpack` and
+    `pack` after such a one. Copies are in no state dict; a deep copy and a pickle of the model are packed and
+    make their own.
 
     Raises:
         ValueError: a weight that would be served is not float32 or bfloat16 on the CPU, oneDNN is missing or,
