@@ -25,13 +25,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import WRONG, Case
 from benchmarks.report import table
 from benchmarks.timing import measure, relative_error, speedup
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("before", "after")  # the commit, the working tree
-ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # how far two right ways may lie apart
 SITTINGS = 8  # with 8 the interval of an unchanged case excludes 1 in one of twenty, with 3 in one of four
 ROUNDS = (2, 20)  # the least and the most of a sitting
 VERDICTS = ("faster", "slower", "within the noise", "not timed")
@@ -146,7 +145,7 @@ def disagreement(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
         return "the outputs differ in shape or dtype"
     for name, old in before.items():
         error = 0.0 if torch.equal(old, after[name]) else relative_error(after[name].double(), old.double())
-        if not error <= ROUNDING[dtype]:  # a NaN is no agreement
+        if not error <= WRONG[dtype]:  # a NaN is no agreement
             return f"{name if name == 'y' else f'the gradient of {name}'} differs by {error:.1e}"
     return ""
 

@@ -10,6 +10,8 @@ from ffn import activations
 DTYPES = ("float32", "bfloat16", "autocast")  # autocast: float32 weights and input under bfloat16 autocast
 WORKS = ("training", "inference")  # forward and backward; forward alone, without gradients
 BASELINE, CEILING = "torch", "ceiling"  # what all are compared with; the yardstick of the machine
+WRONG = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # relative errors that rounding never reaches
+EIGHT_BITS = {"torchao float8": 0.1, "ffn int8": 0.1}  # implementations whose rounding is larger
 
 
 @dataclass(frozen=True)

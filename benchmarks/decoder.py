@@ -26,7 +26,7 @@ import torch
 from benchmarks import page
 from benchmarks.cases import BASELINE
 from benchmarks.models import WRONG, Case, prompt_of, run_case
-from benchmarks.report import arguments, progress, table, words
+from benchmarks.report import Progress, arguments, table, words
 from benchmarks.report import keep as kept
 from benchmarks.twins import GENERATION, SHAPES, TRAINING, Build
 
@@ -90,7 +90,7 @@ def run(
         left: the seconds that there still are; a case gets its share of them.
     """
     rows: list[dict] = []
-    with progress(sum(effort(case) for case, _ in cases), quiet=False) as advance:
+    with Progress(sum(effort(case) for case, _ in cases), quiet=False) as advance:
         for i, (case, builders) in enumerate(cases):
             advance(0, str(case))
             share = left() / (len(cases) - i)

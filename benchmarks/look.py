@@ -7,9 +7,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.cases import BASELINE, CEILING
 from ffn import atomic
 
-BASELINE, CEILING = "torch", "ceiling"
 WIDTH, DPI = 8.0, 150  # inches; text is sized to be read at 800 pixels
 GREY, LIMIT = "#8a8a8a", "#222222"
 SETTINGS = {

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BASELINE, CEILING
+from benchmarks.cases import BASELINE, CEILING, EIGHT_BITS
 from benchmarks.report import reason
-from benchmarks.runner import EIGHT_BITS, guarded, noted
+from benchmarks.runner import failed, fast_products, guarded, noted
 from benchmarks.timing import (
     Run,
     comparison,
@@ -26,8 +26,6 @@ from benchmarks.timing import (
 )
 from benchmarks.twins import SHAPES, Build, Shape, Twin, Weights, build_torch, config_of, draw
 from ffn.cost import flops_per_token
-from ffn.ops import dispatch
-from ffn.ops.eager import float32_in_onednn
 
 WRONG = {"float32": 1e-5, "bfloat16": 3e-2, "autocast": 3e-2}  # relative errors that rounding never reaches
 FIRST = "first token of "  # before the name of an implementation
@@ -209,10 +207,9 @@ def products(case: Case, device: torch.device) -> tuple[Run, int]:
     sizes += [(D, case.shape.vocab_size)]
     new = partial(torch.randn, dtype=dtype, device=device)
     operands = {(i, o): (new(N, i), new(o, i), new(N, o)) for i, o in sizes}
-    onednn = device.type == "cpu" and dtype == torch.float32 and dispatch.float32_faster_in_onednn()
 
     def run() -> None:
-        with float32_in_onednn() if onednn else nullcontext():
+        with fast_products(operands[sizes[0]][0]):
             for size in sizes:
                 x, weight, dy = operands[size]
                 _ = x @ weight.t(), dy @ weight, dy.t() @ x
@@ -247,9 +244,8 @@ def run_case(
     once = sum(map(clock, runs.values()))
     left = seconds - (time.perf_counter() - start)
     taken = measure(runs, rounds=max(min(3, rounds), int(min(rounds, left / once))), warmup=0, clock=clock)
-    notes = {name: str(row.get("note", "")) for name, row in {**rows, CEILING: ceiling}.items()}
-    failed = {name for name, note in notes.items() if note.startswith("failed: ")}
-    taken = {name: times for name, times in taken.items() if name.removeprefix(FIRST) not in failed}
+    all_rows = {**rows, CEILING: ceiling}
+    taken = {name: s for name, s in taken.items() if not failed(all_rows[name.removeprefix(FIRST)])}
     for name, row in rows.items():
         if name in taken:
             row |= said_of_times(case, name, taken)

@@ -9,9 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import BASELINE, CEILING
 from benchmarks.look import (
-    BASELINE,
-    CEILING,
     GREY,
     LIMIT,
     SETTINGS,

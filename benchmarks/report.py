@@ -158,7 +158,7 @@ def words(text: str) -> list[str]:
     return text.split(",")
 
 
-class progress:
+class Progress:
     """A bar with the time left, through tqdm where it is installed; without it, a line now and then."""
 
     def __init__(self, total: float, quiet: bool = False):

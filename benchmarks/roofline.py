@@ -3,11 +3,9 @@
 import math
 from typing import Any
 
-from benchmarks.cases import BLOCKS, Case
-from benchmarks.look import CEILING, LIMIT, Picture, Pictures, Style, dot, legend, plain_ticks, sheet, short
+from benchmarks.cases import BLOCKS, CEILING, EIGHT_BITS, Case
+from benchmarks.look import LIMIT, Picture, Pictures, Style, dot, legend, plain_ticks, sheet, short
 from benchmarks.rows import positive, split
-
-EIGHT_BITS = {"ffn int8", "torchao float8"}  # their products are not of the case's dtype, as the roofs are
 
 
 def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
@@ -16,6 +14,7 @@ def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
     bandwidth = max((row["gbs"] for row in ceilings if positive(row, "gbs")), default=None)
     inside = [row for row in rows if row["block"] in BLOCKS and positive(row, "tflops")]
     for dtype, some in split(inside, "dtype").items():
+        # the roofs are of products in the case's dtype
         points = [row for row in some if row["implementation"] not in {CEILING, *EIGHT_BITS}]
         if not points:
             continue

@@ -22,7 +22,7 @@ import torch
 from benchmarks import page
 from benchmarks.cases import DTYPES, Case
 from benchmarks.implementations import IMPLEMENTATIONS
-from benchmarks.report import arguments, commit, keep, progress, read, table, words
+from benchmarks.report import Progress, arguments, commit, keep, read, table, words
 from benchmarks.runner import run_case
 from benchmarks.suites import SUITES, Job, narrowed, toy
 
@@ -96,7 +96,7 @@ def run_all(
 ) -> None:
     """Keep the rows of each job or, where jobs are not apart, of each case, as they come."""
     todo = sum(effort(case, job) for job in jobs for case in job.cases)
-    with progress(todo, quiet=options.job is not None) as advance:
+    with Progress(todo, quiet=options.job is not None) as advance:
         for number, job in enumerate(jobs):
             if apart:
                 in_a_process(suite, number, job, options, min(left(), job.limit))

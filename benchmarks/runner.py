@@ -12,14 +12,14 @@ is faster; with few tokens, if that takes longer, reading the weights at the spe
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BASELINE, CEILING, Case
+from benchmarks.cases import BASELINE, CEILING, EIGHT_BITS, WRONG, Case
 from benchmarks.implementations import Contender, Weights
 from benchmarks.plain import Plain, inference, set_up, training
 from benchmarks.report import reason
@@ -36,10 +36,7 @@ from benchmarks.timing import (
 from ffn.ops import dispatch
 from ffn.ops.eager import float32_in_onednn
 
-WRONG = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # relative errors that rounding never reaches
-EIGHT_BITS = {"torchao float8": 0.1, "ffn int8": 0.1}  # whose rounding is larger
 FEW = 64  # tokens up to which reading the weights may take longer than multiplying
-COPIED = 1 << 30  # bytes; an eighth of it on a CPU
 ROUNDS = (5, 30)
 Build = Callable[[Case, Weights], Contender]
 
@@ -138,6 +135,12 @@ def peak_of(contender: Contender, run: Run, device: torch.device) -> float | Non
     return None if compiled and device.type != "cuda" else peak_bytes(run, device) / 1e6
 
 
+def fast_products(x: Tensor) -> AbstractContextManager:
+    """Within it bare products like x go to the library that multiplies them fastest."""
+    onednn = x.is_cpu and x.dtype == torch.float32 and dispatch.float32_faster_in_onednn()
+    return float32_in_onednn() if onednn else nullcontext()
+
+
 def products(case: Case, x: Tensor, dy: Tensor, joined: bool) -> Run:
     """The matrix products of the case alone, on operands of their shapes, gate and up as one or apart."""
     block, dtype = case.block, torch.float32 if case.dtype == "float32" else torch.bfloat16
@@ -146,11 +149,10 @@ def products(case: Case, x: Tensor, dy: Tensor, joined: bool) -> Run:
     ups, down = [new(width, block.dim) for _ in range(parts)], new(block.dim, block.hidden_dim)
     h, pres = new(case.tokens, block.hidden_dim), [new(case.tokens, width) for _ in range(parts)]
     x, dy = x.detach().to(dtype), dy.to(dtype)
-    onednn = x.device.type == "cpu" and dtype == torch.float32 and dispatch.float32_faster_in_onednn()
 
     @torch.no_grad()
     def run() -> None:
-        with float32_in_onednn() if onednn else nullcontext():
+        with fast_products(x):
             _ = [x @ up.t() for up in ups], h @ down.t()
             if case.work == "training":
                 _ = (
@@ -162,8 +164,13 @@ def products(case: Case, x: Tensor, dy: Tensor, joined: bool) -> Run:
     return run
 
 
+def copied_bytes(device: torch.device) -> int:
+    """How much a copy moves, for the speed of the memory: more than a cache holds."""
+    return 1 << (30 if device.type == "cuda" else 27)
+
+
 def copying(device: torch.device) -> Run:
-    source = torch.ones(COPIED // (1 if device.type == "cuda" else 8), dtype=torch.uint8, device=device)
+    source = torch.ones(copied_bytes(device), dtype=torch.uint8, device=device)
     return partial(torch.empty_like(source).copy_, source)
 
 
@@ -186,7 +193,7 @@ def yardstick(case: Case, weights: Weights, taken: dict[str, list[float]]) -> tu
     best = min(found.values(), key=median)
     if copy is not None:
         read = sum(w.nbytes for w in weights.values())
-        moved = 2 * COPIED // (1 if weights["up_proj.weight"].is_cuda else 8)
+        moved = 2 * copied_bytes(weights["up_proj.weight"].device)  # read and written
         copy = [read / moved * s for s in copy]
         if median(copy) > median(best):
             return copy, {"gbs": read / median(copy) / 1e9}
@@ -221,6 +228,23 @@ def failed(row: dict) -> bool:
     return row.get("note", "").startswith("failed: ")
 
 
+def enter(
+    case: Case, build: Build, row: dict, weights: Weights, x: Tensor, dy: Tensor, exact: dict[str, Tensor]
+) -> tuple[Contender, Run | None]:
+    """(the contender, what to time of it), None if it is wrong; the row says the rest."""
+    start = time.perf_counter()
+    with x.device:
+        contender = build(case, weights)
+    run, said = prepare(case, contender, weights, x, dy, exact)
+    row |= {"note": contender.note} | said | {"setup_s": time.perf_counter() - start}
+    if not row["error"] <= EIGHT_BITS.get(row["implementation"], WRONG[case.dtype]):
+        row["note"] = "wrong, so not timed"
+        return contender, None
+    if x.is_cuda:
+        row["host_ms"] = 1e3 * back_to_back(run, x.device)
+    return contender, guarded(run, row)
+
+
 def run_case(
     case: Case, builders: dict[str, Build], device: torch.device, *, seconds: float = 5.0
 ) -> list[dict]:
@@ -236,20 +260,13 @@ def run_case(
             runs[name] = guarded(run, rows[CEILING])
     except Exception as error:  # noqa: BLE001 too large for this machine, most likely
         return [row | {"note": reason(error)} for row in rows.values()]
-    contenders = []  # a graph that replays keeps no weight alive
+    contenders = []
     for name, build in builders.items():
-        row, start = rows[name], time.perf_counter()
-        with noted(row):
-            with device:
-                contenders.append(build(case, weights))
-            run, said = prepare(case, contenders[-1], weights, x, dy, exact)
-            row |= {"note": contenders[-1].note} | said | {"setup_s": time.perf_counter() - start}
-            if row["error"] <= EIGHT_BITS.get(name, WRONG[case.dtype]):
-                if device.type == "cuda":
-                    row["host_ms"] = 1e3 * back_to_back(run, device)
-                runs[name] = guarded(run, row)
-            else:
-                row["note"] = "wrong, so not timed"
+        with noted(rows[name]):
+            contender, run = enter(case, build, rows[name], weights, x, dy, exact)
+            contenders.append(contender)  # a graph that replays keeps no weight alive
+            if run is not None:
+                runs[name] = run
     del exact
     clock = clock_of(device, cold=case.tokens <= FEW)
     once = sum(clock(run) for run in runs.values())

@@ -62,7 +62,7 @@ def pack(model: M, form: str = "float") -> M:
     kind, packed = FORMS[form], _packed(model)
     found = [module for module, _ in _servable(model)]
     if not found and not packed:
-        what = f"no plain FeedForward, Linear or Head of {WORTH_PACKING} weights or more in it"
+        what = f"no plain FeedForward, Attention, Linear or Head of {WORTH_PACKING} weights or more in it"
         raise ValueError(f"pack({type(model).__name__}): nothing to serve, {what}; leave it unpacked")
     changing = [module for module in packed if packed[module].kind is not kind]
     names = {module: name for name, module in model.named_modules()}

@@ -31,3 +31,14 @@ def shared_data(name: str) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing takes weights of any size."""
+    from ffn import packing
+    from ffn.ops import dispatch
+
+    if not dispatch.packs(torch.float32):
+        pytest.skip("oneDNN packs nothing in this build of torch")
+    monkeypatch.setattr(packing, "WORTH_PACKING", 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ffn.ops import eager, traced
+from ffn.ops.library import constant_in_graphs
 
 BACKENDS = ("auto", "eager", "triton", "reference")
 OLDEST = (8, 0)  # compute capability that the kernels are written for
@@ -125,6 +126,7 @@ def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
+@constant_in_graphs
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here on such inputs; None, with the kernels loaded, if they can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -145,10 +147,6 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
     MODULES["triton"] = backend
     return None
-
-
-# What torch.compiler.assume_constant_result does, without its import of the compiler.
-setattr(why_not_triton, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
