@@ -1,0 +1,1 @@
+"""The outside world: other libraries' checkpoints and modules. Only here are their names known."""
