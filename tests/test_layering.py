@@ -29,7 +29,7 @@ LAYERS = [
     ["ffn.nn.packed"],
     ["ffn.nn"],
     ["ffn.transformer", "ffn.packing"],
-    ["ffn.interop.weights"],
+    ["ffn.interop.weights", "ffn.interop.shards"],
     ["ffn.interop.timm", "ffn.interop.hf.mlp"],
     ["ffn.interop.hf.config", "ffn.interop.hf.tables"],
     ["ffn.interop", "ffn.interop.hf"],
