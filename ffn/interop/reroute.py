@@ -1,0 +1,176 @@
+"""A module whose feed-forward lines go through the block's op, while it stays what it was.
+
+The module keeps its children, its name and its base classes; only its class is changed to a subclass of the
+old one, in which one method calls the op in place of the lines between the products. Whenever something was
+done to what takes part (an adapter, a hook, a quantized weight, another activation) the old method runs.
+"""
+
+import copyreg
+from dataclasses import dataclass
+from functools import cache, update_wrapper
+from typing import Any
+
+from torch import Tensor, nn
+
+from ffn.interop import source
+from ffn.interop.probe import Inner
+from ffn.interop.source import Chain
+from ffn.interop.weights import is_plain_input, plain_projection, split_packed
+from ffn.ops.feed_forward import feed_forward
+
+PLAN = "_ffn_plan"
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one module is rerouted: where its code is, what that computes, how the op shall run.
+
+    first, last: paths of the products. save, chunk_tokens, backend: options of `ffn.feed_forward`.
+    """
+
+    chain: Chain
+    first: tuple[str, ...]
+    last: str
+    inner: Inner
+    save: str = "preact"
+    chunk_tokens: int | None = None
+    backend: str = "auto"
+
+    def arrange(self, pairs: list) -> tuple[Pair, Pair]:
+        """(up, gate), each (weight, bias), from those of the first products."""
+        inner = self.inner
+        if inner.packing is not None:
+            weight, bias = pairs[0]
+            gate, up = split_packed(weight, inner.packing)
+            gate_bias, up_bias = (None, None) if bias is None else split_packed(bias, inner.packing)
+            return (up, up_bias), (gate, gate_bias)
+        if inner.gate is None:
+            return pairs[0], (None, None)
+        return pairs[1 - inner.gate], pairs[inner.gate]
+
+
+class Rerouted:
+    """What a rerouted module's class has before the class it had."""
+
+    def __reduce_ex__(self, protocol):
+        new, (_, *rest), *state = super().__reduce_ex__(protocol)
+        assert new is copyreg.__newobj__, "a class with a reduction of its own is not rerouted"
+        return (_revive, (*type(self)._ffn_origin, *rest), *state)  # type: ignore[attr-defined]
+
+    def _ffn_reroute(self, x: Tensor) -> Tensor:
+        return apply(self, self.__dict__[PLAN], x)  # type: ignore[arg-type]
+
+    def _ffn_tail(self, holder: nn.Module, y: Tensor, *rest):
+        product = self.__dict__[PLAN].last.rpartition(".")[2]
+        return source.tail(type(holder), product)(holder, y, *rest)  # type: ignore[misc]
+
+
+def reroute(module: nn.Module, plan: Plan) -> None:
+    """Give the module the class in which `plan` holds; `restore` takes it back."""
+    module.__class__ = _subclass(type(module), plan.chain)
+    module.__dict__[PLAN] = plan
+
+
+def restore(module: nn.Module) -> None:
+    """Give the module back the class it had; RuntimeError as `origin` raises it."""
+    module.__class__ = origin(module)
+    del module.__dict__[PLAN]
+
+
+def origin(module: nn.Module) -> type:
+    """The class a rerouted module had.
+
+    Raises:
+        RuntimeError: something else has changed its class since (FSDP2 does).
+    """
+    found = vars(type(module)).get("_ffn_origin")
+    if found is None:
+        name = type(module).__name__
+        raise RuntimeError(f"{name} was changed after ffn.swap (sharded?): unswap before that, or load anew")
+    return found[0]
+
+
+def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
+    """Why the old method must run now, or None."""
+    for path in (*plan.first, plan.last):
+        product = _at(module, path)
+        if plain_projection(product) is None:
+            return f"{path} (a {type(product).__name__}) is replaced, hooked, or its weight is no plain parameter"
+    for path, kind in plan.inner.passed:
+        passed = _at(module, path)
+        if type(passed) is not kind or _is_hooked(passed):
+            return f"{path} was replaced or hooked"
+    for path, name, value in plan.inner.watched:
+        now = getattr(_at(module, path), name)
+        if now is not value and now != value:
+            return f"{path or type(module).__name__}.{name} was {value!r} and is {now!r}"
+    if probability(module, plan) >= 1.0:
+        return "everything is dropped"
+    return None
+
+
+def apply(module: nn.Module, plan: Plan, x: Tensor) -> Tensor:
+    """The op on the module's weights, whether or not there is a reason not to."""
+    (up, up_bias), (gate, gate_bias) = plan.arrange([plain_projection(_at(module, p)) for p in plan.first])
+    down, down_bias = plain_projection(_at(module, plan.last))  # type: ignore[misc]
+    return feed_forward(
+        x, up, down, gate, up_bias, down_bias, gate_bias, activation=plan.inner.activation,
+        dropout=probability(module, plan), save=plan.save, chunk_tokens=plan.chunk_tokens, backend=plan.backend,
+    )  # fmt: skip
+
+
+def probability(module: nn.Module, plan: Plan) -> float:
+    """Of the dropout between the products, now."""
+    if plan.inner.dropout is None:
+        return 0.0
+    path, name = plan.inner.dropout
+    holder = _at(module, path)
+    return float(getattr(holder, name)) if holder.training else 0.0
+
+
+def _at(module: nn.Module, path: str) -> Any:
+    found: nn.Module | None = module
+    for name in path.split(".") if path else ():
+        found = found._modules.get(name) if found is not None else None
+    return found
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def _revive(original: type, chain: Chain, *rest):
+    """An empty module of the rerouted class; pickle and deepcopy fill it."""
+    return copyreg.__newobj__(_subclass(original, chain), *rest)  # type: ignore[attr-defined]
+
+
+@cache
+def _subclass(original: type, chain: Chain) -> type:
+    """The class of rerouted modules: by its names the old one, which code elsewhere may look for."""
+    rewritten, name = source.rewrite(original, chain), chain.method
+
+    def method(self, *args, **kwargs):
+        inputs = (*args, *kwargs.values())
+        if all(is_plain_input(x) for x in inputs if isinstance(x, Tensor)):
+            if reason_not_to(self, self.__dict__[PLAN]) is None:
+                return rewritten(self, *args, **kwargs)
+        return old(self, *args, **kwargs)
+
+    old = getattr(original, name)
+    content: dict[str, Any] = {
+        name: update_wrapper(method, old),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "_ffn_origin": (original, chain),
+    }
+    if issubclass(original, nn.TransformerEncoderLayer):
+        # its fast path in eval mode reads the weights itself, past the method; 0 says that it may not
+        content["activation_relu_or_gelu"] = property(lambda self: 0)
+    return type(original.__name__, (Rerouted, original), content)

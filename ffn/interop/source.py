@@ -1,0 +1,309 @@
+"""Where a method computes last(inner(first(x))) on children of its module, read from its own source.
+
+A feed-forward block may be a module of its own or a few lines in the middle of a layer:
+
+    residual = hidden
+    hidden = self.norm(hidden)
+    hidden = self.fc1(hidden)                  the chain: from the statement of the first product
+    hidden = self.activation(hidden)
+    hidden = self.fc2(hidden)                  to the call of the last
+    return residual + hidden
+
+`find_chains` finds such runs of statements; `inner` is what lies between the products as a function, for
+probing; `rewrite` is the method with the run replaced by one call. Both are compiled from the method's own
+statements, so that all else in it stays what it was. What cannot be moved safely is not a chain.
+"""
+
+import ast
+import copy
+import inspect
+import linecache
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+X = "_ffn_x"  # the block's input, in the functions made here
+REROUTE, TAIL = "_ffn_reroute", "_ffn_tail"  # what `rewrite` calls on self
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A run of statements in `method`, from the calls of the children `first` (one, or two when gated) to `last`.
+
+    holds: whether `last` holds the product, which its forward begins with, rather than being it.
+    sequence: the children's names of an nn.Sequential, whose forward has no such lines.
+    """
+
+    method: str
+    first: tuple[str, ...]
+    last: str
+    holds: bool = False
+    sequence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A chain found: its statements body[start:stop + 1], all that call a first product lie up to `read`;
+    their argument."""
+
+    body: list[ast.stmt]
+    start: int
+    read: int
+    stop: int
+    argument: ast.expr
+
+
+def find_chains(module: nn.Module, products: dict[str, str]) -> Iterator[Chain]:
+    """The chains in the methods of `module`; `products` gives, by child, the path of the one product in it."""
+    cls, names = type(module), set(products)
+    sequence = tuple(dict(module.named_children())) if cls.forward is nn.Sequential.forward else ()
+    for method in _methods(cls):
+        tree = _tree(cls, method, sequence)
+        for body in _bodies(tree) if tree is not None else ():
+            calls = [name for statement in body for name, _ in _calls(statement, names)]
+            for end, last in enumerate(calls):
+                for count in (2, 1):
+                    first = tuple(calls[max(end - count, 0) : end])
+                    chain = Chain(method, first, last, products[last] != last, sequence)
+                    if len({*first, last}) == count + 1 and _locate(tree, chain) is not None:
+                        yield chain
+
+
+def inner(cls: type, chain: Chain) -> FunctionType:
+    """f(self, x): what the method does from x to the call of the last product, which is its last act."""
+    tree, place = _found(cls, chain)
+    run = place.body[place.start : place.stop + 1]
+    ((_, call),) = _calls(run[-1], {chain.last})
+    call.args[1:] = [ast.Constant(None) for _ in call.args[1:]]
+    statements = [*run[:-1], ast.Expr(call)]
+    for statement in statements:
+        for _, first in _calls(statement, set(chain.first)):
+            first.args = [ast.Name(X, ast.Load())]
+    if isinstance(place.argument, ast.Name):
+        statements = [*ast.parse(f"{place.argument.id} = {X}").body, *statements]
+    tree.args = ast.parse(f"def f(self, {X}): ...").body[0].args  # type: ignore[attr-defined]
+    tree.decorator_list, tree.returns, tree.body = [], None, statements
+    return _compile(cls, chain.method, tree, "the chain of")
+
+
+def rewrite(cls: type, chain: Chain) -> FunctionType:
+    """The method with its chain replaced by `self._ffn_reroute(x)`, or by that and the rest of `last`."""
+    tree, place = _found(cls, chain)
+    statement = place.body[place.stop]
+    ((_, call),) = _calls(statement, {chain.last})
+    rerouted = ast.Call(_attribute(REROUTE), [place.argument], [])
+    if chain.holds:
+        call.args = [call.func, rerouted, *call.args[1:]]
+        call.func = _attribute(TAIL)
+    else:
+        _replace(statement, call, rerouted)
+    del place.body[place.start : place.stop]
+    return _compile(cls, chain.method, tree, "rerouted")
+
+
+@cache
+def tail(cls: type, product: str) -> FunctionType | None:
+    """forward(self, y, ...) of a class that begins with the product, without it; None if it does not."""
+    tree = copy.deepcopy(_tree(cls, "forward"))
+    if tree is None or len(tree.args.args) < 2:
+        return None
+    given = tree.args.args[1].arg
+    found = [(statement, call) for statement in tree.body for _, call in _calls(statement, {product})]
+    if len(found) != 1:
+        return None
+    statement, call = found[0]
+    before = tree.body[: tree.body.index(statement)]
+    if not all(map(_is_text, before)) or [ast.unparse(a) for a in call.args] != [given]:
+        return None
+    _replace(statement, call, call.args[0])
+    return _compile(cls, "forward", tree, "the rest of")
+
+
+def _found(cls: type, chain: Chain) -> tuple[ast.FunctionDef, _Place]:
+    tree = copy.deepcopy(_tree(cls, chain.method, chain.sequence))
+    place = tree and _locate(tree, chain)
+    if tree is None or place is None:
+        raise ValueError(f"{cls.__qualname__}.{chain.method} has changed: {chain.first} to {chain.last} not found")
+    return tree, place
+
+
+def _methods(cls: type) -> list[str]:
+    names: dict[str, None] = {}
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        names |= {name: None for name, value in vars(base).items() if inspect.isfunction(value)}
+    return [name for name in names if not name.startswith("__")]
+
+
+def _tree(cls: type, method: str, sequence: tuple[str, ...] = ()) -> ast.FunctionDef | None:
+    if sequence:
+        lines = [f"    input = getattr(self, {name!r})(input)" for name in sequence]
+        return _parse("\n".join(["def forward(self, input):", *lines, "    return input"]))
+    return _source(inspect.unwrap(getattr(cls, method)))
+
+
+@cache
+def _source(function: Callable) -> ast.FunctionDef | None:
+    try:
+        return _parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # built in, typed at a prompt, or a lambda
+        return None
+
+
+def _parse(text: str) -> ast.FunctionDef | None:
+    tree = ast.parse(text).body[0]
+    return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            statements = getattr(node, field, None)
+            if isinstance(statements, list) and statements and isinstance(statements[0], ast.stmt):
+                yield statements
+
+
+def _calls(node: ast.AST, names: set[str]) -> Iterator[tuple[str, ast.Call]]:
+    """The calls self.NAME(...), the innermost first, as they are evaluated."""
+    for child in ast.iter_child_nodes(node):
+        yield from _calls(child, names)
+    if isinstance(node, ast.Call) and (name := _child(node.func)) in names:
+        assert name is not None
+        yield name, node
+
+
+def _child(function: ast.expr) -> str | None:
+    match function:
+        case ast.Attribute(value=ast.Name(id="self"), attr=name):
+            return name
+        case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id="self"), ast.Constant(value=str(name))]):
+            return name
+    return None
+
+
+def _locate(tree: ast.FunctionDef, chain: Chain) -> _Place | None:
+    """The place of the chain, if its statements can be taken out without loss."""
+    for body in _bodies(tree):
+        stops = [i for i, s in enumerate(body) if _simple(s) and any(_calls(s, {chain.last}))]
+        for stop in stops:
+            place = _place(body, stop, chain)
+            if place is not None and _is_closed(tree, place, chain):
+                return place
+    return None
+
+
+def _place(body: list[ast.stmt], stop: int, chain: Chain) -> _Place | None:
+    last = [call for _, call in _calls(body[stop], {chain.last})]
+    if len(last) != 1 or not last[0].args:
+        return None
+    firsts: dict[str, tuple[int, ast.Call]] = {}
+    for index in range(stop, -1, -1):
+        for name, call in _calls(body[index], set(chain.first)):
+            firsts.setdefault(name, (index, call))
+        if len(firsts) == len(chain.first):
+            break
+    else:
+        return None
+    start, read = min(i for i, _ in firsts.values()), max(i for i, _ in firsts.values())
+    if any(call not in ast.walk(last[0]) for index, call in firsts.values() if index == stop):
+        return None
+    calls = [call for s in body[start : stop + 1] for _, call in _calls(s, set(chain.first))]
+    arguments = {ast.dump(call.args[0]) for call in calls if len(call.args) == 1 and not call.keywords}
+    if len(calls) != len(chain.first) or len(arguments) != 1 or any(len(call.args) != 1 for call in calls):
+        return None
+    argument = calls[0].args[0]
+    if len(calls) > 1 and not isinstance(argument, ast.Name):
+        return None
+    return _Place(body, start, read, stop, copy.deepcopy(argument))
+
+
+def _is_closed(tree: ast.FunctionDef, place: _Place, chain: Chain) -> bool:
+    """Whether the run reads nothing but self, x and globals, and nobody reads what it assigns."""
+    run, final = place.body[place.start : place.stop], place.body[place.stop]
+    if not all(_movable(statement) for statement in run):
+        return False
+    x = place.argument.id if isinstance(place.argument, ast.Name) else None
+    local = {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)} | _stored(tree)
+    assigned = {name for statement in run for name in _stored(statement)}
+    ((_, call),) = _calls(final, {chain.last})
+    read_before: set[str] = set()
+    known: set[str] = {"self"} | ({x} if x else set())
+    skip = {id(n) for s in (*run, call) for _, c in _calls(s, set(chain.first)) for n in ast.walk(c.args[0])}
+    for node in (*run, call.args[0]):
+        read_before |= {n for n in _loaded(node, skip) if n in local and n not in known}
+        known |= _stored(node) if not isinstance(node, ast.If) else set()
+    if read_before:
+        return False
+    if any(x in _stored(s) for s in place.body[place.start : place.read]):
+        return False  # the products read different values
+    outside = {id(node) for s in (*run, call.args[0]) for node in ast.walk(s)}
+    replaced = {t.id for t in getattr(final, "targets", []) if isinstance(t, ast.Name)}
+    later = _loaded(tree, outside, after=place.body[place.start].lineno)
+    in_final = _loaded(final, outside)
+    return not (assigned & in_final) and not ((assigned - replaced) & later)
+
+
+def _simple(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign | ast.AnnAssign | ast.Return | ast.Expr)
+
+
+def _movable(statement: ast.stmt) -> bool:
+    """Whether leaving it out is noticed only through the names it assigns."""
+    if _is_text(statement):
+        return True
+    if isinstance(statement, ast.If):
+        return all(_movable(s) for s in (*statement.body, *statement.orelse))
+    targets = {ast.Assign: "targets", ast.AnnAssign: "target", ast.AugAssign: "target"}.get(type(statement))
+    if targets is None:
+        return False
+    found: Any = getattr(statement, targets)
+    nodes = [n for target in (found if isinstance(found, list) else [found]) for n in ast.walk(target)]
+    return all(isinstance(n, ast.Name | ast.Tuple | ast.List | ast.expr_context) for n in nodes)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _stored(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def _loaded(node: ast.AST, skip: set[int], after: int = 0) -> set[str]:
+    """Names read in node, but for the nodes whose ids are in `skip`, from line `after` on or in a loop."""
+    looped = any(isinstance(n, ast.For | ast.While) for n in ast.walk(node))
+    return {
+        n.id
+        for n in ast.walk(node)
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in skip
+        if looped or n.lineno >= after
+    }
+
+
+def _attribute(name: str) -> ast.Attribute:
+    return ast.Attribute(ast.Name("self", ast.Load()), name, ast.Load())
+
+
+def _replace(statement: ast.AST, old: ast.AST, new: ast.AST) -> None:
+    class Replacing(ast.NodeTransformer):
+        def visit(self, node):
+            return new if node is old else self.generic_visit(node)
+
+    Replacing().visit(statement)
+
+
+def _compile(cls: type, method: str, tree: ast.FunctionDef, what: str) -> FunctionType:
+    """The function of a tree, in the globals and closure of the method it was made from."""
+    function = inspect.unwrap(getattr(cls, method))
+    free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    inner_text = ast.unparse(ast.fix_missing_locations(tree))
+    text = f"def _outer({', '.join(free)}):\n{textwrap.indent(inner_text, '    ')}\n    return {tree.name}\n"
+    file = f"<{what} {cls.__qualname__}.{method}, by ffn>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    made: dict[str, Any] = {}
+    exec(compile(text, file, "exec"), function.__globals__, made)
+    return made["_outer"](*(cell.cell_contents for cell in free.values()))
