@@ -12,6 +12,7 @@ The tree, in the order data flows through it:
     generate        sampling with a key/value cache
     tokenizer data  text in, tokens on disk out; batches makes them (B, T)
     optim train     the loop; checkpoint saves it, recipe and config describe it, report shows it
+    interop         swap: the block in models written elsewhere; checkpoints and classes of other libraries
     cli             ffn train | generate | eval | info | doctor
 
 The letters of shapes, everywhere: B batch, T time, S keys seen, N = B T tokens, D model width, H hidden
@@ -20,6 +21,7 @@ width, O output width, Q query heads, G key/value heads, C head channels, V voca
 
 from ffn.checkpoint import load, load_tokenizer
 from ffn.generate import generate
+from ffn.interop.swap import swap, unswap
 from ffn.nn import FeedForward, gated_hidden_dim
 from ffn.ops import feed_forward
 from ffn.packing import pack, packing_error, unpack
@@ -36,5 +38,7 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "packing_error",
+    "swap",
     "unpack",
+    "unswap",
 ]
