@@ -19,15 +19,15 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffn import tokenizer
-from ffn.atomic import publish, remove_folder, sha256_file, sync_file, temporary_name, write_file
+from ffn.atomic import publish, remove_folder, sha256_file, temporary_name, write_file
+from ffn.interop.hf import folder as hf
+from ffn.interop.shards import open_shards, write_tensors
 from ffn.optim import ScheduledOptimizer
 from ffn.transformer import Transformer, TransformerConfig
 
@@ -36,43 +36,56 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 Report = Callable[[str], None]
 
 
+def save(path: str | Path, model: Transformer, format: Literal["ffn", "hf"] = "ffn") -> None:
+    """Write a folder that `load` reads: our own format (`save_model`), or Hugging Face's (`hf.save_folder`)."""
+    writers = {"ffn": save_model, "hf": hf.save_folder}
+    if format not in writers:
+        raise ValueError(f"format={format!r}: want one of {', '.join(writers)}")
+    writers[format](path, model)
+
+
 def save_model(path: str | Path, model: Transformer) -> None:
     """Write `path/model.safetensors`: the weights, and the config in the header. Atomic; `load` reads it."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     partial = temporary_name(folder / MODEL)
     try:
-        _write_tensors(partial, _tensors(model), {"config": model.config.to_toml()})
+        write_tensors(partial, _tensors(model), {"config": model.config.to_toml()})
         publish(partial, folder / MODEL)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Transformer:
-    """The model of a run's folder (its best checkpoint, else its last), of a checkpoint, or of `save_model`.
+def load(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """The model of a run's folder (its best checkpoint, else its last), of a checkpoint, of `save`, or of a
+    folder of Hugging Face: config.json beside safetensors.
 
-    In eval mode, in the dtype it was saved in. ValueError says what is absent, damaged or foreign.
+    In eval mode, in `dtype` or else that it was saved in. ValueError says what is absent, damaged or foreign.
     """
     file = find_model(path)
+    if hf.is_folder(file):
+        return hf.load_folder(file, device, dtype)
     tensors, metadata = _read_tensors(file)
     if "config" not in metadata:
         raise ValueError(f"{file}: not a model of ffn, its header holds no config")
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    saved = dtypes.pop() if len(dtypes) == 1 else None
     try:
         config = TransformerConfig.from_toml(metadata["config"])
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    model = Transformer(config, device="meta", dtype=dtype)
+    model = Transformer(config, device="meta", dtype=saved)
     _check(file, tensors, _tensors(model))
     model.to_empty(device=device)
     _copy(tensors, _tensors(model))
-    return model.eval()
+    return model.to(dtype=dtype).eval()
 
 
 def load_tokenizer(path: str | Path) -> tokenizer.Tokenizer:
-    """The tokenizer of a run's folder, of a checkpoint within one, or in a file."""
+    """The tokenizer of a run's folder, of a checkpoint within one, of a folder of Hugging Face, or in a file."""
     path = Path(path)
     for candidate in (path, path / "tokenizer.json", path.parent.parent / "tokenizer.json"):
         if candidate.is_file():
@@ -81,8 +94,10 @@ def load_tokenizer(path: str | Path) -> tokenizer.Tokenizer:
 
 
 def find_model(path: str | Path, report: Report = warnings.warn) -> Path:
-    """The model file that `load` reads; refused checkpoints on the way are reported."""
+    """The model file (or folder of Hugging Face) that `load` reads; refused checkpoints are reported."""
     path = Path(path)
+    if hf.is_folder(path):
+        return path
     if path.is_file() or (path / MODEL).is_file():
         file = path if path.is_file() else path / MODEL
         if (file.parent / STATE).exists():
@@ -112,7 +127,7 @@ def save_checkpoint(
         partial.mkdir()
         save_model(partial, model)
         tensors = {f"optimizer/{name}": tensor for name, tensor in optimizer.state_tensors().items()}
-        _write_tensors(partial / OPTIMIZER, tensors | _random_state(), {})
+        write_tensors(partial / OPTIMIZER, tensors | _random_state(), {})
         files = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
             for name in (MODEL, OPTIMIZER)
@@ -231,21 +246,9 @@ def _copy(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
         model[name].copy_(tensor)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    # At most one entry of metadata: the order of more is not fixed, and equal weights shall be equal files.
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
-    sync_file(path)
-
-
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from None
+    shards = open_shards(path)
+    return dict(shards), shards.metadata
 
 
 def _random_state() -> dict[str, Tensor]:

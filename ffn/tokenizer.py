@@ -124,6 +124,11 @@ class HFTokenizer:
             raise ValueError(f"not a tokenizer.json of Hugging Face: {error}") from None
 
     @property
+    def specification(self) -> str:
+        """The text of the tokenizer.json, as Hugging Face's libraries read it."""
+        return self._tokenizer.to_str(pretty=True) + "\n"
+
+    @property
     def vocab_size(self) -> int:
         """V, added tokens included; one more than the largest number, should the numbers have gaps."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1

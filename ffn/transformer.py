@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -159,6 +160,8 @@ class Transformer(nn.Module):
     torch.Size([1, 7, 65])
     """
 
+    origin: dict[str, Any] | None = None  # of a model from elsewhere: its model_type, its special tokens
+
     def __init__(self, config: TransformerConfig, *, device=None, dtype=None):
         super().__init__()
         self.config = config
@@ -280,6 +283,12 @@ class Transformer(nn.Module):
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
+
+    def save(self, path: str | Path, format: Literal["ffn", "hf"] = "ffn") -> None:
+        """Write a folder that `ffn.load` reads; as "hf" transformers' from_pretrained reads it too."""
+        from ffn import checkpoint  # the one way up: files know the model, and the model how to ask for them
+
+        checkpoint.save(path, self, format)
 
     def num_parameters(self) -> int:
         """Every weight counted once, the tied ones too."""

@@ -263,4 +263,4 @@ def test_an_error_of_the_tensor_writer_is_one_of_the_disk(tmp_path: Path) -> Non
     with pytest.raises(OSError, match="file"):
         save_model(blocked / "model", Transformer(CONFIG))
     with pytest.raises(OSError, match="cannot write"):
-        checkpoint._write_tensors(tmp_path / "absent" / "m", {"a": torch.zeros(1)}, {})
+        checkpoint.write_tensors(tmp_path / "absent" / "m", {"a": torch.zeros(1)}, {})

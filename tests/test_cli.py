@@ -213,7 +213,7 @@ def test_a_full_disk_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ffn.checkpoint._write_tensors", full)
+    monkeypatch.setattr("ffn.checkpoint.write_tensors", full)
     assert main(["train", *words(tmp_path)]) == 1
     err = capsys.readouterr().err
     message = (

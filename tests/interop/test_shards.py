@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ffn.interop.shards import INDEX, SINGLE, Shards, open_shards, read_json, split_shards, write_shards
+from ffn.interop.shards import INDEX, SINGLE, Shards, open_shards, split_shards, write_shards
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -26,7 +26,7 @@ TENSORS = {
 def write(folder: Path, tensors: dict[str, Tensor] = TENSORS, max_shard_bytes: int = 10**9) -> None:
     folder.mkdir(exist_ok=True)
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    write_shards(folder, sizes, tensors.__getitem__, max_shard_bytes)
+    write_shards(folder, sizes, tensors.__getitem__, max_shard_bytes=max_shard_bytes)
 
 
 def assert_same(shards: Shards, tensors: dict[str, Tensor] = TENSORS) -> None:
@@ -116,7 +116,9 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
         return TENSORS[name] + 1
 
     with pytest.raises(OSError, match="no space"):
-        write_shards(tmp_path / "m", {name: t.nbytes for name, t in TENSORS.items()}, read, 40)
+        write_shards(
+            tmp_path / "m", {name: t.nbytes for name, t in TENSORS.items()}, read, max_shard_bytes=40
+        )
     assert files(tmp_path / "m") == before
     with pytest.raises(ValueError, match=r"^max_shard_bytes=0: want 1 or more$"):
         write(tmp_path / "m", max_shard_bytes=0)
@@ -321,14 +323,3 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path: Path) -> None:
             ValueError, match=r"pytorch_model\.bin: not a pickle of tensors alone, or damaged"
         ):
             open_shards(file)
-
-
-def test_json_is_read_strictly(tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    with pytest.raises(ValueError, match=r"config\.json: cannot read this file: No such file"):
-        read_json(file)
-    file.write_text('{"a": [1, {"b": null}]}')
-    assert read_json(file) == {"a": [1, {"b": None}]}
-    file.write_text('{"a": {"b": 1, "b": 2}}')
-    with pytest.raises(ValueError, match=r"config\.json: not JSON, or damaged \(the key 'b' stands twice\)"):
-        read_json(file)

@@ -1,0 +1,52 @@
+"""What strangers wrote: JSON read strictly, their names and errors fit for one line of ours."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 100_000_000  # safetensors' own limit for a header
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, strictly: UTF-8, no key twice, no NaN. ValueError names the file."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path}: more than {MAX_JSON_BYTES:,} bytes of JSON")
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read this file: {error.strerror}") from None
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in a text, as strictly; `path` is for the message."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {short(key)} stands twice")
+            found[key] = value
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON, or damaged ({one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: wants a JSON object; got {short(content)}")
+    return content
+
+
+def one_line(error: object) -> str:
+    """An error of others, which may quote what is in a file, as a part of one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def short(value: object) -> str:
+    """A value from a file as ASCII, cut where it is long."""
+    text = ascii(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
