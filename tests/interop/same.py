@@ -1,0 +1,58 @@
+"""How a block is compared with its original: outputs, all gradients, and what is kept for backward."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+F64 = torch.float64
+
+
+def twin(original: nn.Module, block: nn.Module) -> None:
+    """Give both random weights, the same ones, by their state dicts: strictly, there and back."""
+    with torch.no_grad():
+        for p in original.parameters():
+            p.copy_(torch.randn(p.shape, dtype=p.dtype) * 0.5)
+    assert list(original.state_dict()) == list(block.state_dict())
+    block.load_state_dict(original.state_dict())
+    original.load_state_dict(block.state_dict())
+
+
+def outcome(block: nn.Module, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """The output for a copy of x, its gradient and those of the parameters that are trained."""
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(seed)
+    y = block(x)
+    parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
+    weight = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)  # no gradient is a plain sum
+    grads = torch.autograd.grad(y, [x, *parameters.values()], weight)
+    return {"y": y.detach(), **dict(zip(["x", *parameters], grads, strict=True))}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """Of one shape each, and no further apart than `tolerance` of the largest element."""
+    assert list(found) == list(expected)
+    for name, wanted in expected.items():
+        assert found[name].shape == wanted.shape
+        assert found[name].dtype == wanted.dtype
+        if wanted.numel():
+            assert (found[name] - wanted).abs().max() <= tolerance * wanted.abs().max(), name
+
+
+def kept(block: nn.Module, x: Tensor) -> dict[torch.dtype, int]:
+    """Elements of the storages that autograd saves, by dtype, without the parameters' own."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        block(x)
+    known = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t for t in saved}
+    counts: dict[torch.dtype, int] = {}
+    for pointer, t in storages.items():
+        if pointer not in known:
+            counts[t.dtype] = counts.get(t.dtype, 0) + t.untyped_storage().nbytes() // t.itemsize
+    return counts
+
+
+def parameters_of(kind) -> list[tuple]:
+    """(name, kind, default) of every parameter of a signature, in order."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(kind).parameters.values()]
