@@ -1,119 +1,41 @@
 """The sentence as code: tokens -> Embedding -> Block x L -> Norm -> Head -> loss; decoder or encoder."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ffn import activations
-from ffn.config import from_dict, from_toml, to_toml
-from ffn.nn.attention import Attention, LayerCache, check_heads, padding_mask
+from ffn.nn.attention import Attention, LayerCache, padding_mask
 from ffn.nn.block import Block
-from ffn.nn.embedding import Embedding, rotary_tables
-from ffn.nn.feed_forward import FeedForward, gated_hidden_dim
-from ffn.nn.head import Head
-from ffn.nn.init import check_init, init_linear
+from ffn.nn.embedding import Embedding
+from ffn.nn.feed_forward import FeedForward
+from ffn.nn.head import Head, HeadTransform
+from ffn.nn.init import init_linear
 from ffn.nn.norm import build_norm
-from ffn.ops.feed_forward import check_options
+from ffn.nn.rotary import rotary_tables
+from ffn.transformer_config import TransformerConfig
 
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The sizes and choices that make a Transformer; checked when built, written to TOML and back.
-
-    Sizes left out (None) follow from the others; `kv_heads`, `head_channels` and `hidden_width` hold them.
-
-    Raises:
-        ValueError: values that do not fit, alone or together.
-    """
-
-    vocab_size: int
-    dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int | None = None  # num_heads
-    head_dim: int | None = None  # dim / num_heads
-    hidden_dim: int | None = None  # 4 dim, or gated_hidden_dim(dim) when gated
-    max_seq_len: int = 1024
-    activation: str = "swiglu"
-    bias: bool = False  # of the feed-forward's and the attention output's Linears
-    attention_bias: bool = False  # of the queries', keys' and values' Linears
-    qk_norm: bool = False  # an RMSNorm over the channels of each query and key head
-    position: Literal["rotary", "learned", "none"] = "rotary"
-    rope_base: float = 10_000.0
-    rope_scaling: float = 1.0  # positions are divided by it
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = 1e-5
-    norm_position: Literal["pre", "post"] = "pre"
-    parallel: bool = False  # attention and feed-forward read the same input
-    causal: bool = True
-    tie_embeddings: bool = True
-    dropout: float = 0.0  # after the embedding, the attention and the feed-forward
-    ffn_dropout: float = 0.0  # after the activation
-    attention_dropout: float = 0.0  # on the attention weights
-    save: Literal["preact", "input"] = "preact"  # what the feed-forward keeps for backward
-    chunk_tokens: int | None = None  # with save="input"
-    init: str = "gpt2"
-
-    def __post_init__(self):
-        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim")
-        for name in (*sizes, "max_seq_len", "chunk_tokens", "rope_base", "rope_scaling", "norm_eps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value}: want a positive number")
-        for name in ("dropout", "ffn_dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)}: want a probability in [0, 1)")
-        for field in fields(self):
-            choices, value = get_args(field.type), getattr(self, field.name)
-            if get_origin(field.type) is Literal and value not in choices:
-                raise ValueError(f"{field.name}={value!r}: want one of {', '.join(choices)}")
-        check_options(activations.resolve(self.activation), 0.0, self.save, self.chunk_tokens, "auto")
-        check_init(self.init)
-        check_heads(self.dim, self.num_heads, self.num_kv_heads, self.head_dim)
-        if self.position == "rotary" and self.head_channels % 2:
-            raise ValueError(
-                f"position='rotary' turns pairs of channels, but head_dim={self.head_channels} is odd; "
-                "choose an even head_dim or another position"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        """G: num_kv_heads, or as many as there are query heads."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_channels(self) -> int:
-        """C: head_dim, or dim / num_heads."""
-        return self.head_dim or self.dim // self.num_heads
-
-    @property
-    def hidden_width(self) -> int:
-        """H: hidden_dim, or the feed-forward's own choice for dim."""
-        gated = activations.resolve(self.activation).gated
-        return self.hidden_dim or (gated_hidden_dim(self.dim) if gated else 4 * self.dim)
-
-    def to_toml(self) -> str:
-        """One `key = value` line a field."""
-        return to_toml(self)
-
-    @classmethod
-    def from_toml(cls, text: str) -> "TransformerConfig":
-        """Read `to_toml`'s text, or any part of it: what is left out has its default."""
-        return from_toml(cls, text)
-
-    @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any], prefix: str = "model") -> "TransformerConfig":
-        """Build from a mapping; an unknown key is refused with the nearest one: `model.n_layer: no such key;
-        did you mean model.num_layers?`."""
-        return from_dict(cls, mapping, prefix)
+def build_embedding(c: TransformerConfig, *, device=None, dtype=None) -> Embedding:
+    """The first part of a Transformer with this config."""
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    return Embedding(
+        c.vocab_size,
+        c.dim,
+        c.max_seq_len if c.position == "learned" else None,
+        dropout=c.dropout,
+        position_offset=c.position_offset,
+        num_token_types=c.num_token_types,
+        scale=c.embedding_scale,
+        norm=partial(build_norm, c.norm, c.dim, c.norm_eps, **factory) if c.embedding_norm else None,
+        **factory,
+    )
 
 
-def build_block(c: TransformerConfig, *, device=None, dtype=None) -> Block:
+def build_block(c: TransformerConfig, layer: int = 0, *, device=None, dtype=None) -> Block:
     """One layer of a Transformer with this config."""
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     attention = Attention(
@@ -125,8 +47,12 @@ def build_block(c: TransformerConfig, *, device=None, dtype=None) -> Block:
         dropout=c.attention_dropout,
         out_dropout=c.dropout,
         qkv_bias=c.attention_bias,
-        out_bias=c.bias,
+        out_bias=c.out_bias,
         qk_norm=partial(build_norm, "rmsnorm", eps=c.norm_eps, **factory) if c.qk_norm else None,
+        qk_norm_scope=c.qk_norm_scope,
+        window=c.window(layer),
+        scale=c.attention_scale,
+        softcap=c.attention_softcap,
         **factory,
     )
     feed_forward = FeedForward(
@@ -142,11 +68,39 @@ def build_block(c: TransformerConfig, *, device=None, dtype=None) -> Block:
         **factory,
     )
     norm = partial(build_norm, c.norm, c.dim, c.norm_eps, **factory)
-    return Block(attention, feed_forward, norm, norm_position=c.norm_position, parallel=c.parallel)
+    return Block(
+        attention,
+        feed_forward,
+        norm,
+        norm_position=c.norm_position,
+        parallel=c.parallel,
+        shared_norm=c.shared_norm,
+    )
+
+
+def build_head(c: TransformerConfig, *, device=None, dtype=None) -> Head | None:
+    """The last part of a Transformer with this config; None where hidden states come out."""
+    if c.head == "none":
+        return None
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    transform, masked = None, c.head == "mlm"
+    if masked:
+        norm = build_norm(c.norm, c.dim, c.norm_eps, **factory)
+        transform = HeadTransform(c.dim, c.head_activation, norm, **factory)
+    return Head(
+        c.dim,
+        c.vocab_size,
+        tied=c.tie_embeddings,
+        bias=masked,
+        softcap=c.logit_softcap,
+        transform=transform,
+        **factory,
+    )
 
 
 class Transformer(nn.Module):
-    """A decoder (causal) or an encoder: `embedding`, `blocks`, `norm` (absent with post-norm) and `head`.
+    """A decoder (causal) or an encoder: `embedding`, `blocks`, `norm` (absent with post-norm) and `head`
+    (None with head="none").
 
     Under bfloat16 autocast the products run in bfloat16, the norms and the residual stream in float32.
 
@@ -166,12 +120,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         meta: dict[str, Any] = {"device": "meta", "dtype": dtype}  # init_weights draws each weight once
-        learned = config.max_seq_len if config.position == "learned" else None
-        self.embedding = Embedding(config.vocab_size, config.dim, learned, dropout=config.dropout, **meta)
-        self.blocks = nn.ModuleList(build_block(config, **meta) for _ in range(config.num_layers))
+        self.embedding = build_embedding(config, **meta)
+        self.blocks = nn.ModuleList(build_block(config, i, **meta) for i in range(config.num_layers))
         post = config.norm_position == "post"  # there each block ends in its own norm
         self.norm = nn.Identity() if post else build_norm(config.norm, config.dim, config.norm_eps, **meta)
-        self.head = Head(config.dim, config.vocab_size, tied=config.tie_embeddings, **meta)
+        self.head = build_head(config, **meta)
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
             self.to_empty(device=device)
@@ -179,8 +132,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw every weight anew: the tables normal 0.02, the norms 1, the Linears of the blocks as
-        `config.init` says (see `ffn.nn.init`); on the meta device nothing happens."""
+        """Draw every weight anew: the tables normal 0.02, the norms the identity, the Linears of the blocks
+        as `config.init` says (see `ffn.nn.init`); on the meta device nothing happens."""
         if self.embedding.weight.is_meta:
             return
         for module in self.modules():
@@ -188,7 +141,8 @@ class Transformer(nn.Module):
                 module.weight.normal_(0.0, 0.02, generator=generator)
             elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 module.reset_parameters()
-        self.head.reset_parameters(generator)
+        if self.head is not None:
+            self.head.reset_parameters(generator)
         for layer, block in enumerate(self.blocks):
             depth: dict[str, Any] = {"num_layers": len(self.blocks), "layer": layer, "generator": generator}
             for module in block.modules():
@@ -206,10 +160,13 @@ class Transformer(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T); see `hidden` for the rest."""
-        hidden = self.hidden(tokens, cache=cache, positions=positions, attention_mask=attention_mask)
-        return self.logits(hidden)
+        """Logits (B, T, V) of tokens (B, T), hidden states with head="none"; see `hidden` for the rest."""
+        hidden = self.hidden(
+            tokens, cache=cache, positions=positions, attention_mask=attention_mask, token_types=token_types
+        )
+        return hidden if self.head is None else self.logits(hidden)
 
     def hidden(
         self,
@@ -218,6 +175,7 @@ class Transformer(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
         """The final hidden states (B, T, D), which `logits` and `loss` read.
 
@@ -227,10 +185,11 @@ class Transformer(nn.Module):
             positions: (T) or (B, T); left out, each token's place among the real ones.
             attention_mask: (B, S), bool or integers, False or 0 at padding, over all S positions: the cached
                 ones and these.
+            token_types: as tokens, with num_token_types in the config; left out, all 0.
 
         Raises:
-            ValueError: no (B, T), a window that is too long, a token outside the vocabulary, or a mask that
-                does not fit. TypeError: a mask of floats.
+            ValueError: no (B, T), a window that is too long, a token outside the vocabulary, token types that
+                there is no table for, or a mask that does not fit. TypeError: a mask of floats.
         """
         start = cache[0].length if cache else 0
         S = start + tokens.shape[-1] if tokens.ndim == 2 else 0
@@ -249,18 +208,18 @@ class Transformer(nn.Module):
                 positions = torch.arange(start, S, device=tokens.device)
             else:
                 positions = (attention_mask.cumsum(-1) - 1).clamp_(min=0)[:, start:]
-        x = self.embedding(tokens, positions)
-        rotary = None
-        if self.config.position == "rotary" and positions is not None:
-            c = self.config
-            rotary = rotary_tables(positions, c.head_channels, c.rope_base, c.rope_scaling)
+        x = self.embedding(tokens, positions, token_types)
+        rotary, c = None, self.config
+        if c.position == "rotary" and positions is not None:
+            rotary = rotary_tables(positions, c.rope_channels, c.rope_base, c.rotary_scaling)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, cache[i] if cache else None)
+            turned = None if i in c.no_rope_layers else rotary
+            x = block(x, turned, mask, cache[i] if cache else None)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) from final hidden states (..., D)."""
-        return self.head(hidden, self._table())
+        """(..., V) from final hidden states (..., D); ValueError with head="none"."""
+        return self._head()(hidden, self._table())
 
     def loss(
         self,
@@ -268,6 +227,7 @@ class Transformer(nn.Module):
         targets: Tensor,
         *,
         attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> Tensor:
@@ -276,8 +236,8 @@ class Transformer(nn.Module):
         The logits of a large vocabulary are never all stored; see `ffn.nn.loss`. attention_mask (B, T) hides
         padding from the other tokens, see `hidden`; what is not to be learned wants ignore_index as target.
         """
-        return self.head.loss(
-            self.hidden(tokens, attention_mask=attention_mask),
+        return self._head().loss(
+            self.hidden(tokens, attention_mask=attention_mask, token_types=token_types),
             targets,
             self._table(),
             ignore_index=ignore_index,
@@ -293,6 +253,11 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         """Every weight counted once, the tied ones too."""
         return sum(p.numel() for p in self.parameters())
+
+    def _head(self) -> Head:
+        if self.head is None:
+            raise ValueError("head='none': this Transformer gives hidden states alone; build it with a head")
+        return self.head
 
     def _table(self) -> Tensor | None:
         return self.embedding.weight if self.config.tie_embeddings else None

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffn.cost import flops_per_token, parameter_table, render_table
+from ffn.cost import flops_per_token, kept_elements, parameter_table, render_kept, render_table
 from ffn.transformer import Transformer, TransformerConfig
 
 GPT2 = TransformerConfig(
@@ -27,6 +27,17 @@ OPTIONS = [
     {"norm_position": "post", "causal": False, "position": "none"},
     {"parallel": True, "norm": "layernorm"},
     {"parallel": True, "norm_position": "post"},
+    {"parallel": True, "shared_norm": False, "attention_out_bias": True},
+    {"qk_norm": True, "qk_norm_scope": "all", "num_kv_heads": 2, "norm_position": "output"},
+    {"norm_position": "sandwich", "norm": "rmsnorm1p"},
+    {
+        "position": "learned",
+        "position_offset": 2,
+        "num_token_types": 3,
+        "embedding_norm": True,
+        "head": "mlm",
+    },
+    {"head": "none"},
 ]
 
 
@@ -74,6 +85,13 @@ def test_flops_are_torchs_count(options: dict) -> None:
     assert counter.get_total_flops() == 20 * flops_per_token(config, 10)
 
 
+def test_a_window_looks_at_fewer_keys() -> None:
+    config = dataclasses.replace(SMALL, sliding_window=4, full_attention_layers=(1,))
+    attention = next(part.flops for part in parameter_table(config, 10) if part.name == "attention")
+    pairs = [sum(min(t + 1, window) for t in range(10)) for window in (4, 10, 4)]
+    assert attention == 2 * 2 * sum(pairs) * SMALL.num_heads * SMALL.head_channels // 10
+
+
 def test_the_table_reads_well() -> None:
     text = render_table(GPT2, 512)
     lines = text.splitlines()
@@ -89,3 +107,24 @@ def test_the_table_reads_well() -> None:
     assert "q/k norm" not in text
     assert all(line == line.rstrip() for line in lines)
     assert len({len(line) for line in lines[2:-3]}) == 1
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("save", ["preact", "input"])
+def test_what_is_kept_is_what_the_blocks_say(activation: str, save: str) -> None:
+    config = dataclasses.replace(SMALL, activation=activation, save=save)
+    model = Transformer(config)
+    said = [block.feed_forward.explain(torch.zeros(1, config.dim)) for block in model.blocks]
+    assert kept_elements(config, save) % config.num_layers == 0
+    each = kept_elements(config, save) // config.num_layers
+    assert all(f"keeps {each} elements a token for backward" in line for line in said)
+
+
+def test_what_is_kept_in_bytes() -> None:
+    lines = [line.split() for line in render_kept(LLAMA).splitlines()]
+    elements = 32 * (4096 + 2 * 14336)
+    assert lines[0][-5:] == ["a", "token", "a", "sequence", "of", "8,192"][-5:]
+    size = f"{4 * elements * 8192 / 2**20:,.1f}"
+    assert lines[1] == ['save="preact"', "float32", f"{4 * elements:,}", "bytes", size, "MiB"]
+    assert lines[4] == ['save="input"', "bfloat16", f"{2 * 32 * 4096:,}", "bytes", "2,048.0", "MiB"]
+    assert len({len(line) for line in render_kept(LLAMA).splitlines()}) == 1

@@ -53,8 +53,8 @@ def test_config_refuses(options: dict, message: str) -> None:
     ("field", "wrong", "choices"),
     [
         ("position", "rope", "rotary, learned, none"),
-        ("norm", "rms", "rmsnorm, layernorm"),
-        ("norm_position", "sandwich", "pre, post"),
+        ("norm", "rms", "rmsnorm, layernorm, rmsnorm1p"),
+        ("norm_position", "middle", "pre, post, output, sandwich"),
         ("save", "nothing", "preact, input"),
     ],
 )

@@ -12,18 +12,24 @@ from ffn.ops.attention import attend
 from ffn.ops.feed_forward import check_size
 from ffn.ops.library import autocasts
 
+QK_NORM_SCOPES = ("head", "all")
+
 
 class Attention(nn.Module):
     """Scaled dot-product attention of Q query heads over G key/value heads of C channels.
 
-        y = o_proj(softmax(q k^T / sqrt(C)) v)        q, k, v = q_proj(x), k_proj(x), v_proj(x)
+        y = o_proj(softmax(scale q k^T) v)        q, k, v = q_proj(x), k_proj(x), v_proj(x)
 
     Args:
         dim: D. num_heads: Q. num_kv_heads: G, which divides Q; Q if left out. head_dim: C; D / Q if left out.
         causal: whether a token sees only itself and what came before.
         dropout: probability to drop an attention weight, out_dropout an output value, while training.
         qkv_bias, out_bias: whether q, k and v, and the output, have a bias.
-        qk_norm: builds a norm over the C channels of each query and key head, e.g. torch.nn.RMSNorm.
+        qk_norm: builds a norm over the C channels of each query and key head, e.g. torch.nn.RMSNorm; with
+            qk_norm_scope="all" over all heads' channels together.
+        window: how many positions back a token sees, its own counted; None for all.
+        scale: of the scores; 1/sqrt(C) if left out.
+        softcap: scores s become softcap tanh(s / softcap).
 
     Shape:
         x (B, T, D) -> (B, T, D). rotary: the tables of `ffn.nn.embedding.rotary_tables`.
@@ -35,9 +41,10 @@ class Attention(nn.Module):
     bfloat16's, above all backward and for one query.
 
     Raises:
-        ValueError: widths that are not positive or do not divide.
+        ValueError: widths that are not positive or do not divide, no such scope, a window without causal.
 
-    Sources: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Henry et al. 2020 (q/k norm).
+    Sources: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Henry et al. 2020 (q/k norm);
+    Beltagy et al. 2020 (windows); Gemma Team 2024 (softcap).
     """
 
     def __init__(
@@ -53,21 +60,32 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         qk_norm: Callable[[int], nn.Module] | None = None,
+        qk_norm_scope: str = "head",
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
         check_heads(dim, num_heads, num_kv_heads, head_dim)
+        if window is not None and not (causal and window > 0):
+            raise ValueError(f"window={window}, causal={causal}: want a positive window, and causal=True")
+        if qk_norm_scope not in QK_NORM_SCOPES:
+            raise ValueError(f"qk_norm_scope={qk_norm_scope!r}: want one of {', '.join(QK_NORM_SCOPES)}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim = head_dim or dim // num_heads
         self.causal, self.dropout, self.out_dropout = causal, dropout, out_dropout
+        self.window, self.scale, self.softcap = window, scale, softcap
         wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(dim, wide, bias=qkv_bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(dim, narrow, bias=qkv_bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(dim, narrow, bias=qkv_bias, device=device, dtype=dtype)
         self.o_proj = nn.Linear(wide, dim, bias=out_bias, device=device, dtype=dtype)
-        self.q_norm = qk_norm(self.head_dim) if qk_norm is not None else None
-        self.k_norm = qk_norm(self.head_dim) if qk_norm is not None else None
+        self.qk_norm_scope = qk_norm_scope
+        over = (wide, narrow) if qk_norm_scope == "all" else (self.head_dim, self.head_dim)
+        self.q_norm = qk_norm(over[0]) if qk_norm is not None else None
+        self.k_norm = qk_norm(over[1]) if qk_norm is not None else None
 
     def forward(
         self,
@@ -91,7 +109,7 @@ class Attention(nn.Module):
         dtype, device, autocast = projected[0].dtype, projected[0].device.type, autocasts(projected[0])
         q, k, v = map(self._heads, projected)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast norms in float32
+            q, k = self._norm(self.q_norm, q), self._norm(self.k_norm, k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -107,24 +125,38 @@ class Attention(nn.Module):
         x = x.float() if half and x.device.type == "cpu" else x
         return x.reshape(*x.shape[:-1], -1, self.head_dim)
 
+    def _norm(self, norm: nn.Module, x_BTQC: Tensor) -> Tensor:
+        x = x_BTQC.flatten(2) if self.qk_norm_scope == "all" else x_BTQC
+        return norm(x).to(x.dtype).view(x_BTQC.shape)  # autocast norms in float32
+
     def _attend(self, q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
         T, S = q_BQTC.shape[2], k_BGSC.shape[2]
         causal = self.causal and mask is None
         p = self.dropout if self.training else 0.0
+        if self.window is not None and self.window < S:
+            seen = causal_mask(T, S, q_BQTC.device).triu(S - T - self.window + 1)
+            causal, mask = False, seen if mask is None else mask & seen
         if causal and S > T:  # torch's flag would align the first query with the first key
             causal, mask = False, causal_mask(T, S, q_BQTC.device) if T > 1 else None
-        if p > 0.0 and q_BQTC.device.type == "cpu":
+        if self.softcap is not None or (p > 0.0 and q_BQTC.device.type == "cpu"):
             mask = causal_mask(T, S, q_BQTC.device) if causal else mask
-            return attend_in_full(q_BQTC, k_BGSC, v_BGSC, mask, p)
-        if mask is None and p == 0.0 and S == T:
+            return attend_in_full(q_BQTC, k_BGSC, v_BGSC, mask, p, self.scale, self.softcap)
+        if mask is None and p == 0.0 and S == T and self.scale is None:
             return attend(q_BQTC, k_BGSC, v_BGSC, causal=causal)
         gqa = self.num_kv_heads != self.num_heads
-        return F.scaled_dot_product_attention(q_BQTC, k_BGSC, v_BGSC, mask, p, causal, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(
+            q_BQTC, k_BGSC, v_BGSC, mask, p, causal, scale=self.scale, enable_gqa=gqa
+        )
 
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"causal={self.causal}, dropout={self.dropout}, out_dropout={self.out_dropout}"
+            + "".join(
+                f", {name}={value}"
+                for name in ("window", "scale", "softcap")
+                if (value := getattr(self, name)) is not None
+            )
         )
 
 
@@ -159,9 +191,15 @@ class LayerCache:
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + C/2) of x (B, T, Q, C) by its angle; see `rotary_tables`."""
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, swapped, signed_sin).to(x.dtype)
+    """Turn each pair of channels (i, i + R/2) of x (B, T, Q, C) by its angle; see `rotary_tables`.
+
+    Where the tables have fewer than C channels, R, the first R turn and the others stay.
+    """
+    R = cos.shape[-1]
+    turning, staying = (x, None) if x.shape[-1] == R else (x[..., :R], x[..., R:])
+    swapped = turning.roll(R // 2, -1)
+    turned = torch.addcmul(turning * cos, swapped, signed_sin).to(x.dtype)
+    return turned if staying is None else torch.cat((turned, staying), -1)
 
 
 def causal_mask(T: int, S: int, device) -> Tensor:
@@ -187,11 +225,19 @@ def padding_mask(real: Tensor, T: int, causal: bool) -> Tensor:
     return allowed | (itself.tril(S - T) & itself.triu(S - T))
 
 
-def attend_in_full(q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v from the whole matrix of scores, with dropout on the weights.
+def attend_in_full(
+    q_BQTC: Tensor,
+    k_BGSC: Tensor,
+    v_BGSC: Tensor,
+    mask: Tensor | None,
+    p: float,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v from the whole matrix of scores, with dropout on the weights and a soft cap.
 
     For the CPU, where torch's fused attention knows no dropout: it takes this road too, with a slower dropout
-    that keeps its mask.
+    that keeps its mask. And for soft caps, which it knows nowhere.
     """
     B, Q, T, C = q_BQTC.shape
     if k_BGSC.shape[1] != Q:
@@ -201,7 +247,12 @@ def attend_in_full(q_BQTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor 
     if mask is not None:
         shift = q.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         shift = shift.expand(B, Q, T, -1).flatten(0, 1) if shift.ndim == 4 else shift
-    weights = torch.baddbmm(shift, q, k.mT, alpha=C**-0.5).softmax(-1)
+    factor = C**-0.5 if scale is None else scale
+    if softcap is None:
+        scores = torch.baddbmm(shift, q, k.mT, alpha=factor)
+    else:
+        scores = torch.bmm(q, k.mT).mul(factor / softcap).tanh().mul(softcap) + shift
+    weights = scores.softmax(-1)
     return torch.bmm(ops.dropout(weights, p), v).unflatten(0, (B, Q))
 
 

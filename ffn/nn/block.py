@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ffn.nn.attention import LayerCache
 
-NORM_POSITIONS = ("pre", "post")
+NORM_POSITIONS = ("pre", "post", "output", "sandwich")
 
 
 class Block(nn.Module):
@@ -14,6 +14,8 @@ class Block(nn.Module):
 
         pre             x = x + attention(norm(x));  x + feed_forward(norm(x))
         post            x = norm(x + attention(x));  norm(x + feed_forward(x))
+        output          x = x + norm(attention(x));  x + norm(feed_forward(x))
+        sandwich        x = x + norm(attention(norm(x)));  x + norm(feed_forward(norm(x)))
         pre, parallel   n = norm(x);  x + attention(n) + feed_forward(n)
         post, parallel  norm(x + attention(x) + feed_forward(x))
 
@@ -21,14 +23,16 @@ class Block(nn.Module):
         attention: called as attention(x, rotary, mask, cache). feed_forward: called as feed_forward(x). Both
             (B, T, D) -> (B, T, D); they drop their own output.
         norm: builds one norm over D. A parallel block has one, `attention_norm`; the others have
-            `feed_forward_norm` as well.
-        norm_position: "pre" or "post".
-        parallel: whether both read the same input.
+            `feed_forward_norm` as well, and in a sandwich each has an `_out_norm` beside it.
+        norm_position: "pre", "post", "output" or "sandwich".
+        parallel: whether both read the same input, with pre or post.
+        shared_norm: with pre and parallel, whether one norm serves both; else each has its own.
 
     Raises:
-        ValueError: no such norm_position.
+        ValueError: no such norm_position, or one that does not go with parallel or shared_norm.
 
-    Sources: Vaswani et al. 2017 (post); Xiong et al. 2020 (pre); Wang, Komatsuzaki 2021 (parallel).
+    Sources: Vaswani et al. 2017 (post); Xiong et al. 2020 (pre); Wang, Komatsuzaki 2021 (parallel); Liu et
+    al. 2021 (output); Ding et al. 2021 (sandwich).
     """
 
     def __init__(
@@ -39,15 +43,18 @@ class Block(nn.Module):
         *,
         norm_position: str = "pre",
         parallel: bool = False,
+        shared_norm: bool = True,
     ):
         super().__init__()
-        if norm_position not in NORM_POSITIONS:
-            raise ValueError(f"norm_position={norm_position!r}: want one of {', '.join(NORM_POSITIONS)}")
+        check_norms(norm_position, parallel, shared_norm)
         self.norm_position, self.parallel = norm_position, parallel
+        sandwich = norm_position == "sandwich"
         self.attention_norm = norm()
         self.attention = attention
-        self.feed_forward_norm = None if parallel else norm()
+        self.attention_out_norm = norm() if sandwich else None
+        self.feed_forward_norm = None if parallel and shared_norm else norm()
         self.feed_forward = feed_forward
+        self.feed_forward_out_norm = norm() if sandwich else None
 
     def forward(
         self,
@@ -56,17 +63,43 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
+        if self.parallel:
+            return self._both(x, rotary, mask, cache)
         norm, second_norm = self.attention_norm, self.feed_forward_norm
-        if self.norm_position == "pre":
-            n = norm(x)
-            if second_norm is None:
-                return x + self.attention(n, rotary, mask, cache) + self.feed_forward(n)
-            x = x + self.attention(n, rotary, mask, cache)
-            return x + self.feed_forward(second_norm(x))
-        if second_norm is None:
-            return norm(x + self.attention(x, rotary, mask, cache) + self.feed_forward(x))
-        x = norm(x + self.attention(x, rotary, mask, cache))
-        return second_norm(x + self.feed_forward(x))
+        out_norm, second_out_norm = self.attention_out_norm, self.feed_forward_out_norm
+        assert second_norm is not None
+        match self.norm_position:
+            case "pre":
+                x = x + self.attention(norm(x), rotary, mask, cache)
+                return x + self.feed_forward(second_norm(x))
+            case "post":
+                x = norm(x + self.attention(x, rotary, mask, cache))
+                return second_norm(x + self.feed_forward(x))
+            case "output":
+                x = x + norm(self.attention(x, rotary, mask, cache))
+                return x + second_norm(self.feed_forward(x))
+        assert out_norm is not None
+        assert second_out_norm is not None
+        x = x + out_norm(self.attention(norm(x), rotary, mask, cache))
+        return x + second_out_norm(self.feed_forward(second_norm(x)))
+
+    def _both(self, x: Tensor, rotary, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """Attention and feed-forward side by side."""
+        if self.norm_position == "post":
+            return self.attention_norm(x + self.attention(x, rotary, mask, cache) + self.feed_forward(x))
+        n = self.attention_norm(x)
+        m = n if self.feed_forward_norm is None else self.feed_forward_norm(x)
+        return x + self.attention(n, rotary, mask, cache) + self.feed_forward(m)
 
     def extra_repr(self) -> str:
         return f"norm_position={self.norm_position!r}, parallel={self.parallel}"
+
+
+def check_norms(norm_position: str, parallel: bool, shared_norm: bool) -> None:
+    """Raise ValueError unless there is such a block."""
+    if norm_position not in NORM_POSITIONS:
+        raise ValueError(f"norm_position={norm_position!r}: want one of {', '.join(NORM_POSITIONS)}")
+    if parallel and norm_position not in ("pre", "post"):
+        raise ValueError(f"parallel=True with norm_position={norm_position!r}: want pre or post")
+    if not (shared_norm or (parallel and norm_position == "pre")):
+        raise ValueError("shared_norm=False: want parallel=True and norm_position='pre'")

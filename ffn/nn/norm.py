@@ -6,11 +6,13 @@ from torch.nn import functional as F
 
 from ffn.ops import library
 
-NORMS = ("rmsnorm", "layernorm")
+NORMS = ("rmsnorm", "layernorm", "rmsnorm1p")
 
 
 def build_norm(name: str, dim: int, eps: float = 1e-5, *, device=None, dtype=None) -> nn.Module:
     """A norm over the last dimension D = dim, with a weight (and a bias for layernorm).
+
+    rmsnorm1p stores what is added to a weight of 1 (Gemma's).
 
     Raises:
         ValueError: the name is not one of NORMS.
@@ -19,7 +21,7 @@ def build_norm(name: str, dim: int, eps: float = 1e-5, *, device=None, dtype=Non
     """
     if name not in NORMS:
         raise ValueError(f"norm={name!r}: no such norm; choose one of {', '.join(NORMS)}")
-    norm = RMSNorm if name == "rmsnorm" else nn.LayerNorm
+    norm = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm, "rmsnorm1p": RMSNorm1p}[name]
     return norm(dim, eps=eps, device=device, dtype=dtype)
 
 
@@ -31,6 +33,18 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class RMSNorm1p(RMSNorm):
+    """RMSNorm with the weight 1 + `weight`; half precision computes in float32, as Gemma does."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        wide, weight = (x.float(), self.weight.float()) if half else (x, self.weight)
+        return rms_norm(wide, 1.0 + weight, self.eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None = 1e-5) -> Tensor:

@@ -6,6 +6,7 @@ not do.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -13,6 +14,7 @@ from ffn.activations import TABLE
 from ffn.nn.attention import Attention, LayerCache
 from ffn.nn.feed_forward import FeedForward, plain_parameters
 from ffn.nn.head import Head
+from ffn.nn.loss import cap
 from ffn.ops.feed_forward import fits
 from ffn.ops.library import needs_textbook
 from ffn.ops.packed import Packed
@@ -169,10 +171,14 @@ class PackedHead(PackedProduct):
     module: Head
 
     def forward(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
-        packed = None
-        if not _is_more_than_numbers():
-            packed = self.copies(hidden, (self.module._matrix(table), None))
-        return Head.forward(self.module, hidden, table) if packed is None else packed.linear(hidden)
+        head = self.module
+        if _is_more_than_numbers():
+            return Head.forward(head, hidden, table)
+        hidden = head.transformed(hidden)
+        packed = self.copies(hidden, (head._matrix(table), head.bias))
+        if packed is None:
+            return cap(F.linear(hidden, head._matrix(table), head.bias), head.softcap)
+        return cap(packed.linear(hidden), head.softcap)
 
 
 _hooked: list = []  # once a process, with the first copies

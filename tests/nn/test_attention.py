@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ffn.nn.attention import Attention, LayerCache, attend_in_full, causal_mask, padding_mask, rotate
-from ffn.nn.embedding import rotary_tables
 from ffn.nn.norm import build_norm
+from ffn.nn.rotary import rotary_tables
 from ffn.ops.attention import attend
 
 F64 = torch.float64
@@ -258,3 +258,47 @@ def test_cuda_autocast_attends_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch,
         torch.set_autocast_enabled("cuda", False)
     assert seen == [torch.bfloat16] * 3
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["eval", "in_full"])
+@pytest.mark.parametrize(("window", "scale", "softcap"), [(3, None, None), (None, 0.7, None), (2, 0.7, 1.5)])
+def test_windows_scales_and_caps_written_out(dropout: float, window, scale, softcap) -> None:
+    attention = Attention(12, 3, window=window, scale=scale, softcap=softcap, dropout=dropout, dtype=F64)
+    x, T = torch.randn(2, 6, 12, dtype=F64), 6
+    q, k, v = (
+        p(x).unflatten(-1, (3, 4)).transpose(1, 2)
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    scores = q @ k.mT * (0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    seen = [[i - (window or T) < j <= i for j in range(T)] for i in range(T)]
+    weights = scores.masked_fill(~torch.tensor(seen), -math.inf).softmax(-1)
+    expected = attention.o_proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), expected)
+    real = torch.ones(2, T, dtype=torch.bool)
+    torch.testing.assert_close(attention(x, mask=padding_mask(real, T, True)), expected)
+    cache = LayerCache(T)
+    with torch.no_grad():
+        parts = [attention(part, cache=cache) for part in x.split([2, 1, 3], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+def test_a_norm_over_all_heads_together() -> None:
+    attention = Attention(
+        12, 3, 1, qk_norm=partial(build_norm, "rmsnorm", dtype=F64), qk_norm_scope="all", dtype=F64
+    )
+    assert attention.q_norm is not None
+    assert (attention.q_norm.weight.shape, attention.k_norm.weight.shape) == ((12,), (4,))
+    torch.nn.init.normal_(attention.q_norm.weight)
+    x = torch.randn(2, 5, 12, dtype=F64)
+    normed = [attention.q_norm(attention.q_proj(x)), attention.k_norm(attention.k_proj(x))]
+    plain = Attention(12, 3, 1, dtype=F64)
+    plain.o_proj = attention.o_proj
+    torch.testing.assert_close(attention(x), plain.mix([*normed, attention.v_proj(x)]))
+
+
+def test_options_that_make_no_attention() -> None:
+    with pytest.raises(ValueError, match="window=3, causal=False: want a positive window, and causal=True"):
+        Attention(12, 3, window=3, causal=False)
+    with pytest.raises(ValueError, match="qk_norm_scope='row': want one of head, all"):
+        Attention(12, 3, qk_norm_scope="row")

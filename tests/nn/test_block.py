@@ -1,4 +1,4 @@
-"""The four shapes of a block against their formulas, with parts that make the order of things visible."""
+"""The shapes of a block against their formulas, with parts that make the order of things visible."""
 
 from functools import partial
 
@@ -28,6 +28,7 @@ FORMULAS = {
     ("post", False): lambda x, a, f, n, m: m((y := n(x + a(x))) + f(y)),
     ("pre", True): lambda x, a, f, n, m: x + a(n(x)) + f(n(x)),
     ("post", True): lambda x, a, f, n, m: n(x + a(x) + f(x)),
+    ("output", False): lambda x, a, f, n, m: (y := x + n(a(x))) + m(f(y)),
 }
 
 
@@ -37,6 +38,34 @@ def test_formula(position: str, parallel: bool) -> None:
     x = torch.randn(2, 5, 8, dtype=F64)
     parts = block.attention, block.feed_forward, block.attention_norm, block.feed_forward_norm
     torch.testing.assert_close(block(x), FORMULAS[position, parallel](x, *parts))
+
+
+def test_a_norm_on_either_side() -> None:
+    block = build(norm_position="sandwich")
+    x = torch.randn(2, 5, 8, dtype=F64)
+    y = x + block.attention_out_norm(block.attention(block.attention_norm(x)))
+    expected = y + block.feed_forward_out_norm(block.feed_forward(block.feed_forward_norm(y)))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_a_parallel_block_with_two_norms() -> None:
+    block = build(parallel=True, shared_norm=False)
+    x = torch.randn(2, 5, 8, dtype=F64)
+    n, m = block.attention_norm(x), block.feed_forward_norm(x)
+    torch.testing.assert_close(block(x), x + block.attention(n) + block.feed_forward(m))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallel": True, "norm_position": "output"}, "parallel=True with .*'output': want pre or post"),
+        ({"shared_norm": False}, "shared_norm=False: want parallel=True and norm_position='pre'"),
+        ({"shared_norm": False, "parallel": True, "norm_position": "post"}, "shared_norm=False: want"),
+    ],
+)
+def test_norms_that_do_not_go_together(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**options)
 
 
 def test_a_parallel_block_has_one_norm() -> None:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from ffn.nn.head import Head
+from ffn.nn.head import Head, HeadTransform
 
 
 def test_logits_and_loss_of_an_untied_head() -> None:
@@ -42,3 +43,24 @@ def test_reset_draws_from_the_generator() -> None:
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert weights[0].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_transform_before_a_bias_and_a_cap_behind(tied: bool) -> None:
+    transform = HeadTransform(6, "gelu_new", nn.LayerNorm(6, dtype=torch.float64), dtype=torch.float64)
+    head = Head(6, 11, tied=tied, bias=True, softcap=2.0, transform=transform, dtype=torch.float64)
+    table = torch.randn(11, 6, dtype=torch.float64)
+    hidden, targets = torch.randn(2, 3, 6, dtype=torch.float64), torch.randint(11, (2, 3))
+    with torch.no_grad():
+        head.bias.normal_()
+    given = table if tied else None
+    x = transform.norm(F.gelu(transform.dense(hidden), approximate="tanh"))
+    logits = 2.0 * torch.tanh((x @ (table if tied else head.weight).T + head.bias) / 2.0)
+    torch.testing.assert_close(head(hidden, given), logits)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(head.loss(hidden, targets, given), expected)
+
+
+def test_a_gated_head() -> None:
+    with pytest.raises(ValueError, match="head_activation='swiglu': want a plain one"):
+        HeadTransform(6, "swiglu", nn.Identity())

@@ -220,3 +220,27 @@ def test_values_out_of_range_are_refused_alike_in_chunks_and_whole(chunk: int | 
 def test_chunks_of_no_tokens(chunk: int) -> None:
     with pytest.raises(ValueError, match=f"^chunk_tokens={chunk}: want at least 1, or None$"):
         linear_cross_entropy(*case(6, 4, 5), chunk_tokens=chunk)
+
+
+@pytest.mark.parametrize("chunk", [2, 50])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("frozen", [(), (0, 1), (2,)], ids=str)
+def test_a_bias_and_a_cap(chunk: int, softcap: float | None, frozen: tuple) -> None:
+    hidden, weight, targets = case(7, 3, 5)
+    bias = torch.randn(5, dtype=F64, requires_grad=True)
+    inputs = [t.requires_grad_(i not in frozen) for i, t in enumerate((hidden, weight, bias))]
+    targets[2] = -100
+    options = {"bias": bias, "softcap": softcap, "label_smoothing": 0.1, "chunk_tokens": chunk}
+    ours = linear_cross_entropy(hidden, weight, targets, **options)
+    logits = F.linear(hidden, weight, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    theirs = F.cross_entropy(logits, targets, label_smoothing=0.1)
+    torch.testing.assert_close(ours, theirs)
+    wanted = [t for t in inputs if t.requires_grad]
+    torch.testing.assert_close(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted))
+
+
+def test_a_bias_that_does_not_fit() -> None:
+    hidden, weight, targets = case(7, 3, 5)
+    with pytest.raises(ValueError, match=r"wants bias \(V\); got \(4,\) with weight \(5, 3\)"):
+        linear_cross_entropy(hidden, weight, targets, bias=torch.zeros(4, dtype=F64))

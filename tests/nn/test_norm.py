@@ -112,3 +112,24 @@ def test_a_second_derivative_with_a_frozen_input() -> None:
     (second,) = torch.autograd.grad(dweight.sum(), weight)
     n = F.rms_norm(x, (4,), eps=1e-5)
     torch.testing.assert_close(second, (6 * n.pow(3) * weight).sum(0))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_weight_of_one_more(grad: bool) -> None:
+    norm, plain = (
+        build_norm("rmsnorm1p", 6, dtype=torch.float64),
+        build_norm("rmsnorm", 6, dtype=torch.float64),
+    )
+    assert not norm.weight.any()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=grad)
+    with torch.no_grad():
+        norm.weight.normal_()
+        plain.weight.copy_(1.0 + norm.weight)
+    torch.testing.assert_close(norm(x), plain(x))
+    if grad:
+        ours = torch.autograd.grad(norm(x).square().sum(), (x, norm.weight))
+        torch.testing.assert_close(ours, torch.autograd.grad(plain(x).square().sum(), (x, plain.weight)))
+    half = norm.to(torch.bfloat16)
+    rounded = x.detach().bfloat16()
+    expected = F.rms_norm(rounded.float(), (6,), 1.0 + half.weight.float(), 1e-5).bfloat16()
+    assert torch.equal(half(rounded), expected)
