@@ -37,6 +37,11 @@ class Plan:
     chunk_tokens: int | None = None
     backend: str = "auto"
 
+    @property
+    def watched(self) -> tuple[tuple[str, str, Any], ...]:
+        """(path of a module, attribute, value): what must stay for the plan to hold."""
+        return (*(("", *fact) for fact in self.chain.facts), *self.inner.watched)
+
     def arrange(self, pairs: list) -> tuple[Pair, Pair]:
         """(up, gate), each (weight, bias), from those of the first products."""
         inner = self.inner
@@ -101,7 +106,7 @@ def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
         passed = _at(module, path)
         if type(passed) is not kind or _is_hooked(passed):
             return f"{path} was replaced or hooked"
-    for path, name, value in plan.inner.watched:
+    for path, name, value in plan.watched:
         now = getattr(_at(module, path), name)
         if now is not value and now != value:
             return f"{path or type(module).__name__}.{name} was {value!r} and is {now!r}"

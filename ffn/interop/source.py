@@ -37,6 +37,7 @@ class Chain:
 
     holds: whether `last` holds the product, which its forward begins with, rather than being it.
     sequence: the children's names of an nn.Sequential, whose forward has no such lines.
+    facts: (attribute, value) of the module that decide which branches were taken.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Chain:
     last: str
     holds: bool = False
     sequence: tuple[str, ...] = ()
+    facts: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,20 +60,29 @@ class _Place:
     argument: ast.expr
 
 
-def find_chains(module: nn.Module, products: dict[str, str]) -> Iterator[Chain]:
-    """The chains in the methods of `module`; `products` gives, by child, the path of the one product in it."""
-    cls, names = type(module), set(products)
+def find_chains(module: nn.Module, products: set[str], holders: set[str]) -> Iterator[Chain]:
+    """The chains in the methods of `module`, of its children named in `products` (these are products, or hold
+    those of one step) and, as the last, in `holders` (whose forward begins with one).
+
+    Where there are none, they are looked for in the branches that the module's own attributes choose.
+    """
+    cls, names = type(module), products | holders
     sequence = tuple(dict(module.named_children())) if cls.forward is nn.Sequential.forward else ()
-    for method in _methods(cls):
-        tree = _tree(cls, method, sequence)
-        for body in _bodies(tree) if tree is not None else ():
-            calls = [name for statement in body for name, _ in _calls(statement, names)]
-            for end, last in enumerate(calls):
-                for count in (2, 1):
-                    first = tuple(calls[max(end - count, 0) : end])
-                    chain = Chain(method, first, last, products[last] != last, sequence)
-                    if len({*first, last}) == count + 1 and _locate(tree, chain) is not None:
-                        yield chain
+    found = False
+    for facts in ((), tuple(_facts(module))):
+        for method in _methods(cls):
+            tree = _tree(cls, method, sequence, facts)
+            for body in _bodies(tree) if tree is not None else ():
+                calls = [name for statement in body for name, _ in _calls(statement, names)]
+                for end, last in enumerate(calls):
+                    for count in (2, 1):
+                        first = tuple(calls[max(end - count, 0) : end])
+                        chain = Chain(method, first, last, last in holders, sequence, facts)
+                        if len({*first, last}) == count + 1 and _locate(tree, chain) is not None:
+                            found = True
+                            yield chain
+        if found:
+            return
 
 
 def inner(cls: type, chain: Chain) -> FunctionType:
@@ -125,7 +136,7 @@ def tail(cls: type, product: str) -> FunctionType | None:
 
 
 def _found(cls: type, chain: Chain) -> tuple[ast.FunctionDef, _Place]:
-    tree = copy.deepcopy(_tree(cls, chain.method, chain.sequence))
+    tree = copy.deepcopy(_tree(cls, chain.method, chain.sequence, chain.facts))
     place = tree and _locate(tree, chain)
     if tree is None or place is None:
         raise ValueError(f"{cls.__qualname__}.{chain.method} has changed: {chain.first} to {chain.last} not found")
@@ -139,11 +150,53 @@ def _methods(cls: type) -> list[str]:
     return [name for name in names if not name.startswith("__")]
 
 
-def _tree(cls: type, method: str, sequence: tuple[str, ...] = ()) -> ast.FunctionDef | None:
+def _tree(cls: type, method: str, sequence: tuple[str, ...] = (), facts: tuple = ()) -> ast.FunctionDef | None:
     if sequence:
         lines = [f"    input = getattr(self, {name!r})(input)" for name in sequence]
         return _parse("\n".join(["def forward(self, input):", *lines, "    return input"]))
-    return _source(inspect.unwrap(getattr(cls, method)))
+    tree = _source(inspect.unwrap(getattr(cls, method)))
+    return _Decided(dict(facts)).visit(copy.deepcopy(tree)) if tree is not None and facts else tree
+
+
+def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The plain values among the module's attributes that its methods ask for in an `if`."""
+    names: set[str] = set()
+    for method in _methods(type(module)):
+        tree = _tree(type(module), method)
+        tests = [node.test for node in ast.walk(tree) if isinstance(node, ast.If)] if tree is not None else []
+        names |= {n.attr for test in tests for n in ast.walk(test) if isinstance(n, ast.Attribute)}
+    for name in sorted(names & set(vars(module))):
+        value = vars(module)[name]
+        if name != "training" and isinstance(value, bool | int | float | str):
+            yield name, value
+
+
+class _Decided(ast.NodeTransformer):
+    """Puts the branch taken in the place of each `if` that asks only for these attributes of self."""
+
+    def __init__(self, facts: dict[str, Any]):
+        self.facts = facts
+
+    def visit_If(self, node: ast.If):
+        self.generic_visit(node)
+        allowed = ast.BoolOp | ast.boolop | ast.UnaryOp | ast.unaryop | ast.Compare | ast.cmpop | ast.Constant
+        test = _Filled(self.facts).visit(copy.deepcopy(node.test))
+        if not all(isinstance(n, allowed) for n in ast.walk(test)):
+            return node
+        expression = ast.fix_missing_locations(ast.Expression(test))
+        taken = node.body if eval(compile(expression, "<test>", "eval"), {"__builtins__": {}}) else node.orelse
+        return taken or ast.copy_location(ast.Pass(), node)
+
+
+class _Filled(ast.NodeTransformer):
+    """Puts the values in the place of self.NAME."""
+
+    def __init__(self, facts: dict[str, Any]):
+        self.facts = facts
+
+    def visit_Attribute(self, node: ast.Attribute):
+        known = isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr in self.facts
+        return ast.copy_location(ast.Constant(self.facts[node.attr]), node) if known else node
 
 
 @cache
@@ -266,7 +319,8 @@ def _movable(statement: ast.stmt) -> bool:
 
 
 def _is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return text or isinstance(statement, ast.Pass)
 
 
 def _stored(node: ast.AST) -> set[str]:

@@ -96,11 +96,13 @@ def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Bl
         return None, Block(path, name, "left", "swapped before")
     if any(p.ndim == 3 and EXPERTS.search(key) for key, p in module.named_parameters(recurse=False)):
         return None, Block(path, name, "left", "a mixture of experts")
-    products = {child: found[0] for child, m in module.named_children() if len(found := _products(child, m)) == 1}
+    products = {child: found for child, m in module.named_children() if 0 < len(found := _products(child, m)) < 3}
+    ends = {child: end for child, m in module.named_children() if (end := _opening(child, m))}
     reason = None
-    for chain in source.find_chains(module, products):
-        first, last = tuple(products[n] for n in chain.first), products[chain.last]
-        if not _fits(module, first, last):
+    for chain in source.find_chains(module, set(products), set(ends)):
+        first = tuple(path for name in chain.first for path in products.get(name, ()))
+        last = ends[chain.last] if chain.holds else products[chain.last][0]
+        if len(first) > 2 or not set(chain.first) <= set(products) or not _fits(module, first, last):
             continue
         if "experts" in path.split("."):
             return None, Block(path, name, "left", "one of a mixture of experts")
@@ -111,21 +113,31 @@ def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Bl
                 return plan, Block(path, name, "swapped", "", describe(plan), *kept)
             plan = kept
         reason = reason or plan
-    if reason is None and _has_block_shape(module, products):
+    if not _has_block_shape(module, products):
+        return None
+    if reason is None:
         reason = "its source is not to be had, or holds no such products one after the other"
-    return None if reason is None else (None, Block(path, name, "left", reason))
+    return None, Block(path, name, "left", reason)
 
 
 def _products(path: str, module: nn.Module) -> list[str]:
-    """Paths of the Linears (and their like) in a child: all, or the first two."""
+    """Paths of the Linears (and their like) in a child: all, or the first three."""
     if _is_product(module):
         return [path]
     found: list[str] = []
     for name, child in module.named_children():
         found += _products(f"{path}.{name}", child)
-        if len(found) > 1:
+        if len(found) > 2:
             break
     return found
+
+
+def _opening(path: str, module: nn.Module) -> str | None:
+    """The path of the product that the forward of a child begins with, where that holds one."""
+    for name, child in module.named_children():
+        if _is_product(child) and source.tail(type(module), name) is not None:
+            return f"{path}.{name}"
+    return None
 
 
 def _is_product(module: nn.Module) -> bool:
@@ -144,17 +156,15 @@ def _fits(module: nn.Module, first: tuple[str, ...], last: str) -> bool:
     return all(out == H for _, out in into) or (len(into) == 1 and into[0][1] == 2 * H)
 
 
-def _has_block_shape(module: nn.Module, products: dict[str, str]) -> bool:
-    pairs = [sizes(module.get_submodule(path)) for path in products.values()]
-    return any(D == O < H and width in (H, 2 * H) for D, width in pairs for H, O in pairs)
+def _has_block_shape(module: nn.Module, products: dict[str, list[str]]) -> bool:
+    if any(True for _ in module.parameters(recurse=False)):  # a mixer of another kind
+        return False
+    pairs = [sizes(module.get_submodule(found[0])) for found in products.values() if len(found) == 1]
+    return any(D == O and (width == 2 * H or width == H > D) for D, width in pairs for H, O in pairs)
 
 
 def _plan(module, chain: Chain, first, last, save, chunk_tokens, backend) -> Plan | str:
     """The plan, proved in float64 on thin products of the same hidden width, or why there is none."""
-    if chain.holds:
-        holder, _, product = last.rpartition(".")
-        if source.tail(type(module.get_submodule(holder)), product) is None:
-            return f"{holder} does not begin with {product}"
     inner = identify(module, source.inner(type(module), chain), first, last)
     if isinstance(inner, str):
         return inner
