@@ -15,7 +15,11 @@ from ffn import activations, ops
 from ffn.nn.feed_forward import plain_parameters
 
 PACKINGS = ("gate_first", "gate_last", "interleaved")
-CONV1D = "transformers.pytorch_utils.Conv1D"
+# Products that are no nn.Linear, by full name: whether the weight is kept as (in, out).
+TRANSPOSED = {
+    "transformers.pytorch_utils.Conv1D": True,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": False,
+}
 GATED = {plain: gated for gated, plain in activations.GATES.items()}
 
 # Activations of other libraries that compute exactly a row. By name, so that nothing is imported to ask.
@@ -102,18 +106,19 @@ def row_name(act) -> str | None:
 
 
 def plain_projection(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    """(weight (out, in), bias) of a plain Linear or a plain Conv1D of transformers, else None.
+    """(weight (out, in), bias) of a plain Linear, or one of transformers' like it, else None.
 
     A Conv1D keeps its weight as (in, out): what is returned is a view of it.
     """
     if type(module) is nn.Linear:
         return plain_parameters(module)
-    if module is None or full_name(type(module)) != CONV1D or not is_plain(module):
+    transposed = TRANSPOSED.get(full_name(type(module)))
+    if module is None or transposed is None or not is_plain(module):
         return None
     weight, bias = map(module._parameters.get, ("weight", "bias"))
-    if type(weight) is not nn.Parameter or type(bias) is not nn.Parameter:
+    if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
         return None
-    return weight.t(), bias
+    return weight.t() if transposed else weight, bias
 
 
 def probability(module: nn.Module) -> float | None:
