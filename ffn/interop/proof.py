@@ -70,7 +70,7 @@ def compare(module: nn.Module, plan: Plan) -> tuple[float, float] | str:
         ys = [old(x), new(x)]
         cotangent = torch.randn(ys[0].shape, generator=g).to(ys[0])
         slopes = [torch.autograd.grad(y, x, cotangent)[0] for y in ys]
-    limit = (4 if weight.dtype.itemsize == 2 else 16) * torch.finfo(weight.dtype).eps
+    limit = max(1e-9, (4 if weight.dtype.itemsize == 2 else 16) * torch.finfo(weight.dtype).eps)
     if not (_apart(*ys) <= limit and _apart(*slopes) <= limit):
         return f"its numbers differ by {_apart(*ys):.1e} of their norm, gradients by {_apart(*slopes):.1e}"
     with mode(module, training=True):
