@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ffn import tokenizer
 from ffn.atomic import publish, remove_folder, sha256_file, temporary_name, write_file
 from ffn.interop.hf import folder as hf
-from ffn.interop.shards import open_shards, write_tensors
+from ffn.interop.shards import Shards, has_shards, open_shards, write_tensors
 from ffn.optim import ScheduledOptimizer
 from ffn.transformer import Transformer, TransformerConfig
 
@@ -37,7 +37,7 @@ Report = Callable[[str], None]
 
 
 def save(path: str | Path, model: Transformer, format: Literal["ffn", "hf"] = "ffn") -> None:
-    """Write a folder that `load` reads: our own format (`save_model`), or Hugging Face's (`hf.save_folder`)."""
+    """Write a folder that `load` reads: in our format (`save_model`) or Hugging Face's (`hf.save_folder`)."""
     writers = {"ffn": save_model, "hf": hf.save_folder}
     if format not in writers:
         raise ValueError(f"format={format!r}: want one of {', '.join(writers)}")
@@ -69,14 +69,9 @@ def load(
     if hf.is_folder(file):
         return hf.load_folder(file, device, dtype)
     tensors, metadata = _read_tensors(file)
-    if "config" not in metadata:
-        raise ValueError(f"{file}: not a model of ffn, its header holds no config")
+    config = _config(file, metadata)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     saved = dtypes.pop() if len(dtypes) == 1 else None
-    try:
-        config = TransformerConfig.from_toml(metadata["config"])
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
     model = Transformer(config, device="meta", dtype=saved)
     _check(file, tensors, _tensors(model))
     model.to_empty(device=device)
@@ -84,8 +79,26 @@ def load(
     return model.to(dtype=dtype).eval()
 
 
+def inspect(path: str | Path) -> tuple[TransformerConfig, str, Shards | None]:
+    """What is known of a model without its weights: the config, its architecture's name, and what the headers
+    of its files say, if there are any.
+
+    Args:
+        path: a folder or a file that `load` reads, or a config.json of Hugging Face. Nothing is hashed.
+    """
+    path = Path(path)
+    if hf.is_folder(path):
+        config, origin = hf.read_folder_config(path)
+        return config, origin["model_type"], open_shards(path) if has_shards(path) else None
+    file = path if path.is_file() else path / MODEL
+    if not file.is_file():
+        raise ValueError(f"{path}: no model there, neither {MODEL} nor a config")
+    shards = open_shards(file)
+    return _config(file, shards.metadata), "ffn", shards
+
+
 def load_tokenizer(path: str | Path) -> tokenizer.Tokenizer:
-    """The tokenizer of a run's folder, of a checkpoint within one, of a folder of Hugging Face, or in a file."""
+    """The tokenizer of a run's folder, of a checkpoint within one, of Hugging Face's folder, or in a file."""
     path = Path(path)
     for candidate in (path, path / "tokenizer.json", path.parent.parent / "tokenizer.json"):
         if candidate.is_file():
@@ -215,6 +228,15 @@ def prune(run: Path, step: int, keep: int, best: str | None) -> None:
     for path in past[:-keep]:
         if path.name != best:
             remove_folder(path)
+
+
+def _config(file: Path, metadata: Mapping[str, str]) -> TransformerConfig:
+    if "config" not in metadata:
+        raise ValueError(f"{file}: not a model of ffn, its header holds no config")
+    try:
+        return TransformerConfig.from_toml(metadata["config"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import platform
 import sys
@@ -18,16 +19,18 @@ from pathlib import Path
 import torch
 
 from ffn import checkpoint, recipe
-from ffn.cost import flops_per_token, render_table
+from ffn.cost import flops_per_token, render_kept, render_table
 from ffn.data import open_corpus
 from ffn.device import choose_device, choose_precision, keep_freed_memory
 from ffn.generate import stream
+from ffn.interop.shards import PICKLES, Shards
 from ffn.ops.dispatch import choose, why_not_triton
 from ffn.report import printable
 from ffn.steps import evaluate
 from ffn.tokenizer import Tokenizer, encode_prompt
 from ffn.train import train
 
+MODEL_FILES = {".safetensors", ".json", *PICKLES}
 ALLOCATOR = "DefaultCPUAllocator"  # on the CPU torch says so, and raises a plain RuntimeError
 
 
@@ -92,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
     add("--device", default="auto")
 
-    add = command("info", _info, "parameters and operations of a model, part by part")
-    add("words", nargs="*", metavar="CONFIG|RUN key=value", help="as for train, or the folder of a run")
+    add = command("info", _info, "parameters, operations and kept memory of a model, part by part")
+    what = "as for train; or the folder of a run, of a model (Hugging Face's too), or its config.json"
+    add("words", nargs="*", metavar="CONFIG|FOLDER key=value", help=what)
 
     command("doctor", _doctor, "versions, devices, and what would run")
     return parser
@@ -182,13 +186,34 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    config = _config(arguments.words)
-    model = config.model
-    if config.data.tokenizer != "byte" and not any(Path(word).is_dir() for word in arguments.words):
-        print(f"with vocab_size={model.vocab_size}; when training begins, the tokenizer's takes its place")
+    path = Path(arguments.words[0]) if arguments.words else Path()
+    stored = path.suffix in MODEL_FILES or (path.is_dir() and not (path / "config.toml").is_file())
+    if arguments.words and stored:
+        if rest := arguments.words[1:]:
+            raise ValueError(f"{' '.join(rest)}: the model in {path} is as it is; leave that out")
+        model, architecture, shards = checkpoint.inspect(path)
+    else:
+        config = _config(arguments.words)
+        model, architecture, shards = config.model, "ffn", None
+        if config.data.tokenizer != "byte" and not path.is_dir():
+            size = model.vocab_size
+            print(f"with vocab_size={size}; when training begins, the tokenizer's takes its place")
+    kind = "decoder" if model.causal else "encoder"
+    layers = f"{model.num_layers} layers of {model.dim}, {model.activation}"
+    print(f"architecture {architecture}: {kind}, {layers}")
+    if shards is not None:
+        print(f"weights      {_sizes(shards)}")
     print(render_table(model))
-    print(f"training a token costs {flops_per_token(model, training=True):,} FLOPs")
+    print(f"training a token costs {flops_per_token(model, training=True):,} FLOPs\n")
+    print(render_kept(model))
     return 0
+
+
+def _sizes(shards: Shards) -> str:
+    specs = shards.specs.values()
+    files, dtypes = len({spec.file for spec in specs}), sorted({str(spec.dtype)[6:] for spec in specs})
+    size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+    return f"{', '.join(dtypes)}, {size / 2**20:,.1f} MiB in {files} file{'s' * (files > 1)}"
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -48,6 +49,18 @@ def save(run: Path, step: int, pair: tuple[Transformer, ScheduledOptimizer], **s
 def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
     pairs = zip(model.state_dict().items(), other.state_dict().items(), strict=True)
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("form", ["ffn", "hf"])
+def test_the_model_saves_itself(form: Literal["ffn", "hf"], tmp_path: Path) -> None:
+    model = Transformer(CONFIG)
+    model.save(tmp_path / form, format=form)
+    half = load(tmp_path / form, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert same(load(tmp_path / form), model)
+    assert same(half, model.to(torch.bfloat16))
+    with pytest.raises(ValueError, match=r"^format='gguf': want one of ffn, hf$"):
+        model.save(tmp_path, format="gguf")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ffn.checkpoint import load, load_tokenizer
 from ffn.cli import main
 from ffn.config import flatten
 from ffn.data import prepare
@@ -110,13 +111,52 @@ def test_a_text_without_the_default_prompts_is_begun_as_it_begins(tmp_path: Path
     assert capsys.readouterr().err.startswith("ffn: character 'd' (U+0064) at 0 is not one of")
 
 
-@pytest.mark.parametrize("form", ["run", "file", "words"])
+@pytest.mark.parametrize("form", ["run", "file", "words", "checkpoint", "weights"])
 def test_info_counts_parameters(form: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argument = {"run": [str(run)], "file": [str(run / "config.toml")], "words": ["model.num_layers=2"]}[form]
-    assert main(["info", *argument]) == 0
+    step = run / "checkpoints" / "step-000012"
+    arguments = {
+        "run": [str(run)],
+        "file": [str(run / "config.toml")],
+        "words": ["model.num_layers=1", "model.dim=16", "model.num_heads=2"],
+        "checkpoint": [str(step)],
+        "weights": [str(step / "model.safetensors")],
+    }
+    assert main(["info", *arguments[form]]) == 0
     out = capsys.readouterr().out
+    assert out.startswith("architecture ffn: decoder, 1 layers of 16, swiglu\n")
+    assert ("weights      float32, 0.0 MiB in 1 file\n" in out) == (form in ("checkpoint", "weights"))
     assert "feed-forward" in out
     assert "training a token costs" in out
+    assert f'save="preact" float32 {4 * (16 + 2 * 128):,} bytes' in " ".join(out.split())
+
+
+def test_a_model_of_hugging_face(run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """info reads its config and headers alone; generate reads its tokenizer.json."""
+    folder = tmp_path / "hf"
+    model = load(run)
+    model.save(folder, format="hf")
+    load_tokenizer(run).save(folder / "tokenizer.json")
+    assert main(["generate", str(folder), "--device", "cpu", "--prompt", "12 t", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("12 t")
+    monkeypatch.setattr("safetensors.safe_open.get_tensor", None, raising=False)
+    config = folder / "config.json"
+    for path in (folder, config, folder / "model.safetensors"):
+        assert main(["info", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("architecture llama: decoder, 1 layers of 16, swiglu\n")
+        assert ("weights      float32" in out) == (path != config)
+        assert f"{model.num_parameters():,}" in out
+    for arguments, message in (
+        ([str(folder), "model.dim=8"], f"model.dim=8: the model in {folder} is as it is; leave that out"),
+        ([str(tmp_path)], f"{tmp_path}: no model there, neither model.safetensors nor a config"),
+    ):
+        assert main(["info", *arguments]) == 2
+        assert capsys.readouterr().err == f"ffn: {message}\n"
+    config.write_text('{"model_type": "nose"}')
+    assert main(["info", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"ffn: {config}: model_type='nose'")
+    assert err.count("\n") == 1
 
 
 def test_doctor_names_versions_and_choices(capsys: pytest.CaptureFixture[str]) -> None:

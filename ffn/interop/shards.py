@@ -93,6 +93,12 @@ def open_shards(path: str | Path) -> Shards:
     raise ValueError(f"{path}: neither {SINGLE} nor {INDEX} there{remedy}")
 
 
+def has_shards(path: str | Path) -> bool:
+    """Whether `open_shards` would find safetensors there, good or not; pickles do not count."""
+    path = Path(path)
+    return path.suffix == ".safetensors" or any((path / name).is_file() for name in (SINGLE, INDEX))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write one safetensors file and flush it to the disk; OSError where that fails.
 

@@ -1,6 +1,7 @@
 """What strangers wrote: JSON read strictly, their names and errors fit for one line of ours."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ MAX_JSON_BYTES = 100_000_000  # safetensors' own limit for a header
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, strictly: UTF-8, no key twice, no NaN. ValueError names the file."""
+    """The JSON object in a file, strictly: UTF-8, no key twice, finite numbers. ValueError names the file."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"{path}: more than {MAX_JSON_BYTES:,} bytes of JSON")
@@ -28,11 +29,14 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
             found[key] = value
         return found
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{short(number)} is no finite number")
+        return value
 
     try:
-        content = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        hooks = {"object_pairs_hook": unique, "parse_float": finite, "parse_constant": finite}
+        content = json.loads(text.decode(), **hooks)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON, or damaged ({one_line(error)})") from None
     if not isinstance(content, dict):

@@ -222,7 +222,7 @@ FIRST = "model-00001-of-"
 INDEXES = {
     "no JSON": (b"{", "not JSON, or damaged"),
     "no UTF-8": (b'{"weight_map": {"\xff": ""}}', "not JSON, or damaged"),
-    "NaN": (b'{"weight_map": NaN}', "NaN is no JSON"),
+    "NaN": (b'{"weight_map": NaN}', "'NaN' is no finite number"),
     "deep": (b"[" * 200_000, "not JSON, or damaged"),
     "digits": (b"1" * 10_000, "not JSON, or damaged"),
     "list": (b"[]", "wants a JSON object"),

@@ -16,6 +16,10 @@ def test_json_is_read_strictly(tmp_path: Path) -> None:
     file.write_text('{"a": {"b": 1, "b": 2}}')
     with pytest.raises(ValueError, match=r"config\.json: not JSON, or damaged \(the key 'b' stands twice\)"):
         read_json(file)
+    for number in ("NaN", "-Infinity", "1e999"):
+        file.write_text(f'{{"a": {number}}}')
+        with pytest.raises(ValueError, match=f"'{number}' is no finite number"):
+            read_json(file)
 
 
 @pytest.mark.parametrize("text", ["a\nb", "a\u2028b", "a\x85 \x1cb", "ab" * 1000])

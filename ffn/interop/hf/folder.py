@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from ffn.interop.hf.config import read_config, write_config
 from ffn.interop.hf.tables import TABLES, Weight, match_names, weights
 from ffn.interop.shards import MAX_SHARD_BYTES, Shards, open_shards, read_json, write_shards
+from ffn.interop.untrusted import one_line
 from ffn.tokenizer import HFTokenizer
 from ffn.transformer import Transformer, TransformerConfig
 
@@ -71,7 +72,7 @@ def load_into(model: Transformer, path: str | Path) -> None:
         ValueError: as `load_folder`, and where the model is of another config; it is left as it was.
     """
     config, origin = read_folder_config(path)
-    there, here = _numbers(config), _numbers(model.config)
+    there, here = (dataclasses.asdict(_plain(c)) for c in (config, model.config))
     if other := [
         f"{key}={here[key]!r} where it has {there[key]!r}" for key in here if here[key] != there[key]
     ]:
@@ -101,10 +102,11 @@ def save_folder(
     Raises:
         ValueError: an option of the model has no place there. OSError leaves what was there.
     """
-    config, origin = model.config, model.origin or {}
-    architecture = architecture or origin.get("model_type") or fitting_architecture(config)
+    config, origin = _plain(model.config), model.origin
+    if architecture is None:
+        architecture = str(origin["model_type"]) if origin else fitting_architecture(config)
     keys = write_config(config, architecture)
-    keys |= {key: origin[key] for key in TOKENS if key in origin}
+    keys |= {key: value for key, value in (origin or {}).items() if key in TOKENS}
     ours, theirs = model.state_dict(), {}
     for name, row in weights(config, architecture).items():
         theirs.setdefault(row.name, []).append((name, row))
@@ -139,9 +141,13 @@ def read_folder_config(path: str | Path) -> tuple[TransformerConfig, dict[str, A
     file = path if path.name == CONFIG else (path if path.is_dir() else path.parent) / CONFIG
     keys = read_json(file)
     try:
-        config = read_config(keys)
+        config = TransformerConfig.from_dict(
+            dataclasses.asdict(read_config(keys)), ""
+        )  # which checks the kinds
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{file}: a value is absent or of another kind ({one_line(repr(error))})") from None
     return config, {key: keys[key] for key in ("model_type", *TOKENS) if key in keys}
 
 
@@ -162,7 +168,10 @@ def _plan(path: Path, config: TransformerConfig, architecture: str, shards: Shar
     """Which of our tensors lie in which of the files' tensors; ValueError where the sets do not match."""
     if config.num_layers > len(shards):  # said before so many layers are built, if only without memory
         raise ValueError(f"{path}: {CONFIG} asks for {config.num_layers} layers of {len(shards)} tensors")
-    rows = weights(config, architecture)
+    try:
+        rows = weights(config, architecture)
+    except (RuntimeError, TypeError) as error:  # of torch, for sizes beyond 64 bits
+        raise ValueError(f"{path}: {CONFIG} asks for impossible sizes: {one_line(error)}") from None
     wanted: dict[str, list[tuple[str, Weight]]] = {}
     for ours, row in rows.items():
         wanted.setdefault(row.name, []).append((ours, row))
@@ -184,7 +193,22 @@ def _plan(path: Path, config: TransformerConfig, architecture: str, shards: Shar
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{path}: other weights than {CONFIG} asks for: {'; '.join(wrong[:8])}{more}")
-    return {name: wanted[theirs] for theirs, name in found.items()}
+    parts = {name: wanted[theirs] for theirs, name in found.items()}
+    _check_copies(path, shards, parts)
+    return parts
+
+
+def _check_copies(path: Path, shards: Shards, parts: Parts) -> None:
+    """A tied head is often stored as well; one that is another than the token table was not tied."""
+    table = next(name for name, rows in parts.items() if rows[0][0] == "embedding.token.weight")
+    for name in shards.specs.keys() - parts.keys():
+        copy, wanted = shards.specs[name], shards.specs[table]
+        if copy.shape == wanted.shape and (
+            copy.dtype != wanted.dtype or not shards[name].equal(shards[table])
+        ):
+            raise ValueError(
+                f"{path}: {name!a} is another than {table}, and {CONFIG} says that they are tied"
+            )
 
 
 def _dtype_of(path: Path, shards: Shards, parts: Parts) -> torch.dtype:
@@ -208,11 +232,8 @@ def _copy(model: Transformer, parts: Parts, tensors: Iterable[tuple[str, Tensor]
             row.load(ours[our_name], theirs)
 
 
-def _numbers(config: TransformerConfig) -> Mapping[str, Any]:
+def _plain(config: TransformerConfig) -> TransformerConfig:
     """What a config says about the numbers that come out, with every size spelled out."""
-    fields = dataclasses.asdict(config) | {
-        "num_kv_heads": config.kv_heads,
-        "head_dim": config.head_channels,
-        "hidden_dim": config.hidden_width,
-    }
-    return {key: value for key, value in fields.items() if key not in TRAINING}
+    usual = {field.name: field.default for field in dataclasses.fields(config) if field.name in TRAINING}
+    heads = {"num_kv_heads": config.kv_heads, "head_dim": config.head_channels}
+    return dataclasses.replace(config, **usual, **heads, hidden_dim=config.hidden_width)
