@@ -129,7 +129,7 @@ def write_shards(
         where = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
         texts = {INDEX: json.dumps(index, indent=2) + "\n", **texts}
-    files = [*shards, *texts]
+    files = {*shards, *texts}
     try:
         for file, names in shards.items():
             write_tensors(temporary_name(folder / file), {name: read(name) for name in names}, _FORMAT)
@@ -143,10 +143,12 @@ def write_shards(
     old = [file for file in folder.iterdir() if _OURS.fullmatch(file.name) and file.name not in files]
     for file in texts:
         (folder / file).unlink(missing_ok=True)
-    for file in files:
+    for file in shards:
         publish(temporary_name(folder / file), folder / file)
     for file in old:
         file.unlink()
+    for file in texts:
+        publish(temporary_name(folder / file), folder / file)
 
 
 def split_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:

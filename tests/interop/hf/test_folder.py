@@ -4,6 +4,8 @@ before anything changes."""
 import dataclasses
 import json
 import shutil
+from contextlib import suppress
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def folder(tmp_path: Path) -> Path:
     save_folder(tmp_path / "m", Transformer(CONFIG))
     return tmp_path / "m"
+
+
+def load_or_line(folder: Path) -> tuple[Transformer | None, str]:
+    try:
+        return load_folder(folder), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def change_weights(folder: Path, **tensors: torch.Tensor | None) -> None:
@@ -106,6 +115,44 @@ def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
         theirs.save_pretrained(tmp_path / "theirs")
         load_into(again, tmp_path / "theirs")
         assert same(state(again), state(model))
+
+
+@pytest.mark.parametrize("before", [10**9, 2500])
+@pytest.mark.parametrize("after", [10**9, 2500])
+def test_a_kill_while_saving_mixes_nothing(
+    before: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the n-th file gets or loses its name, for every n, and then saved again."""
+    old = Transformer(CONFIG)
+    new = Transformer(dataclasses.replace(CONFIG, rope_base=500.0))
+    whole, calls = [], 1
+    while len(whole) < 2:
+        folder, left = tmp_path / str(calls), calls
+        save_folder(folder, old, max_shard_bytes=before)
+
+        def count(path: Path, *rest: object, real, **options: object) -> object:
+            nonlocal left
+            left -= not path.name.endswith(".partial") or bool(rest)
+            if not left:
+                raise KeyboardInterrupt
+            return real(path, *rest, **options)
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink"):
+                patch.setattr(Path, name, partialmethod(count, real=getattr(Path, name)))
+            with suppress(KeyboardInterrupt):
+                save_folder(folder, new, max_shard_bytes=after)
+        loaded, line = load_or_line(folder)
+        if loaded is None:
+            assert "No such file" in line or "neither model.safetensors nor" in line
+        else:
+            model = next(model for model in (old, new) if model.config.rope_base == loaded.config.rope_base)
+            assert same(state(loaded), state(model))
+            whole += [model] if model is new else []
+        save_folder(folder, new, max_shard_bytes=after)
+        assert same(state(load_folder(folder)), state(new))
+        assert not [path for path in folder.iterdir() if path.name.endswith(".partial")]
+        calls += 1
 
 
 def test_a_tokenizer_goes_with_it(tmp_path: Path) -> None:
@@ -212,13 +259,6 @@ def test_a_pickle_is_loaded_by_its_own_name(folder: Path) -> None:
     ):
         load_folder(folder)
     assert same(state(load_folder(folder / "pytorch_model.bin")), wanted)
-
-
-def load_or_line(folder: Path) -> tuple[Transformer | None, str]:
-    try:
-        return load_folder(folder), ""
-    except ValueError as error:
-        return None, str(error)
 
 
 @pytest.mark.parametrize("part", range(4))
