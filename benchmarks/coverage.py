@@ -52,14 +52,16 @@ SIZES = {  # by the name of a configuration's entry; the first pattern that matc
 }
 SPECIAL = {  # what the names above do not say
     "distilbert": {"hidden_dim": HIDDEN},
-    "flaubert": {}, 
+    "flaubert": {},
     "reformer": {"is_decoder": True, "axial_pos_shape": (4, 16), "axial_pos_embds_dim": (20, 20)},
     "xmod": {"default_language": "en_XX"},
     "esm": {"vocab_size": 99, "mask_token_id": 2, "pad_token_id": 1},
 }
 
 
-OTHER = re.compile(r"^experts$|Mamba|Mixer|Recurrent|DeltaNet|SSM")  # what has a hidden width and is no such block
+OTHER = re.compile(
+    r"^experts$|Mamba|Mixer|Recurrent|DeltaNet|SSM"
+)  # what has a hidden width and is no such block
 
 
 class Unbuildable(Exception):
@@ -86,7 +88,9 @@ def shrink(config) -> None:
     for key, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
             shrink(value)
-        elif (isinstance(value, int) and not isinstance(value, bool)) or (value is None and key in ("head_dim", "num_key_value_heads")):
+        elif (isinstance(value, int) and not isinstance(value, bool)) or (
+            value is None and key in ("head_dim", "num_key_value_heads")
+        ):
             size = next((size for pattern, size in SIZES.items() if re.search(pattern, key)), None)
             if size is not None:
                 with contextlib.suppress(Exception):  # some are properties that others follow from
@@ -126,7 +130,16 @@ def run(model: nn.Module, kind: str) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(1)
     if kind == "vision":
         size = getattr(model.config, "image_size", 32)
-        inputs = {"pixel_values": torch.randn(2, 3, 32 if not isinstance(size, int) else size, 32 if not isinstance(size, int) else size, generator=g, dtype=torch.float64)}
+        inputs = {
+            "pixel_values": torch.randn(
+                2,
+                3,
+                32 if not isinstance(size, int) else size,
+                32 if not isinstance(size, int) else size,
+                generator=g,
+                dtype=torch.float64,
+            )
+        }
     else:
         inputs = {"input_ids": torch.randint(5, 90, (2, 8), generator=g)}
     if kind == "seq2seq":
@@ -181,13 +194,22 @@ def examine(transformers, kind: str, model_type: str) -> dict:
     )
     reasons = Counter(f"{b.kind}: {b.reason}" for b in report.left)
     missed = sorted(wanted - taken)
-    row |= {"blocks": len(report.swapped), "left": len(report.left), "apart": apart, "classes": sorted({b.kind for b in report.swapped})}
+    row |= {
+        "blocks": len(report.swapped),
+        "left": len(report.left),
+        "apart": apart,
+        "classes": sorted({b.kind for b in report.swapped}),
+    }
     if apart > 1e-9:
         return row | {"outcome": "wrong", "reason": f"differs by {apart:.1e}"}
     if not wanted:
         return row | {"outcome": "none", "reason": "; ".join(reasons) or "no dense feed-forward block"}
     if missed:
-        return row | {"outcome": "left", "reason": "; ".join(reasons) or f"not seen: {missed[:3]}", "missed": missed[:6]}
+        return row | {
+            "outcome": "left",
+            "reason": "; ".join(reasons) or f"not seen: {missed[:3]}",
+            "missed": missed[:6],
+        }
     return row | {"outcome": "swapped", "reason": ""}
 
 
@@ -215,4 +237,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     import sys
+
     main(sys.argv[1:])

@@ -35,6 +35,7 @@ LAYERS = [
     ["ffn.interop.probe"],
     ["ffn.interop.reroute"],
     ["ffn.interop.proof", "ffn.interop.report"],
+    ["ffn.interop.discover"],
     ["ffn.interop.swap"],
     ["ffn.interop.timm", "ffn.interop.hf.mlp"],
     ["ffn.interop.hf.config", "ffn.interop.hf.tables"],

@@ -99,7 +99,7 @@ def run(module: nn.Module, chain: Callable, x: Tensor, products: dict[str, Calla
 
 @contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """The module and all in it in training or eval mode; afterwards as they were, and the random state too."""
+    """The module and all in it in training or eval mode; then as they were, and the random state too."""
     was = {child: child.training for child in module.modules()}
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -217,7 +217,7 @@ def _unsteady(seen: dict[str, Any]) -> str | None:
     return None
 
 
-def _dropout(h: Tensor, dropped: Tensor, seen: dict[str, Any]) -> tuple[str, str] | None | str:
+def _dropout(h: Tensor, dropped: Tensor, seen: dict[str, Any]) -> tuple[str, str] | str | None:
     """Where the probability is kept with which values of h were dropped; a str says why it is not known."""
     kept = dropped != 0
     scale = (dropped / h)[kept & (h != 0)]
@@ -252,4 +252,3 @@ def _watched(seen: dict[str, Any], dropout: tuple[str, str] | None) -> tuple[tup
 
 def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
-

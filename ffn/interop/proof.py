@@ -1,4 +1,4 @@
-"""That a rerouted block gives the old numbers: compared before it is rerouted, and its saved bytes counted."""
+"""That a rerouted block gives the old numbers, compared before it is rerouted; and its saved bytes."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from ffn.interop import source
 from ffn.interop.probe import mode, run, sizes
 from ffn.interop.reroute import Plan, apply
-from ffn.interop.weights import split_packed
 from ffn.ops.feed_forward import feed_forward
 
 THIN = 8  # channels read and written where only the hidden width matters
@@ -39,7 +38,9 @@ def prove(module: nn.Module, plan: Plan) -> str | None:
         )  # fmt: skip
         cotangent = random(*old.shape)
         slopes = [torch.autograd.grad(y, x, cotangent)[0] for y in (old, new)]
-    if _apart(old, new) < 1e-9 and _apart(*slopes) < 1e-9:  # constants written with nine digits differ by less
+    if (
+        _apart(old, new) < 1e-9 and _apart(*slopes) < 1e-9
+    ):  # constants written with nine digits differ by less
         return None
     return f"its numbers differ in float64 by {_apart(old, new):.1e}, gradients by {_apart(*slopes):.1e}"
 

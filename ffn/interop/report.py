@@ -58,7 +58,9 @@ class Report(Sequence[Block]):
         head = ("block", "class", "", "what, or why not", "bytes a token", "count")
         rows = [head, *((*line, str(count)) for line, count in lines.items())]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+        ]
         before, after = (sum(getattr(b, name) for b in self.swapped) for name in ("before", "after"))
         total = f"{len(self.swapped)} of {len(self)} blocks swapped"
         if before:

@@ -5,7 +5,6 @@ old one, in which one method calls the op in place of the lines between the prod
 done to what takes part (an adapter, a hook, a quantized weight, another activation) the old method runs.
 """
 
-import copyreg
 from dataclasses import dataclass
 from functools import cache, update_wrapper
 from typing import Any
@@ -19,7 +18,7 @@ from ffn.interop.weights import is_plain_input, plain_projection, split_packed
 from ffn.ops.feed_forward import feed_forward
 
 PLAN = "_ffn_plan"
-Pair = tuple[Tensor | None, Tensor | None]
+Pair = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ class Rerouted:
     """What a rerouted module's class has before the class it had."""
 
     def __reduce_ex__(self, protocol):
-        new, (_, *rest), *state = super().__reduce_ex__(protocol)
-        assert new is copyreg.__newobj__, "a class with a reduction of its own is not rerouted"
+        _, (_, *rest), *state = super().__reduce_ex__(protocol)  # copyreg.__newobj__, (class, ...), state
         return (_revive, (*type(self)._ffn_origin, *rest), *state)  # type: ignore[attr-defined]
 
     def _ffn_reroute(self, x: Tensor) -> Tensor:
@@ -101,7 +99,8 @@ def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
     for path in (*plan.first, plan.last):
         product = _at(module, path)
         if plain_projection(product) is None:
-            return f"{path} (a {type(product).__name__}) is replaced, hooked, or its weight is no plain parameter"
+            kind = type(product).__name__
+            return f"{path} (a {kind}) is replaced, hooked, or its weight is no plain parameter"
     for path, kind in plan.inner.passed:
         passed = _at(module, path)
         if type(passed) is not kind or _is_hooked(passed):
@@ -121,7 +120,8 @@ def apply(module: nn.Module, plan: Plan, x: Tensor) -> Tensor:
     down, down_bias = plain_projection(_at(module, plan.last))  # type: ignore[misc]
     return feed_forward(
         x, up, down, gate, up_bias, down_bias, gate_bias, activation=plan.inner.activation,
-        dropout=probability(module, plan), save=plan.save, chunk_tokens=plan.chunk_tokens, backend=plan.backend,
+        dropout=probability(module, plan), save=plan.save, chunk_tokens=plan.chunk_tokens,
+        backend=plan.backend,
     )  # fmt: skip
 
 
@@ -153,7 +153,8 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def _revive(original: type, chain: Chain, *rest):
     """An empty module of the rerouted class; pickle and deepcopy fill it."""
-    return copyreg.__newobj__(_subclass(original, chain), *rest)  # type: ignore[attr-defined]
+    cls = _subclass(original, chain)
+    return cls.__new__(cls, *rest)
 
 
 @cache
@@ -162,10 +163,9 @@ def _subclass(original: type, chain: Chain) -> type:
     rewritten, name = source.rewrite(original, chain), chain.method
 
     def method(self, *args, **kwargs):
-        inputs = (*args, *kwargs.values())
-        if all(is_plain_input(x) for x in inputs if isinstance(x, Tensor)):
-            if reason_not_to(self, self.__dict__[PLAN]) is None:
-                return rewritten(self, *args, **kwargs)
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if all(map(is_plain_input, tensors)) and reason_not_to(self, self.__dict__[PLAN]) is None:
+            return rewritten(self, *args, **kwargs)
         return old(self, *args, **kwargs)
 
     old = getattr(original, name)

@@ -20,7 +20,7 @@ import inspect
 import linecache
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -33,7 +33,7 @@ REROUTE, TAIL = "_ffn_reroute", "_ffn_tail"  # what `rewrite` calls on self
 
 @dataclass(frozen=True)
 class Chain:
-    """A run of statements in `method`, from the calls of the children `first` (one, or two when gated) to `last`.
+    """A run of statements in `method`, from the calls of the children `first` (one or two) to that of `last`.
 
     holds: whether `last` holds the product, which its forward begins with, rather than being it.
     sequence: the children's names of an nn.Sequential, whose forward has no such lines.
@@ -60,29 +60,38 @@ class _Place:
     argument: ast.expr
 
 
-def find_chains(module: nn.Module, products: set[str], holders: set[str]) -> Iterator[Chain]:
+def find_chains(module: nn.Module, products: set[str], holders: set[str]) -> list[Chain]:
     """The chains in the methods of `module`, of its children named in `products` (these are products, or hold
     those of one step) and, as the last, in `holders` (whose forward begins with one).
 
     Where there are none, they are looked for in the branches that the module's own attributes choose.
     """
-    cls, names = type(module), products | holders
+    cls = type(module)
     sequence = tuple(dict(module.named_children())) if cls.forward is nn.Sequential.forward else ()
-    found = False
     for facts in ((), tuple(_facts(module))):
-        for method in _methods(cls):
-            tree = _tree(cls, method, sequence, facts)
-            for body in _bodies(tree) if tree is not None else ():
-                calls = [name for statement in body for name, _ in _calls(statement, names)]
-                for end, last in enumerate(calls):
-                    for count in (2, 1):
-                        first = tuple(calls[max(end - count, 0) : end])
-                        chain = Chain(method, first, last, last in holders, sequence, facts)
-                        if len({*first, last}) == count + 1 and _locate(tree, chain) is not None:
-                            found = True
-                            yield chain
+        found = [
+            chain
+            for method in _methods(cls)
+            for chain in _chains(cls, Chain(method, (), "", False, sequence, facts), products, holders)
+        ]
         if found:
-            return
+            return found
+    return []
+
+
+def _chains(cls: type, blank: Chain, products: set[str], holders: set[str]) -> Iterator[Chain]:
+    """The chains in one method."""
+    tree = _tree(cls, blank.method, blank.sequence, blank.facts)
+    if tree is None:
+        return
+    for body in _bodies(tree):
+        calls = [name for statement in body for name, _ in _calls(statement, products | holders)]
+        for end, last in enumerate(calls):
+            for count in (2, 1):
+                first = tuple(calls[max(end - count, 0) : end])
+                chain = replace(blank, first=first, last=last, holds=last in holders)
+                if len({*first, last}) == count + 1 and _locate(tree, chain) is not None:
+                    yield chain
 
 
 def inner(cls: type, chain: Chain) -> FunctionType:
@@ -139,7 +148,9 @@ def _found(cls: type, chain: Chain) -> tuple[ast.FunctionDef, _Place]:
     tree = copy.deepcopy(_tree(cls, chain.method, chain.sequence, chain.facts))
     place = tree and _locate(tree, chain)
     if tree is None or place is None:
-        raise ValueError(f"{cls.__qualname__}.{chain.method} has changed: {chain.first} to {chain.last} not found")
+        raise ValueError(
+            f"{cls.__qualname__}.{chain.method} has changed: {chain.first} to {chain.last} not found"
+        )
     return tree, place
 
 
@@ -150,7 +161,9 @@ def _methods(cls: type) -> list[str]:
     return [name for name in names if not name.startswith("__")]
 
 
-def _tree(cls: type, method: str, sequence: tuple[str, ...] = (), facts: tuple = ()) -> ast.FunctionDef | None:
+def _tree(
+    cls: type, method: str, sequence: tuple[str, ...] = (), facts: tuple = ()
+) -> ast.FunctionDef | None:
     if sequence:
         lines = [f"    input = getattr(self, {name!r})(input)" for name in sequence]
         return _parse("\n".join(["def forward(self, input):", *lines, "    return input"]))
@@ -184,7 +197,9 @@ class _Decided(ast.NodeTransformer):
         if not all(isinstance(n, allowed) for n in ast.walk(test)):
             return node
         expression = ast.fix_missing_locations(ast.Expression(test))
-        taken = node.body if eval(compile(expression, "<test>", "eval"), {"__builtins__": {}}) else node.orelse
+        taken = (
+            node.body if eval(compile(expression, "<test>", "eval"), {"__builtins__": {}}) else node.orelse
+        )
         return taken or ast.copy_location(ast.Pass(), node)
 
 
@@ -197,6 +212,12 @@ class _Filled(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute):
         known = isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr in self.facts
         return ast.copy_location(ast.Constant(self.facts[node.attr]), node) if known else node
+
+    def visit_Is(self, node: ast.Is):
+        return ast.Eq()  # of the plain values that can stand here the same
+
+    def visit_IsNot(self, node: ast.IsNot):
+        return ast.NotEq()
 
 
 @cache

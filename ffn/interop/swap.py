@@ -7,15 +7,12 @@ its output and input gradient are compared with the old ones. What differs, or i
 
 import re
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ffn.interop import source
-from ffn.interop.probe import identify, sizes
-from ffn.interop.proof import compare, prove
+from ffn.interop.discover import has_block_shape, plans
+from ffn.interop.proof import compare
 from ffn.interop.report import Block, Report, describe
-from ffn.interop.reroute import Plan, Rerouted, origin, reason_not_to, reroute, restore
-from ffn.interop.source import Chain
+from ffn.interop.reroute import Plan, Rerouted, origin, reroute, restore
 
 NESTED = "_ffn_use_nested_tensor"
 EXPERTS = re.compile(r"(gate|up|down)_proj$|^w[123]|^mlp")
@@ -96,77 +93,16 @@ def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Bl
         return None, Block(path, name, "left", "swapped before")
     if any(p.ndim == 3 and EXPERTS.search(key) for key, p in module.named_parameters(recurse=False)):
         return None, Block(path, name, "left", "a mixture of experts")
-    products = {child: found for child, m in module.named_children() if 0 < len(found := _products(child, m)) < 3}
-    ends = {child: end for child, m in module.named_children() if (end := _opening(child, m))}
     reason = None
-    for chain in source.find_chains(module, set(products), set(ends)):
-        first = tuple(path for name in chain.first for path in products.get(name, ()))
-        last = ends[chain.last] if chain.holds else products[chain.last][0]
-        if len(first) > 2 or not set(chain.first) <= set(products) or not _fits(module, first, last):
-            continue
+    for plan in plans(module, save, chunk_tokens, backend):
         if "experts" in path.split("."):
             return None, Block(path, name, "left", "one of a mixture of experts")
-        plan = _plan(module, chain, first, last, save, chunk_tokens, backend)
-        if isinstance(plan, Plan):
-            kept = compare(module, plan)
-            if isinstance(kept, tuple):
-                return plan, Block(path, name, "swapped", "", describe(plan), *kept)
-            plan = kept
-        reason = reason or plan
-    if not _has_block_shape(module, products):
+        kept = compare(module, plan) if isinstance(plan, Plan) else plan
+        if isinstance(plan, Plan) and isinstance(kept, tuple):
+            return plan, Block(path, name, "swapped", "", describe(plan), *kept)
+        reason = reason or str(kept)
+    if not has_block_shape(module):
         return None
     if reason is None:
         reason = "its source is not to be had, or holds no such products one after the other"
     return None, Block(path, name, "left", reason)
-
-
-def _products(path: str, module: nn.Module) -> list[str]:
-    """Paths of the Linears (and their like) in a child: all, or the first three."""
-    if _is_product(module):
-        return [path]
-    found: list[str] = []
-    for name, child in module.named_children():
-        found += _products(f"{path}.{name}", child)
-        if len(found) > 2:
-            break
-    return found
-
-
-def _opening(path: str, module: nn.Module) -> str | None:
-    """The path of the product that the forward of a child begins with, where that holds one."""
-    for name, child in module.named_children():
-        if _is_product(child) and source.tail(type(module), name) is not None:
-            return f"{path}.{name}"
-    return None
-
-
-def _is_product(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and (
-        hasattr(module, "in_features") or type(module).__name__ == "Conv1D"
-    )
-
-
-def _fits(module: nn.Module, first: tuple[str, ...], last: str) -> bool:
-    """Whether the shapes are those of a block: D -> H (twice, or 2H when packed), H -> O."""
-    into = [sizes(module.get_submodule(path)) for path in first]
-    H = sizes(module.get_submodule(last))[0]
-    if len({D for D, _ in into}) != 1:
-        return False
-    return all(out == H for _, out in into) or (len(into) == 1 and into[0][1] == 2 * H)
-
-
-def _has_block_shape(module: nn.Module, products: dict[str, list[str]]) -> bool:
-    if any(True for _ in module.parameters(recurse=False)):  # a mixer of another kind
-        return False
-    pairs = [sizes(module.get_submodule(found[0])) for found in products.values() if len(found) == 1]
-    return any(D == O and (width == 2 * H or width == H > D) for D, width in pairs for H, O in pairs)
-
-
-def _plan(module, chain: Chain, first, last, save, chunk_tokens, backend) -> Plan | str:
-    """The plan, proved in float64 on thin products of the same hidden width, or why there is none."""
-    inner = identify(module, source.inner(type(module), chain), first, last)
-    if isinstance(inner, str):
-        return inner
-    plan = Plan(chain, first, last, inner, save, chunk_tokens, backend)
-    return reason_not_to(module, plan) or prove(module, plan) or plan
