@@ -37,7 +37,7 @@ LAYERS = [
     ["ffn.interop.proof", "ffn.interop.report"],
     ["ffn.interop.discover"],
     ["ffn.interop.swap"],
-    ["ffn.interop.timm", "ffn.interop.hf.mlp"],
+    ["ffn.interop.timm", "ffn.interop.hf.mlp", "ffn.interop.hf.register"],
     ["ffn.interop.hf.config", "ffn.interop.hf.tables"],
     ["ffn.interop.hf.folder"],
     ["ffn.interop", "ffn.interop.hf"],
