@@ -182,7 +182,8 @@ class Transformer(nn.Module):
         Args:
             tokens: (B, T), int64 or int32.
             cache: one LayerCache a block; the tokens continue what it holds and are added to it.
-            positions: (T) or (B, T); left out, each token's place among the real ones.
+            positions: (T) or (B, T); left out, each token's place among the real ones: by attention_mask, or
+                with pad_token_id in the config by the tokens.
             attention_mask: (B, S), bool or integers, False or 0 at padding, over all S positions: the cached
                 ones and these.
             token_types: as tokens, with num_token_types in the config; left out, all 0.
@@ -204,7 +205,10 @@ class Transformer(nn.Module):
             attention_mask = _real(attention_mask, (tokens.shape[0], S))
             mask = padding_mask(attention_mask, S - start, self.config.causal)
         if positions is None and self.config.position != "none":
-            if attention_mask is None:
+            if self.config.pad_token_id is not None:
+                found = tokens != self.config.pad_token_id
+                positions = torch.where(found, found.cumsum(-1) - 1, -1)
+            elif attention_mask is None:
                 positions = torch.arange(start, S, device=tokens.device)
             else:
                 positions = (attention_mask.cumsum(-1) - 1).clamp_(min=0)[:, start:]

@@ -54,6 +54,7 @@ class TransformerConfig:
     attention_softcap: float | None = None  # scores s become softcap tanh(s / softcap)
     position: Literal["rotary", "learned", "none"] = "rotary"
     position_offset: int = 0  # rows of the learned positions before that of position 0
+    pad_token_id: int | None = None  # learned: counts for no position and has the row before position 0's
     rope_base: float = 10_000.0
     rope_type: Literal["linear", "llama3", "yarn"] = "linear"  # see ffn.nn.rotary
     rope_scaling: float = 1.0  # positions are divided by it: all (linear), or those of slow channels
@@ -108,6 +109,13 @@ class TransformerConfig:
         check_head_activation(self.head_activation)
         self._check_layers()
         self._check_rope()
+        if self.pad_token_id is not None and (self.causal or not self.position_offset):
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id} wants an encoder (causal=False) with learned positions and "
+                "a row before the first one (position_offset of 1 or more)"
+            )
+        if self.position_offset and self.position != "learned":
+            raise ValueError(f"position_offset={self.position_offset}: want position='learned'")
 
     def _check_layers(self) -> None:
         for name in ("full_attention_layers", "no_rope_layers"):

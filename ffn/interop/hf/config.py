@@ -1,39 +1,79 @@
 """Hugging Face's config.json as TransformerConfig, and back; what we cannot do is refused by its name."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from ffn.transformer import TransformerConfig
+from ffn.interop.hf.decoders import DECODERS
+from ffn.interop.hf.encoders import ENCODERS
+from ffn.interop.hf.family import Family
+from ffn.interop.hf.keys import Keys, refuse
+from ffn.transformer_config import TransformerConfig
+
+# Keys that change no number a model gives: names, numbers of tokens, training, how text is generated.
+_HARMLESS = """
+    model_type architectures transformers_version torch_dtype dtype auto_map use_cache return_dict torchscript
+    output_attentions output_hidden_states gradient_checkpointing chunk_size_feed_forward initializer_range
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id n_ctx id2label label2id num_labels problem_type finetuning_task tokenizer_class
+    prefix task_specific_params use_bfloat16 tf_legacy_loss classifier_dropout attn_implementation
+    pretraining_tp cache_implementation unsloth_version unsloth_fixed tie_encoder_decoder name_or_path
+    max_length max_new_tokens min_length min_new_tokens do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
+    begin_suppress_tokens exponential_decay_length_penalty summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout reorder_and_upcast_attn qa_dropout seq_classif_dropout
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+    pooler_type
+"""
+HARMLESS = frozenset(_HARMLESS.split())
+NEVER = {  # keys of any model and the only values that are read
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
+    "use_bidirectional_attention": (False,),
+}
+FAMILIES = DECODERS | ENCODERS
+TRAINING = ("dropout", "ffn_dropout", "attention_dropout", "save", "chunk_tokens", "init")
 
 
 def read_config(keys: Mapping[str, Any]) -> TransformerConfig:
     """The config of a model, from the mapping that its config.json holds.
 
+    A key that is absent has the value that transformers gives it in that architecture. What dropout,
+    activation memory and initialisation are to be is not in there: those fields have our defaults, but for
+    the probabilities of dropout.
+
     Raises:
-        ValueError: an architecture, or a key whose value would change the numbers, that is not supported.
+        ValueError: an architecture, or a key whose value changes the numbers, that is not supported; a value
+            that makes no model.
     """
-    if keys.get("model_type") != "llama":
-        raise ValueError(f"model_type={keys.get('model_type')!r}: not supported; ffn reads llama")
-    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"rope_type={rope['rope_type']!r}: not supported")
-    return TransformerConfig(
-        vocab_size=keys["vocab_size"],
-        dim=keys["hidden_size"],
-        num_layers=keys["num_hidden_layers"],
-        num_heads=keys["num_attention_heads"],
-        num_kv_heads=keys.get("num_key_value_heads"),
-        head_dim=keys.get("head_dim"),
-        hidden_dim=keys["intermediate_size"],
-        max_seq_len=keys.get("max_position_embeddings", 2048),
-        norm_eps=keys.get("rms_norm_eps", 1e-6),
-        rope_base=float(rope.get("rope_theta", keys.get("rope_theta", 10_000.0))),
-        tie_embeddings=keys.get("tie_word_embeddings", False),
-    )
+    family = _family(keys)
+    head = _head(keys.get("architectures"), family)
+    given = {key: value for key, value in keys.items() if not key.startswith("_")}
+    for ours, theirs in family.synonyms.items():
+        if ours in given:
+            value = given.pop(ours)
+            if given.setdefault(theirs, value) != value:
+                raise refuse(ours, value, f"{theirs}={given[theirs]} says otherwise; leave one of them out")
+    _check_known(given, family)
+    k = {**family.defaults, **given}
+    for key, default in family.defaults.items():
+        _check_type(key, k[key], default, family)
+    options: dict[str, Any] = dict(family.constants)
+    for ours, theirs in family.fields.items():
+        options[ours] = k[theirs]
+    for part in family.parts:
+        options |= part.read(k)
+    return TransformerConfig.from_dict(options | {"head": head}, prefix="")
 
 
 def write_config(config: TransformerConfig, architecture: str) -> dict[str, Any]:
     """The mapping to write as config.json, which transformers' from_pretrained reads.
+
+    Dropout after the activation, activation memory and initialisation have no key there and are left out.
 
     Args:
         architecture: their model_type, as "llama".
@@ -41,22 +81,105 @@ def write_config(config: TransformerConfig, architecture: str) -> dict[str, Any]
     Raises:
         ValueError: no such architecture, or the config says what its config.json cannot.
     """
-    keys: dict[str, Any] = {
-        "model_type": architecture,
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_channels,
-        "intermediate_size": config.hidden_width,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-    }
-    if read_config(keys) != config:
-        raise ValueError(f"{architecture}: its config.json cannot say what this config does")
+    family = _family({"model_type": architecture})
+    if config.head not in family.classes:
+        raise refuse("head", config.head, f"{architecture} has {' or '.join(family.classes)}")
+    if family.divides and config.dim % config.num_heads:
+        raise refuse("dim", config.dim, f"{architecture} wants a multiple of num_heads={config.num_heads}")
+    keys: dict[str, Any] = {"model_type": architecture, "architectures": [family.classes[config.head]]}
+    keys |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # defaults may be no tokens here
+    c = spelled_out(config)
+    for ours, theirs in family.fields.items():
+        keys[theirs] = getattr(c, ours)
+    for part in family.parts:
+        try:
+            keys |= part.write(c)
+        except ValueError as error:
+            raise ValueError(f"{architecture}: {error}") from None
+    back, wanted = (dataclasses.asdict(spelled_out(x)) for x in (read_config(keys), config))
+    lost = [name for name in wanted if name not in TRAINING and not _same(back[name], wanted[name])]
+    if lost:
+        said = ", ".join(f"{name}={wanted[name]!r} (it has {back[name]!r})" for name in lost)
+        raise ValueError(f"{architecture}: its config.json cannot say {said}")
     return keys
+
+
+def spelled_out(config: TransformerConfig) -> TransformerConfig:
+    """The same model with every field that follows from others written out, and the unused ones usual."""
+    c, usual = config, {field.name: field.default for field in dataclasses.fields(config)}
+    turned, stretched = c.position == "rotary", c.position == "rotary" and c.rope_type != "linear"
+    yarn = ("rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor")
+    unused = {
+        "full_attention_layers": c.sliding_window is None,
+        "qk_norm_scope": not c.qk_norm,
+        "head_activation": c.head != "mlm",
+        "tie_embeddings": c.head == "none",
+        "logit_softcap": c.head == "none",
+        "rope_original_seq_len": not stretched,
+        "rope_low_freq_factor": c.rope_type != "llama3",
+        "rope_high_freq_factor": c.rope_type != "llama3",
+        **dict.fromkeys(yarn, c.rope_type != "yarn"),
+    }
+    if not turned:
+        unused |= dict.fromkeys([name for name in usual if name.startswith("rope_")], True)
+        unused["no_rope_layers"] = True
+    out: dict[str, Any] = {
+        "num_kv_heads": c.kv_heads,
+        "head_dim": c.head_channels,
+        "hidden_dim": c.hidden_width,
+        "attention_out_bias": c.out_bias,
+        "attention_scale": c.attention_scale or c.head_channels**-0.5,
+    }
+    if stretched:
+        out["rope_original_seq_len"] = c.rope_original_seq_len or c.max_seq_len
+    if stretched and c.rope_type == "yarn":
+        out["rope_attention_factor"] = c.rotary_scaling.amplitude
+    return dataclasses.replace(c, **{name: usual[name] for name, is_so in unused.items() if is_so} | out)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-7)
+    return one == other
+
+
+def _family(keys: Keys) -> Family:
+    name = keys.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise refuse("model_type", name, f"no such architecture here; ffn reads {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _head(architectures: Any, family: Family) -> str:
+    """Our head, from the class that was saved."""
+    heads = {name: head for head, name in family.classes.items()} | dict(family.other_classes)
+    if not architectures:
+        return next(iter(family.classes))
+    if not isinstance(architectures, list) or len(architectures) > 1 or architectures[0] not in heads:
+        raise refuse("architectures", architectures, f"no such model here; want one of {', '.join(heads)}")
+    return heads[architectures[0]]
+
+
+def _check_known(given: Keys, family: Family) -> None:
+    only = NEVER | dict(family.only)
+    for key, value in given.items():
+        if value is None or key in family.defaults or (key in HARMLESS and key not in family.only):
+            continue
+        if key not in only:
+            raise refuse(key, value, "unknown key; if it changes no numbers, delete it from config.json")
+        if value not in only[key]:
+            raise refuse(key, value, f"not supported; want {' or '.join(map(repr, only[key]))}")
+
+
+def _check_type(key: str, value: Any, default: Any, family: Family) -> None:
+    """The kind that the architecture's default has; null where that may be."""
+    if value is None and (default is None or key in family.nullable):
+        return
+    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(default))
+    if kinds is None:
+        return
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
+        raise refuse(key, value, f"want {wanted[type(default)]}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise refuse(key, value, "want a number")

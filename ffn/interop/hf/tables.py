@@ -2,10 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.interop.hf.names import TABLES, Row, Table
+from ffn.transformer import Transformer
+from ffn.transformer_config import TransformerConfig
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Weight:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     view: Callable[[Tensor], Tensor]
 
     def load(self, ours: Tensor, theirs: Tensor) -> None:
@@ -33,27 +38,6 @@ class Weight:
         part.copy_(ours.reshape(part.shape))
 
 
-def _whole(theirs: Tensor) -> Tensor:
-    return theirs
-
-
-LLAMA = {
-    "embedding.token": "model.embed_tokens",
-    "blocks.*.attention_norm": "model.layers.*.input_layernorm",
-    "blocks.*.attention.q_proj": "model.layers.*.self_attn.q_proj",
-    "blocks.*.attention.k_proj": "model.layers.*.self_attn.k_proj",
-    "blocks.*.attention.v_proj": "model.layers.*.self_attn.v_proj",
-    "blocks.*.attention.o_proj": "model.layers.*.self_attn.o_proj",
-    "blocks.*.feed_forward_norm": "model.layers.*.post_attention_layernorm",
-    "blocks.*.feed_forward.gate_proj": "model.layers.*.mlp.gate_proj",
-    "blocks.*.feed_forward.up_proj": "model.layers.*.mlp.up_proj",
-    "blocks.*.feed_forward.down_proj": "model.layers.*.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-TABLES = {"llama": LLAMA}
-
-
 def weights(config: TransformerConfig, architecture: str) -> dict[str, Weight]:
     """Our parameter's name -> its place in their tensors; several of ours may lie in one of theirs.
 
@@ -61,31 +45,114 @@ def weights(config: TransformerConfig, architecture: str) -> dict[str, Weight]:
         architecture: their model_type, as "llama".
 
     Raises:
-        ValueError: no such architecture.
+        ValueError: no such architecture, or a parameter that it has no place for.
     """
-    if architecture not in TABLES:
-        known = ", ".join(TABLES)
-        raise ValueError(f"architecture={architecture!r}: no table of weights for it; there are {known}")
-    table, rows = TABLES[architecture], {}
-    for ours, tensor in Transformer(config, device="meta").state_dict().items():
-        stem, _, kind = ours.rpartition(".")
-        layer = stem.split(".")[1] if stem.startswith("blocks.") else ""
-        pattern = stem.replace(f"blocks.{layer}.", "blocks.*.", 1) if layer else stem
-        theirs = table[pattern].replace("*", layer)
-        rows[ours] = Weight(f"{theirs}.{kind}", tuple(tensor.shape), _whole)
-    return rows
+    table, found = _table(architecture), {}
+    state = Transformer(config, device="meta").state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for ours, shape in shapes.items():
+        pattern, layer, kind = _split(ours)
+        if pattern not in table.rows:
+            raise ValueError(f"{architecture}: its models have nothing such as {ours}")
+        row = table.rows[pattern]
+        theirs = row.tied_bias if row.tied_bias and kind == "bias" and config.tie_embeddings else ""
+        theirs = (theirs or f"{row.name}.{kind}").replace("*", layer)
+        if config.head == "none":  # a base model's file has no prefix
+            theirs = theirs.removeprefix(table.prefix)
+        members = [shapes[_join(member, layer, kind)] for member in row.members]
+        whole, view = _place(row, shape, members, config, kind)
+        found[ours] = Weight(theirs, whole, view)
+    return found
 
 
 def match_names(names: Iterable[str], config: TransformerConfig, architecture: str) -> dict[str, str]:
-    """A file's names -> those of `weights`; those that say nothing (buffers, tied copies) are left out.
+    """A file's names -> those of `weights`; what a model of ours has no use for is left out.
 
-    A base model's names come with and without the prefix ("model."); what nobody knows stays as it is.
+    That is masks and tables that follow from the config, heads we do not have, and of a tied tensor that is
+    there under two names the copy: `tied_names` says which has to equal which. A base model's names come with
+    and without their prefix. What nobody knows stays as it is.
     """
+    names, table = list(names), _table(architecture)
     wanted = {row.name for row in weights(config, architecture).values()}
+    full = {name: _prefixed(name, wanted, table) for name in names}
+    there, copies = set(full.values()), _copies(config, table)
     matched = {}
-    for name in names:
-        if name.endswith(".rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight"):
-            continue
-        other = name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
-        matched[name] = other if name not in wanted and other in wanted else name
+    for name, theirs in full.items():
+        source = copies.get(theirs)
+        if theirs in wanted:
+            matched[name] = theirs
+        elif source is not None and source not in there:
+            matched[name] = source
+        elif source is None and not table.ignored.search(theirs):
+            matched[name] = theirs
     return matched
+
+
+def tied_names(names: Iterable[str], config: TransformerConfig, architecture: str) -> dict[str, str]:
+    """Those of a file's names that `match_names` leaves out -> the name in the file that they have to equal.
+
+    Where they differ, the weights are not tied, whatever the config says.
+    """
+    table = _table(architecture)
+    wanted = {row.name for row in weights(config, architecture).values()}
+    full = {_prefixed(name, wanted, table): name for name in names}
+    copies = _copies(config, table)
+    return {full[copy]: full[source] for copy, source in copies.items() if copy in full and source in full}
+
+
+def _table(architecture: str) -> Table:
+    if architecture not in TABLES:
+        known = ", ".join(TABLES)
+        raise ValueError(f"architecture={architecture!r}: no table of weights for it; there are {known}")
+    return TABLES[architecture]
+
+
+def _split(ours: str) -> tuple[str, str, str]:
+    """blocks.3.attention.q_proj.weight -> blocks.*.attention.q_proj, 3, weight."""
+    stem, _, kind = ours.rpartition(".")
+    if not stem.startswith("blocks."):
+        return stem, "", kind
+    _, layer, rest = stem.split(".", 2)
+    return f"blocks.*.{rest}", layer, kind
+
+
+def _join(pattern: str, layer: str, kind: str) -> str:
+    return f"{pattern.replace('*', layer)}.{kind}"
+
+
+def _prefixed(name: str, wanted: set[str], table: Table) -> str:
+    """The name as `weights` has it, be it given with the prefix or without."""
+    for old, new in table.old_endings.items():
+        name = name.removesuffix(old) + new if name.endswith(old) else name
+    other = name.removeprefix(table.prefix) if name.startswith(table.prefix) else table.prefix + name
+    return other if name not in wanted and other in wanted else name
+
+
+def _copies(config: TransformerConfig, table: Table) -> dict[str, str]:
+    """Names that a tied head's tensors may have besides -> the one that `weights` has."""
+    return dict(table.tied) if config.tie_embeddings and config.head != "none" else {}
+
+
+def _place(row: Row, ours: Shape, members: list[Shape], c: TransformerConfig, kind: str) -> tuple:
+    """The shape of their tensor, and the view of it."""
+    if row.packing == "heads":  # a head's queries, keys and values stand together: (Q, 3, C, ...)
+        heads, index = c.num_heads, row.index
+        whole = (3 * ours[0], *ours[1:])
+        return whole, partial(_of_heads, heads=heads, index=index)
+    start = sum(shape[0] for shape in members[: row.index])
+    whole = (sum(shape[0] for shape in members), *ours[1:]) if members else ours
+    if row.transposed and kind == "weight":
+        return whole[::-1], partial(_of_columns, start=start, length=ours[0])
+    return whole, partial(_of_rows, start=start, length=ours[0])
+
+
+def _of_rows(theirs: Tensor, start: int, length: int) -> Tensor:
+    return theirs.narrow(0, start, length)
+
+
+def _of_columns(theirs: Tensor, start: int, length: int) -> Tensor:
+    return theirs.narrow(1, start, length).t()
+
+
+def _of_heads(theirs: Tensor, heads: int, index: int) -> Tensor:
+    return theirs.view(heads, 3, -1, *theirs.shape[1:])[:, index]

@@ -1,0 +1,141 @@
+"""Rotary positions in a config.json, as transformers 5 (`rope_parameters`) and 4 spell them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ffn.interop.hf.keys import Keys, Part, refuse
+from ffn.transformer_config import TransformerConfig
+
+_SCALED = {"factor", "original_max_position_embeddings"}
+ROPE_KEYS = {
+    "default": {"original_max_position_embeddings"},
+    "linear": {"factor"},
+    "llama3": _SCALED | {"low_freq_factor", "high_freq_factor"},
+    "yarn": _SCALED | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+}
+_ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+def rope(
+    base: float = 10_000.0,
+    *,
+    fraction: float | None = None,
+    kinds: tuple[str, ...] = tuple(ROPE_KEYS),
+    base_key: str = "rope_theta",
+    fraction_key: str = "partial_rotary_factor",
+) -> Part:
+    """Rotary positions, in the spelling of transformers 5 (`rope_parameters`) or before (`rope_scaling`).
+
+    Args:
+        base: where none is given. fraction: likewise; None where the architecture turns every channel.
+        kinds: that the architecture knows.
+        base_key, fraction_key: the names beside `rope_scaling`.
+    """
+
+    def read(k: Keys) -> dict[str, Any]:
+        # transformers: rope_scaling before rope_parameters, what is inside before what stands beside
+        name = "rope_scaling" if k.get("rope_scaling") else "rope_parameters"
+        inside = k.get(name) or {}
+        if not isinstance(inside, Mapping):
+            raise refuse(name, inside, "want a table of keys")
+        kind = _rope_kind(name, inside, kinds)
+        share = _one_of(k, name, inside, "partial_rotary_factor", fraction_key, fraction or 1.0)
+        if share != 1.0 and fraction is None:
+            raise refuse("partial_rotary_factor", share, "this architecture turns all channels; want 1.0")
+        read = {
+            "rope_base": _one_of(k, name, inside, "rope_theta", base_key, base),
+            "rope_fraction": share,
+            "rope_type": "linear" if kind == "default" else kind,
+        }
+        if kind == "default":
+            return read
+        if kind == "linear":
+            return read | {"rope_scaling": _number(name, inside, "factor")}
+        original = k.get("original_max_position_embeddings")
+        original = original or inside.get("original_max_position_embeddings") or k["max_position_embeddings"]
+        read["rope_original_seq_len"] = original
+        return read | (_read_llama3 if kind == "llama3" else _read_yarn)(name, inside, k)
+
+    def write(c: TransformerConfig) -> dict[str, Any]:
+        if c.position != "rotary":
+            raise refuse("position", c.position, "its positions are rotary")
+        kind = "default" if c.rope_type == "linear" and c.rope_scaling == 1.0 else c.rope_type
+        inside = {"rope_type": kind, "rope_theta": c.rope_base}
+        if fraction is not None:
+            inside["partial_rotary_factor"] = c.rope_fraction
+        if kind != "default":
+            inside["factor"] = c.rope_scaling
+        if kind in ("llama3", "yarn"):
+            inside["original_max_position_embeddings"] = c.rope_original_seq_len or c.max_seq_len
+        if kind == "llama3":
+            inside["low_freq_factor"] = c.rope_low_freq_factor
+            inside["high_freq_factor"] = c.rope_high_freq_factor
+        if kind == "yarn":
+            inside["beta_fast"], inside["beta_slow"] = c.rope_beta_fast, c.rope_beta_slow
+            inside["truncate"], inside["attention_factor"] = c.rope_truncate, c.rotary_scaling.amplitude
+        return {"rope_parameters": inside}
+
+    return Part(read, write)
+
+
+def _rope_kind(name: str, inside: Keys, kinds: tuple[str, ...]) -> str:
+    """The type of scaling, once every key beside it is one that the type reads."""
+    kind = inside.get("rope_type", inside.get("type", "default"))
+    if kind not in kinds:
+        raise refuse(f"{name}.rope_type", kind, f"not supported; ffn reads {', '.join(kinds)} here")
+    for key, value in inside.items():
+        if value is not None and key not in _ALWAYS | ROPE_KEYS[kind]:
+            raise refuse(f"{name}.{key}", value, f"rope_type {kind!r} knows no such key; leave it out")
+    return kind
+
+
+def _one_of(k: Keys, name: str, inside: Keys, key: str, beside: str, default: float) -> float:
+    """A number inside the rotary table, or beside it under one of two names."""
+    if inside.get(key) is not None:
+        return _number(name, inside, key)
+    given = {other: k[other] for other in (beside, key) if k.get(other) is not None}
+    if len(set(given.values())) > 1:
+        raise refuse(key, k[key], f"{beside}={given[beside]} says otherwise; leave one of them out")
+    return next(iter(given.values()), default)
+
+
+def _number(name: str, inside: Keys, key: str, default: float | None = None) -> float:
+    value = inside.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise refuse(f"{name}.{key}", value, "want a number")
+    return float(value)
+
+
+def _read_llama3(name: str, inside: Keys, k: Keys) -> dict[str, Any]:
+    names = {
+        "rope_scaling": "factor",
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+    }
+    return {ours: _number(name, inside, theirs) for ours, theirs in names.items()}
+
+
+def _read_yarn(name: str, inside: Keys, k: Keys) -> dict[str, Any]:
+    if inside.get("truncate") not in (None, True, False):
+        raise refuse(f"{name}.truncate", inside["truncate"], "want true or false")
+    if inside.get("factor") is None:
+        original = _number(name, inside, "original_max_position_embeddings", k["max_position_embeddings"])
+        factor = k["max_position_embeddings"] / original
+    else:
+        factor = _number(name, inside, "factor")
+    amplitude = None
+    if inside.get("attention_factor") is not None:
+        amplitude = _number(name, inside, "attention_factor")
+    elif inside.get("mscale") and inside.get("mscale_all_dim"):
+        above, below = (_number(name, inside, key) for key in ("mscale", "mscale_all_dim"))
+        grown = math.log(factor) if factor > 1 else 0.0
+        amplitude = (0.1 * above * grown + 1.0) / (0.1 * below * grown + 1.0)
+    return {
+        "rope_scaling": factor,
+        "rope_beta_fast": _number(name, inside, "beta_fast", 32.0) or 32.0,
+        "rope_beta_slow": _number(name, inside, "beta_slow", 1.0) or 1.0,
+        "rope_truncate": inside.get("truncate") is not False,
+        "rope_attention_factor": amplitude,
+    }
