@@ -2,10 +2,12 @@
 
     python -m benchmarks coverage [--kind causal,masked,seq2seq,vision] [--only TYPE,...] [--out DIR]
 
-Every model type that can be built tiny from its configuration, offline, is built and run in float64 before and after the
-swap. Which products are feed-forward ones is told without `swap`, by their width, which nothing else in the
-tiny model has. A row for each type: swapped (all of them, outputs and gradients equal), left (and why),
-wrong (they differ), or why the type could not be built or run.
+Every model type that can be built from its configuration alone, offline, is built with tiny sizes and run
+before and after the swap, in float64 (in float32 where it knows no other). Which products are feed-forward
+ones is told without `swap`: by their width, which nothing else in the tiny model has, or, in models whose
+widths differ from stage to stage, by their names. A row for each type says "swapped" (all of them, outputs
+and gradients equal), "left" (and why), "wrong" (they differ), "none" (no dense block in it), or "unbuilt".
+Rows go to DIR/coverage.jsonl, and as a table to docs/coverage.md.
 """
 
 import argparse
@@ -18,28 +20,35 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ffn
+from ffn.atomic import write_file
 
-KINDS = {
+KINDS = {  # (name of transformers' list of types, its class)
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
     "masked": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
     "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM"),
     "vision": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification"),
 }
+OUTCOMES = ("swapped", "left", "wrong", "none", "unbuilt")
 WIDTH, HEADS, HIDDEN = 40, 5, 52  # 4 WIDTH = 160 where a configuration names no hidden width
 HEAD = WIDTH // HEADS
 SIZES = {  # by the name of a configuration's entry; the first pattern that matches
-    r"^(hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|embedding_size|model_dim|encoder_hidden_size|hidden_dim|width)$": WIDTH,
-    r"(intermediate_size|ffn_dim|d_ff|dff|dim_ff|d_inner|n_inner|ffn_hidden_size|inner_dim|mlp_dim|feed_forward_size)$": HIDDEN,
+    r"^(hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|embedding_size|model_dim)$": WIDTH,
+    r"^(encoder_hidden_size|hidden_dim|width)$": WIDTH,
+    r"(intermediate_size|ffn_dim|d_ff|dff|dim_ff|d_inner|n_inner|ffn_hidden_size)$": HIDDEN,
+    r"(inner_dim|mlp_dim|feed_forward_size)$": HIDDEN,
     r"(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|num_decoder_layers)$": 2,
     r"(num_key_value_heads|num_kv_heads|n_head_kv|num_mem_heads)$": HEADS,
+    r"^(mamba_d_head|mamba_headdim)$": 16,
+    r"^mamba_d_ssm$": 2 * WIDTH,
     r"(attention_heads|n_heads?|num_heads)$": HEADS,
-    r"^(head_dim|d_kv|attention_head_dim|attention_head_size|qk_head_dim|v_head_dim|qk_nope_head_dim|head_size)$": HEAD,
-    r"^(qk_rope_head_dim|rotary_dim)$": HEAD,
+    r"^(head_dim|d_kv|attention_head_dim|attention_head_size|qk_head_dim|v_head_dim|head_size)$": HEAD,
+    r"^(qk_nope_head_dim|qk_rope_head_dim|rotary_dim)$": HEAD,
     r"^(q_lora_rank|kv_lora_rank)$": 16,
     r"^(vocab_size|n_vocab)$": 99,
     r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions)$": 64,
@@ -50,33 +59,43 @@ SIZES = {  # by the name of a configuration's entry; the first pattern that matc
     r"^patch_size$": 16,
     r"(pad_token_id|bos_token_id|eos_token_id|decoder_start_token_id)$": 1,
 }
-SPECIAL = {  # what the names above do not say
+SPECIAL: dict[str, dict[str, Any]] = {  # what the names above do not say
+    "codegen": {"n_head": 4, "rotary_dim": 8},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "diffllama": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10},
     "distilbert": {"hidden_dim": HIDDEN},
-    "flaubert": {},
+    "esm": {"vocab_size": 99, "mask_token_id": 2, "pad_token_id": 1},
     "reformer": {"is_decoder": True, "axial_pos_shape": (4, 16), "axial_pos_embds_dim": (20, 20)},
     "xmod": {"default_language": "en_XX"},
-    "esm": {"vocab_size": 99, "mask_token_id": 2, "pad_token_id": 1},
 }
-
-
+WIDTHS = {HIDDEN, 2 * HIDDEN, 4 * WIDTH, 8 * WIDTH}
+NAMES = re.compile(
+    r"(^|\.)(fc[12]|fc1_[gx]|(gate|up|down|gate_up)_proj|c_fc|lin[12]|linear[12]|w[io]|wi_[01]|w[123]"
+    r"|dense_h_to_4h|dense_4h_to_h|pwconv[12]|dense[12]|intermediate\.dense|output\.dense)$"
+)
 OTHER = re.compile(
-    r"^experts$|Mamba|Mixer|Recurrent|DeltaNet|SSM"
-)  # what has a hidden width and is no such block
+    r"^experts$|[Aa]ttention|^attn$|Mamba|Mixer|Recurrent|DeltaNet|SSM|Conv|MixMLP"
+)  # no such block
 
 
 class Unbuildable(Exception):
-    """This type cannot be built tiny, or run; the message says why."""
+    """This type cannot be built, or run; the message says why."""
 
 
 @contextlib.contextmanager
-def deadline(seconds: int) -> Iterator[None]:
+def attempt(what: str, seconds: int = 60) -> Iterator[None]:
+    """Whatever their code raises, or taking too long, is an Unbuildable."""
+
     def late(*_):
-        raise Unbuildable(f"took more than {seconds} s")
+        raise TimeoutError(f"took more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
         yield
+    except Exception as error:  # noqa: BLE001 (their code may raise anything)
+        lines = str(error).strip().splitlines()
+        raise Unbuildable(f"not {what}: {type(error).__name__}: {lines[0][:120] if lines else ''}") from None
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -86,11 +105,10 @@ def shrink(config) -> None:
     """Tiny sizes in a configuration and those within it."""
     layers = max(getattr(config, "num_hidden_layers", 0) or 0, 0)
     for key, value in list(vars(config).items()):
+        whole = isinstance(value, int) and not isinstance(value, bool)
         if hasattr(value, "to_dict"):
             shrink(value)
-        elif (isinstance(value, int) and not isinstance(value, bool)) or (
-            value is None and key in ("head_dim", "num_key_value_heads")
-        ):
+        elif whole or (value is None and key in ("head_dim", "num_key_value_heads")):
             size = next((size for pattern, size in SIZES.items() if re.search(pattern, key)), None)
             if size is not None:
                 with contextlib.suppress(Exception):  # some are properties that others follow from
@@ -101,122 +119,148 @@ def shrink(config) -> None:
                 setattr(config, key, value[:1] + value[-1:])
 
 
-def build(transformers, kind: str, model_type: str) -> nn.Module:
+def build(kind: str, model_type: str, tiny: bool, dtype: torch.dtype) -> nn.Module:
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(0)
-    try:
-        with deadline(60):
-            config = CONFIG_MAPPING[model_type]()
+    with attempt("built"):
+        config = CONFIG_MAPPING[model_type]()
+        if tiny:
             shrink(config)
             for key, value in SPECIAL.get(model_type, {}).items():
                 setattr(config, key, value)
-            model = getattr(transformers, KINDS[kind][1]).from_config(config).double()
-            if hasattr(model, "set_experts_implementation"):
-                with contextlib.suppress(Exception):
-                    model.set_experts_implementation("eager")
-            return model
-    except Exception as error:
-        raise Unbuildable(f"not built: {said(error)}") from None
+        model = getattr(transformers, KINDS[kind][1]).from_config(config).to(dtype)
+        with contextlib.suppress(Exception):  # the grouped products of experts know no float64
+            model.set_experts_implementation("eager")
+        return model.eval()
 
 
-def said(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:120] if text else ''}"
-
-
-def run(model: nn.Module, kind: str) -> dict[str, Tensor]:
+def run(model: nn.Module, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The outputs, and the gradient of every parameter, for fixed inputs."""
     g = torch.Generator().manual_seed(1)
+    inputs: dict[str, Any] = {"use_cache": False, "input_ids": torch.randint(5, 90, (2, 8), generator=g)}
     if kind == "vision":
-        size = getattr(model.config, "image_size", 32)
-        inputs = {
-            "pixel_values": torch.randn(
-                2,
-                3,
-                32 if not isinstance(size, int) else size,
-                32 if not isinstance(size, int) else size,
-                generator=g,
-                dtype=torch.float64,
-            )
-        }
-    else:
-        inputs = {"input_ids": torch.randint(5, 90, (2, 8), generator=g)}
+        size = getattr(model.config, "image_size", None)
+        size = size if isinstance(size, int) else 224
+        inputs = {"pixel_values": torch.randn(1, 3, size, size, generator=g).to(dtype)}
     if kind == "seq2seq":
         inputs["decoder_input_ids"] = torch.randint(5, 90, (2, 6), generator=g)
     model.zero_grad()
-    model.eval()
-    try:
-        with deadline(60):
-            torch.manual_seed(2)
-            logits = model(**inputs, **({} if kind == "vision" else {"use_cache": False})).logits
-            weight = torch.randn(logits.shape, generator=g, dtype=torch.float64)
-            (logits * weight).sum().backward()
-    except Exception as error:
-        raise Unbuildable(f"not run: {said(error)}") from None
+    torch.manual_seed(2)
+    with attempt("run"):
+        logits = model(**inputs).logits
+        (logits * torch.randn(logits.shape, generator=g).to(logits)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **gradients}
 
 
-def dense_products(model: nn.Module) -> set[str]:
-    """Paths of the products into or out of the hidden width, outside of mixtures of experts."""
+def apart(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """The largest difference, relative to each tensor; what is zero but for rounding (the gradient of a key's
+    bias) has no size of its own to be compared with."""
+    floor = 1e-6 * max(float(a.abs().max()) for a in before.values())
+    if before.keys() != after.keys():
+        return math.inf
+    found = [float((a - after[n]).abs().max() / (floor + a.abs().max())) for n, a in before.items()]
+    return max(found) if all(x == x for x in found) else math.inf
+
+
+def dense_products(model: nn.Module, tiny: bool) -> set[str]:
+    """Paths of the products of dense feed-forward blocks, told by width or by name."""
     found = set()
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-            widths = set(weight.shape)
-            inside = (type(model.get_submodule(path.rpartition(".")[0])).__name__, *path.split("."))
-            if widths & {HIDDEN, 2 * HIDDEN, 4 * WIDTH, 8 * WIDTH} and not any(map(OTHER.search, inside)):
-                found.add(path)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
+            continue
+        parts = path.split(".")
+        holders = [type(model.get_submodule(".".join(parts[:i]))).__name__ for i in range(1, len(parts))]
+        wide = bool(WIDTHS & set(weight.shape)) if tiny else NAMES.search(path) is not None
+        if wide and not any(map(OTHER.search, (*parts, *holders))):
+            found.add(path)
     return found
 
 
-def examine(transformers, kind: str, model_type: str) -> dict:
-    row = {"kind": kind, "model_type": model_type}
-    try:
-        model = build(transformers, kind, model_type)
-        run(model, kind)  # some settle on something in their first run
-        before = run(model, kind)
-        report = ffn.swap(model)
-        wanted, taken = dense_products(model), set()
-        for path, module in model.named_modules():
-            plan = vars(module).get("_ffn_plan")
-            for product in (*plan.first, plan.last) if plan else ():
-                taken.add(f"{path}.{product}".lstrip("."))
-        after = run(model, kind)
-    except Unbuildable as error:
-        return row | {"outcome": "unbuilt", "reason": str(error)}
-    # a gradient that is zero but for rounding (a key's bias) has no size of its own to be compared with
-    floor = 1e-6 * max(float(a.abs().max()) for a in before.values())
-    apart = max(
-        float((a - after[n]).abs().max() / (floor + a.abs().max())) if n in after else math.inf
-        for n, a in before.items()
-    )
-    reasons = Counter(f"{b.kind}: {b.reason}" for b in report.left)
-    missed = sorted(wanted - taken)
-    row |= {
-        "blocks": len(report.swapped),
-        "left": len(report.left),
-        "apart": apart,
-        "classes": sorted({b.kind for b in report.swapped}),
+def swapped_products(model: nn.Module) -> set[str]:
+    plans = {path: vars(module).get("_ffn_plan") for path, module in model.named_modules()}
+    return {
+        f"{path}.{p}".lstrip(".") for path, plan in plans.items() if plan for p in (*plan.first, plan.last)
     }
-    if apart > 1e-9:
-        return row | {"outcome": "wrong", "reason": f"differs by {apart:.1e}"}
-    if not wanted:
-        return row | {"outcome": "none", "reason": "; ".join(reasons) or "no dense feed-forward block"}
-    if missed:
-        return row | {
-            "outcome": "left",
-            "reason": "; ".join(reasons) or f"not seen: {missed[:3]}",
-            "missed": missed[:6],
-        }
-    return row | {"outcome": "swapped", "reason": ""}
+
+
+def examine(kind: str, model_type: str) -> dict:
+    """The row of one type: as tiny as may be, else as it comes; in float64, else in float32."""
+    ways = [(True, torch.float64), (True, torch.float32)]
+    if kind == "vision":
+        ways += [(False, torch.float32)]
+    first = None
+    for tiny, dtype in ways:
+        try:
+            row = measure(kind, model_type, tiny, dtype)
+        except Unbuildable as error:
+            first = first or str(error)
+            continue
+        return row
+    return {"kind": kind, "model_type": model_type, "outcome": "unbuilt", "reason": first}
+
+
+def measure(kind: str, model_type: str, tiny: bool, dtype: torch.dtype) -> dict:
+    model = build(kind, model_type, tiny, dtype)
+    run(model, kind, dtype)  # some settle on something in their first run
+    before = run(model, kind, dtype)
+    report = ffn.swap(model)
+    difference = apart(before, run(model, kind, dtype))
+    wanted = dense_products(model, tiny)
+    missed = sorted(wanted - swapped_products(model))
+    reasons = "; ".join(Counter(f"{block.kind}: {block.reason}" for block in report.left))
+    if difference > (1e-9 if dtype == torch.float64 else 1e-3):
+        outcome = "wrong"
+    elif missed:
+        outcome, reasons = "left", reasons or f"not seen: {', '.join(missed[:3])}"
+    else:
+        outcome = "swapped" if report.swapped else "none"
+    return {
+        "kind": kind, "model_type": model_type, "outcome": outcome, "blocks": len(report.swapped),
+        "classes": sorted({block.kind for block in report.swapped}), "apart": difference,
+        "dtype": str(dtype)[6:], "tiny": tiny, "missed": missed[:6], "reason": reasons,
+    }  # fmt: skip
+
+
+def table(rows: list[dict], versions: str) -> str:
+    """The rows in Markdown: counts by kind, then each type that is not all swapped, then the rest by name."""
+    lines = [
+        "# What `ffn.swap` takes in transformers",
+        "",
+        f"By `python -m benchmarks coverage`, {versions}.",
+        "",
+    ]
+    lines += [
+        f"| kind | types | {' | '.join(OUTCOMES)} | swapped of those with a dense block |",
+        "|---" * 8 + "|",
+    ]
+    for kind in KINDS:
+        counts = Counter(row["outcome"] for row in rows if row["kind"] == kind)
+        if not counts:
+            continue
+        dense = counts["swapped"] + counts["left"] + counts["wrong"]
+        cells = " | ".join(str(counts[outcome]) for outcome in OUTCOMES)
+        lines.append(f"| {kind} | {counts.total()} | {cells} | {counts['swapped'] / max(dense, 1):.1%} |")
+    lines += ["", "| kind | type | outcome | why |", "|---|---|---|---|"]
+    order = sorted(rows, key=lambda row: (list(KINDS).index(row["kind"]), OUTCOMES.index(row["outcome"])))
+    for row in order:
+        if row["outcome"] != "swapped":
+            why = (row["reason"] or "no dense feed-forward block").replace("|", "\\|")
+            lines.append(f"| {row['kind']} | {row['model_type']} | {row['outcome']} | {why} |")
+    for kind in KINDS:
+        names = [row["model_type"] for row in rows if (row["kind"], row["outcome"]) == (kind, "swapped")]
+        if names:
+            lines += ["", f"Swapped, {kind}: {', '.join(names)}."]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks coverage")
-    parser.add_argument("--kind", default=",".join(KINDS))
-    parser.add_argument("--only", default="")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks coverage", description=__doc__.split("\n")[0])
+    parser.add_argument("--kind", default=",".join(KINDS), help="comma-separated")
+    parser.add_argument("--only", default="", help="model types, comma-separated; nothing is written")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(argv)
     import transformers
@@ -228,14 +272,13 @@ def main(argv: list[str]) -> None:
     for kind in options.kind.split(","):
         types = getattr(modeling_auto, KINDS[kind][0])
         for model_type in options.only.split(",") if options.only else types:
-            if model_type not in types:
-                continue
-            rows.append(examine(transformers, kind, model_type))
-            print(json.dumps({k: v for k, v in rows[-1].items() if k != "classes"}), flush=True)
-        print(kind, Counter(row["outcome"] for row in rows if row["kind"] == kind))
-
-
-if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])
+            if model_type in types:
+                row = examine(kind, model_type)
+                rows.append(row)
+                print(f"{kind:8} {model_type:28} {row['outcome']:8} {row['reason'][:120]}", flush=True)
+    counts = Counter((row["kind"], row["outcome"]) for row in rows)
+    print("\n".join(f"{kind} {outcome}: {count}" for (kind, outcome), count in counts.items()))
+    if not options.only:
+        versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+        write_file(options.out / "coverage.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_file(Path("docs/coverage.md"), table(rows, versions))
