@@ -108,7 +108,10 @@ class CharTokenizer:
 class HFTokenizer:
     """A Hugging Face fast tokenizer, from the text of its `tokenizer.json`. Wants the package `tokenizers`.
 
-    No special tokens are added: a corpus is a stream, and a prompt goes on in it.
+    No special tokens are added: a corpus is a stream, and a prompt goes on in it. Nor is a text cut short or
+    padded, whatever the file says of that.
+
+    specification: the text of the file, as Hugging Face's libraries read it.
     """
 
     def __init__(self, specification: str) -> None:
@@ -122,11 +125,9 @@ class HFTokenizer:
             self._tokenizer = FastTokenizer.from_str(specification)
         except Exception as error:  # noqa: BLE001 - the package raises bare Exception
             raise ValueError(f"not a tokenizer.json of Hugging Face: {error}") from None
-
-    @property
-    def specification(self) -> str:
-        """The text of the tokenizer.json, as Hugging Face's libraries read it."""
-        return self._tokenizer.to_str(pretty=True) + "\n"
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.specification = specification
 
     @property
     def vocab_size(self) -> int:
@@ -143,7 +144,7 @@ class HFTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the whole specification."""
-        _write(path, {"kind": "hf", "tokenizer": json.loads(self._tokenizer.to_str())})
+        _write(path, {"kind": "hf", "tokenizer": json.loads(self.specification)})
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -64,6 +64,18 @@ def test_a_hugging_face_tokenizer_is_read_from_its_json(tmp_path: Path) -> None:
         HFTokenizer("{}")
 
 
+def test_no_text_is_cut_short_or_padded() -> None:
+    pytest.importorskip("tokenizers")
+    limits = json.loads(hf_specification())
+    limits["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    limits["padding"] = {"strategy": {"Fixed": 4}, "direction": "Right", "pad_to_multiple_of": None}
+    limits["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+    tokenizer = HFTokenizer(json.dumps(limits))
+    assert tokenizer.encode("hello") == [1]
+    assert tokenizer.encode("hello world hello") == [1, 2, 1]
+    assert json.loads(tokenizer.specification) == limits
+
+
 @pytest.mark.parametrize("name", ["byte", "char", "hf"])
 def test_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
     if name == "hf":
