@@ -10,30 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ffn.interop.hf.config import read_config, write_config
-from ffn.interop.hf.tables import TABLES, Weight, match_names, weights
+from ffn.interop.hf.config import FAMILIES, TRAINING, read_config, spelled_out, write_config
+from ffn.interop.hf.tables import Weight, match_names, tied_names, weights
 from ffn.interop.shards import MAX_SHARD_BYTES, Shards, open_shards, read_json, write_shards
-from ffn.interop.untrusted import one_line
+from ffn.interop.untrusted import one_line, short
 from ffn.tokenizer import HFTokenizer
 from ffn.transformer import Transformer, TransformerConfig
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id")
-TRAINING = (
-    "dropout",
-    "ffn_dropout",
-    "attention_dropout",
-    "save",
-    "chunk_tokens",
-    "init",
-)  # change no numbers
+MAX_LAYERS = 10_000
 Parts = dict[str, list[tuple[str, Weight]]]  # the name of a tensor in a file -> our names within it
 
 
@@ -72,11 +65,10 @@ def load_into(model: Transformer, path: str | Path) -> None:
         ValueError: as `load_folder`, and where the model is of another config; it is left as it was.
     """
     config, origin = read_folder_config(path)
-    there, here = (dataclasses.asdict(_plain(c)) for c in (config, model.config))
-    if other := [
-        f"{key}={here[key]!r} where it has {there[key]!r}" for key in here if here[key] != there[key]
-    ]:
-        raise ValueError(f"{path}: of another config than the model, which has {', '.join(other)}")
+    there, here = (dataclasses.asdict(spelled_out(c)) for c in (config, model.config))
+    if other := [key for key in here if here[key] != there[key] and key not in TRAINING]:
+        said = ", ".join(f"{key}={here[key]!r} where it has {there[key]!r}" for key in other)
+        raise ValueError(f"{path}: of another config than the model, which has {said}")
     shards = open_shards(path)
     parts = _plan(Path(path), config, origin["model_type"], shards)
     _check_model(model, {ours for rows in parts.values() for ours, _ in rows})
@@ -102,11 +94,11 @@ def save_folder(
     Raises:
         ValueError: an option of the model has no place there. OSError leaves what was there.
     """
-    config, origin = _plain(model.config), model.origin
+    config, origin = model.config, model.origin
     if architecture is None:
         architecture = str(origin["model_type"]) if origin else fitting_architecture(config)
     keys = write_config(config, architecture)
-    keys |= {key: value for key, value in (origin or {}).items() if key in TOKENS}
+    keys |= {key: (origin or {}).get(key) for key in TOKENS if keys.get(key) is None}
     ours, theirs = model.state_dict(), {}
     for name, row in weights(config, architecture).items():
         theirs.setdefault(row.name, []).append((name, row))
@@ -140,28 +132,30 @@ def read_folder_config(path: str | Path) -> tuple[TransformerConfig, dict[str, A
     path = Path(path)
     file = path if path.name == CONFIG else (path if path.is_dir() else path.parent) / CONFIG
     keys = read_json(file)
+    for key in ("num_hidden_layers", "n_layer", "n_layers"):  # so many that even their list would not fit
+        if isinstance(keys.get(key), int) and keys[key] > MAX_LAYERS:
+            raise ValueError(f"{file}: {key}={short(keys[key])}: want {MAX_LAYERS:,} at most")
     try:
-        config = TransformerConfig.from_dict(
-            dataclasses.asdict(read_config(keys)), ""
-        )  # which checks the kinds
+        config = read_config(keys)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    except (TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{file}: a value is absent or of another kind ({one_line(repr(error))})") from None
     return config, {key: keys[key] for key in ("model_type", *TOKENS) if key in keys}
 
 
 def fitting_architecture(config: TransformerConfig) -> str:
     """The first model_type whose config.json can say what this config does; ValueError says why none can."""
     reasons = []
-    for architecture in TABLES:
+    for architecture, family in FAMILIES.items():
+        if config.head not in family.classes:
+            continue
         try:
             write_config(config, architecture)
         except ValueError as error:
             reasons.append(str(error))
         else:
             return architecture
-    raise ValueError(f"no architecture of Hugging Face fits this model: {'; '.join(reasons)}")
+    nearest = min(reasons, key=lambda reason: ("cannot say" not in reason, len(reason)))  # the fewest options
+    raise ValueError(f"no architecture of Hugging Face fits this model; the nearest, {nearest}")
 
 
 def _plan(path: Path, config: TransformerConfig, architecture: str, shards: Shards) -> Parts:
@@ -193,21 +187,17 @@ def _plan(path: Path, config: TransformerConfig, architecture: str, shards: Shar
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{path}: other weights than {CONFIG} asks for: {'; '.join(wrong[:8])}{more}")
-    parts = {name: wanted[theirs] for theirs, name in found.items()}
-    _check_copies(path, shards, parts)
-    return parts
+    _check_copies(path, shards, tied_names(shards, config, architecture))
+    return {name: wanted[theirs] for theirs, name in found.items()}
 
 
-def _check_copies(path: Path, shards: Shards, parts: Parts) -> None:
-    """A tied head is often stored as well; one that is another than the token table was not tied."""
-    table = next(name for name, rows in parts.items() if rows[0][0] == "embedding.token.weight")
-    for name in shards.specs.keys() - parts.keys():
-        copy, wanted = shards.specs[name], shards.specs[table]
-        if copy.shape == wanted.shape and (
-            copy.dtype != wanted.dtype or not shards[name].equal(shards[table])
-        ):
+def _check_copies(path: Path, shards: Shards, copies: Mapping[str, str]) -> None:
+    """A tied tensor is often stored twice; where the two differ, they were not tied."""
+    for copy, source in copies.items():
+        one, other = shards.specs[copy], shards.specs[source]
+        if one[1:] != other[1:] or not shards[copy].equal(shards[source]):
             raise ValueError(
-                f"{path}: {name!a} is another than {table}, and {CONFIG} says that they are tied"
+                f"{path}: {copy!a} is another than {source}, and {CONFIG} says that they are tied"
             )
 
 
@@ -230,10 +220,3 @@ def _copy(model: Transformer, parts: Parts, tensors: Iterable[tuple[str, Tensor]
     for name, theirs in tensors:
         for our_name, row in parts[name]:
             row.load(ours[our_name], theirs)
-
-
-def _plain(config: TransformerConfig) -> TransformerConfig:
-    """What a config says about the numbers that come out, with every size spelled out."""
-    usual = {field.name: field.default for field in dataclasses.fields(config) if field.name in TRAINING}
-    heads = {"num_kv_heads": config.kv_heads, "head_dim": config.head_channels}
-    return dataclasses.replace(config, **usual, **heads, hidden_dim=config.hidden_width)
