@@ -1,13 +1,21 @@
 """The encoders whose config.json is read. Numbers are transformers' defaults: what an absent key means."""
 
 from ffn.interop.hf.family import Family
-from ffn.interop.hf.keys import PLAIN, POSITIONS_AFTER_PAD, activation
+from ffn.interop.hf.keys import PLAIN, POSITIONS_AFTER_PAD, Part, activation, refuse
+from ffn.transformer_config import TransformerConfig
 
 
 def _encoder(name: str) -> dict[str, str]:
     return {"none": f"{name}Model", "mlm": f"{name}ForMaskedLM"}
 
 
+def _has_types(c: TransformerConfig) -> dict[str, int]:
+    if not c.num_token_types:
+        raise refuse("num_token_types", 0, "every token has a type there; want 1 or more")
+    return {}
+
+
+TOKEN_TYPES = Part(lambda k: {}, _has_types)
 _CONSTANTS = {
     "causal": False, "position": "learned", "norm": "layernorm", "norm_position": "post", "bias": True,
     "attention_bias": True, "embedding_norm": True,
@@ -29,7 +37,7 @@ BERT = Family(
         "norm_eps": "layer_norm_eps", "tie_embeddings": "tie_word_embeddings",
         "dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob",
     },
-    parts=(activation("hidden_act", PLAIN, head=True),),
+    parts=(activation("hidden_act", PLAIN, head=True), TOKEN_TYPES),
     constants=_CONSTANTS,
     only={"is_decoder": (False,), "position_embedding_type": ("absolute",)},
 )  # fmt: skip
@@ -38,7 +46,7 @@ ROBERTA = Family(
     classes=_encoder("Roberta"),
     defaults=dict(BERT.defaults) | {"vocab_size": 50265, "pad_token_id": 1},
     fields={ours: theirs for ours, theirs in BERT.fields.items() if ours != "max_seq_len"},
-    parts=(activation("hidden_act", PLAIN), POSITIONS_AFTER_PAD),
+    parts=(activation("hidden_act", PLAIN), POSITIONS_AFTER_PAD, TOKEN_TYPES),
     constants=_CONSTANTS | {"head_activation": "gelu"},
     only=BERT.only,
 )
