@@ -19,6 +19,7 @@ _HARMLESS = """
     decoder_start_token_id n_ctx id2label label2id num_labels problem_type finetuning_task tokenizer_class
     prefix task_specific_params use_bfloat16 tf_legacy_loss classifier_dropout attn_implementation
     pretraining_tp cache_implementation unsloth_version unsloth_fixed tie_encoder_decoder name_or_path
+    tie_weights_
     max_length max_new_tokens min_length min_new_tokens do_sample early_stopping num_beams num_beam_groups
     diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
@@ -155,7 +156,8 @@ def _head(architectures: Any, family: Family) -> str:
     heads = {name: head for head, name in family.classes.items()} | dict(family.other_classes)
     if not architectures:
         return next(iter(family.classes))
-    if not isinstance(architectures, list) or len(architectures) > 1 or architectures[0] not in heads:
+    known = isinstance(architectures, list) and len(architectures) == 1 and isinstance(architectures[0], str)
+    if not known or architectures[0] not in heads:
         raise refuse("architectures", architectures, f"no such model here; want one of {', '.join(heads)}")
     return heads[architectures[0]]
 
@@ -181,5 +183,5 @@ def _check_type(key: str, value: Any, default: Any, family: Family) -> None:
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
         raise refuse(key, value, f"want {wanted[type(default)]}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise refuse(key, value, "want a number")
+    if isinstance(value, int | float) and not 0 <= value < 1e18:
+        raise refuse(key, value, "want a number, 0 or more")

@@ -123,6 +123,21 @@ NO_ROPE_LAYERS = Part(
 
 # --- smaller things
 
+
+def _read_scalar(k: Keys) -> dict[str, Any]:
+    scalar = k["query_pre_attn_scalar"]
+    if not scalar:
+        raise refuse("query_pre_attn_scalar", scalar, "want a positive number")
+    return {"attention_scale": scalar**-0.5}
+
+
+def _write_scalar(c: TransformerConfig) -> dict[str, Any]:
+    scale = c.attention_scale or c.head_channels**-0.5
+    return {"query_pre_attn_scalar": max(round(max(scale, 1e-8) ** -2), 1)}  # whole numbers there
+
+
+QUERY_SCALAR = Part(_read_scalar, _write_scalar)
+
 ATTENTION_BIAS = Part(
     lambda k: {"attention_bias": k["attention_bias"], "attention_out_bias": k["attention_bias"]},
     lambda c: {"attention_bias": c.attention_bias},
@@ -130,10 +145,6 @@ ATTENTION_BIAS = Part(
 EMBEDDING_SCALE = Part(  # kept in float32 there, whatever the model's dtype
     lambda k: {"embedding_scale": struct.unpack("f", struct.pack("f", k["hidden_size"] ** 0.5))[0]},
     lambda c: {},
-)
-QUERY_SCALAR = Part(
-    lambda k: {"attention_scale": k["query_pre_attn_scalar"] ** -0.5},
-    lambda c: {"query_pre_attn_scalar": round((c.attention_scale or c.head_channels**-0.5) ** -2)},
 )
 SCALE_SWITCH = Part(
     lambda k: {"attention_scale": None if k["scale_attn_weights"] else 1.0},
@@ -145,16 +156,12 @@ NORM_EACH = Part(  # a parallel block of GPT-NeoX has two norms
 )
 
 
-def _read_offset(k: Keys) -> dict[str, Any]:
-    pad = k["pad_token_id"]
-    if not isinstance(pad, int) or pad < 0:
-        raise refuse("pad_token_id", pad, "positions are counted from it; want 0 or more")
-    rest = {"max_seq_len": k["max_position_embeddings"] - pad - 1}
-    return {"pad_token_id": pad, "position_offset": pad + 1, **rest}
-
-
 POSITIONS_AFTER_PAD = Part(
-    _read_offset,
+    lambda k: {
+        "pad_token_id": k["pad_token_id"],
+        "position_offset": k["pad_token_id"] + 1,
+        "max_seq_len": k["max_position_embeddings"] - k["pad_token_id"] - 1,
+    },
     lambda c: {
         "pad_token_id": c.pad_token_id,
         "max_position_embeddings": c.max_seq_len + c.position_offset,

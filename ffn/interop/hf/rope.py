@@ -52,9 +52,9 @@ def rope(
             return read
         if kind == "linear":
             return read | {"rope_scaling": _number(name, inside, "factor")}
-        original = k.get("original_max_position_embeddings")
-        original = original or inside.get("original_max_position_embeddings") or k["max_position_embeddings"]
-        read["rope_original_seq_len"] = original
+        named = [table.get("original_max_position_embeddings") for table in (k, inside)]
+        said = [length for length in (*named, k["max_position_embeddings"]) if length is not None]
+        read["rope_original_seq_len"] = said[0]
         return read | (_read_llama3 if kind == "llama3" else _read_yarn)(name, inside, k)
 
     def write(c: TransformerConfig) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _one_of(k: Keys, name: str, inside: Keys, key: str, beside: str, default: fl
     if inside.get(key) is not None:
         return _number(name, inside, key)
     given = {other: k[other] for other in (beside, key) if k.get(other) is not None}
-    if len(set(given.values())) > 1:
+    if any(value != k[next(iter(given))] for value in given.values()):
         raise refuse(key, k[key], f"{beside}={given[beside]} says otherwise; leave one of them out")
     return next(iter(given.values()), default)
 
@@ -103,8 +103,8 @@ def _one_of(k: Keys, name: str, inside: Keys, key: str, beside: str, default: fl
 def _number(name: str, inside: Keys, key: str, default: float | None = None) -> float:
     value = inside.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise refuse(f"{name}.{key}", value, "want a number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e38:
+        raise refuse(f"{name}.{key}", value, "want a number, 0 or more")
     return float(value)
 
 
@@ -122,7 +122,7 @@ def _read_yarn(name: str, inside: Keys, k: Keys) -> dict[str, Any]:
         raise refuse(f"{name}.truncate", inside["truncate"], "want true or false")
     if inside.get("factor") is None:
         original = _number(name, inside, "original_max_position_embeddings", k["max_position_embeddings"])
-        factor = k["max_position_embeddings"] / original
+        factor = k["max_position_embeddings"] / (original or math.inf)
     else:
         factor = _number(name, inside, "factor")
     amplitude = None

@@ -1,5 +1,7 @@
 """Every architecture gives transformers' numbers from its weights, in float64, whole, cached and padded."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -122,3 +124,72 @@ def test_no_such_architecture() -> None:
     for function in (weights, lambda c, a: match_names([], c, a)):
         with pytest.raises(ValueError, match="architecture='mamba': no table of weights for it; there are"):
             function(config, "mamba")
+
+
+def config_of(model_type: str, head: str, **options) -> TransformerConfig:
+    sizes = {"gpt2": ("n_embd", "n_layer", "n_head"), "distilbert": ("dim", "n_layers", "n_heads")}
+    usual = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    keys = dict(zip(sizes.get(model_type, usual), (8, 1, 2), strict=True))
+    keys |= {"rotary_pct": 0.5} if model_type == "gpt_neox" else {}
+    config = read_config({"model_type": model_type, "vocab_size": 11, **keys, **options})
+    return dataclasses.replace(config, head=head)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head", "theirs", "wanted"),
+    [
+        ("gpt2", "logits", "h.0.ln_1.weight", "transformer.h.0.ln_1.weight"),
+        ("gpt2", "none", "transformer.wte.weight", "wte.weight"),
+        ("gpt2", "none", "wte.weight", "wte.weight"),
+        ("gpt2", "logits", "lm_head.weight", "transformer.wte.weight"),  # tied, saved by its other name
+        ("gpt2", "logits", "h.0.attn.bias", None),
+        ("gpt2", "logits", "transformer.h.0.attn.masked_bias", None),
+        ("gpt2", "logits", "transformer.h.0.attn.c_attn.bias", "transformer.h.0.attn.c_attn.bias"),
+        ("gpt_neox", "logits", "embed_out.weight", "lm_head.weight"),
+        ("gpt_neox", "logits", "gpt_neox.layers.0.attention.rotary_emb.inv_freq", None),
+        ("gpt_neox", "logits", "gpt_neox.layers.0.attention.bias", None),
+        ("bert", "mlm", "bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"),
+        ("bert", "none", "bert.embeddings.LayerNorm.beta", "embeddings.LayerNorm.bias"),
+        ("bert", "none", "embeddings.position_ids", None),
+        ("bert", "mlm", "bert.pooler.dense.weight", None),
+        ("bert", "none", "pooler.dense.bias", None),
+        ("bert", "mlm", "cls.seq_relationship.weight", None),
+        ("bert", "mlm", "cls.predictions.decoder.bias", "cls.predictions.bias"),
+        ("bert", "none", "cls.predictions.transform.dense.weight", "cls.predictions.transform.dense.weight"),
+        ("roberta", "mlm", "lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+        ("llama", "logits", "layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("llama", "logits", "model.layers.0.self_attn.rotary_emb.inv_freq", None),
+        ("llama", "logits", "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"),
+        ("llama", "logits", "lora.weight", "lora.weight"),
+        ("llama", "none", "lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_names_in_files(model_type: str, head: str, theirs: str, wanted: str | None) -> None:
+    """Known by another name, left out, or left as they are for the caller to refuse."""
+    matched = match_names([theirs], config_of(model_type, head), model_type)
+    assert matched == ({} if wanted is None else {theirs: wanted})
+
+
+def test_a_copy_beside_what_it_copies() -> None:
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    tied, untied = (config_of("llama", "logits", tie_word_embeddings=tied) for tied in (True, False))
+    assert match_names(names, tied, "llama") == {names[0]: names[0]}
+    assert tied_names(names, tied, "llama") == {names[1]: names[0]}
+    assert match_names(names, untied, "llama") == dict(zip(names, names, strict=True))
+    assert tied_names(names, untied, "llama") == {}
+    assert tied_names(["embed_tokens.weight", "lm_head.weight"], tied, "llama") == {
+        "lm_head.weight": "embed_tokens.weight"
+    }
+
+
+def test_an_untied_bert_has_its_bias_in_the_decoder() -> None:
+    config = config_of("bert", "mlm", tie_word_embeddings=False)
+    rows = weights(config, "bert")
+    assert rows["head.bias"].name == "cls.predictions.decoder.bias"
+    assert match_names(["cls.predictions.bias"], config, "bert") == {}
+
+
+def test_a_parameter_without_a_place() -> None:
+    config = dataclasses.replace(config_of("llama", "logits"), qk_norm=True)
+    with pytest.raises(ValueError, match=r"llama: its models have nothing such as blocks.0.attention.q_norm"):
+        weights(config, "llama")
