@@ -288,3 +288,36 @@ def test_a_full_cache_is_a_full_window() -> None:
         model(tokens_of(1, 10), cache=cache)
         with pytest.raises(ValueError, match=r"T <= 12; got \(1, 3\) after 10 cached"):
             model(tokens_of(1, 3), cache=cache)
+
+
+def test_a_model_without_a_head_gives_hidden_states() -> None:
+    model, tokens = build(head="none"), tokens_of(2, 5)
+    assert torch.equal(model(tokens), model.hidden(tokens))
+    for call in (lambda: model.logits(torch.zeros(1, 16, dtype=F64)), lambda: model.loss(tokens, tokens)):
+        with pytest.raises(ValueError, match="head='none': this Transformer gives hidden states alone"):
+            call()
+
+
+def test_token_types() -> None:
+    model, tokens = build(**VARIANTS["bert"]), tokens_of(2, 5)
+    types = torch.tensor([[0, 0, 1, 1, 2]]).expand(2, 5)
+    assert torch.equal(model(tokens), model(tokens, token_types=torch.zeros_like(types)))
+    assert not torch.allclose(model(tokens), model(tokens, token_types=types))
+    loss = F.cross_entropy(model(tokens, token_types=types).flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(model.loss(tokens, tokens, token_types=types), loss)
+
+
+def test_a_padding_token_has_no_position() -> None:
+    model = build(**VARIANTS["bert"], pad_token_id=3)
+    tokens = torch.tensor([[3, 5, 3, 6, 7]])
+    expected = model(tokens, positions=torch.tensor([[-1, 0, -1, 1, 2]]))
+    assert torch.equal(model(tokens), expected)
+    assert not torch.allclose(model(tokens), model(tokens, positions=torch.arange(5)))
+
+
+@pytest.mark.parametrize(("options", "at"), [({"no_rope_layers": (0, 1)}, "none"), ({}, "rotary")])
+def test_layers_without_rotary(options: dict, at: str) -> None:
+    model, tokens = build(**options), tokens_of(1, 6)
+    other = Transformer(dataclasses.replace(SMALL, position=at), dtype=F64)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(tokens), other(tokens))

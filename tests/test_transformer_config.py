@@ -1,9 +1,11 @@
 """TransformerConfig: what follows from it, TOML both ways, and what it refuses."""
 
 import dataclasses
+import math
 
 import pytest
 
+from ffn.nn.rotary import Linear, Llama3, Yarn
 from ffn.transformer import TransformerConfig
 from tests.models import SMALL, variants
 
@@ -42,6 +44,24 @@ def test_toml_takes_defaults_for_what_is_left_out() -> None:
         ({"init": "orthogonal"}, "init='orthogonal': no such initialisation"),
         ({"chunk_tokens": 5}, "^model.chunk_tokens=5 with save='preact': want at least 1 and save='input'$"),
         ({"save": "input", "chunk_tokens": 0}, "chunk_tokens=0: want a positive number"),
+        ({"sliding_window": 0}, "sliding_window=0: want a positive number"),
+        ({"sliding_window": 3, "causal": False}, "sliding_window=3 with causal=False: leave one of them out"),
+        ({"full_attention_layers": (2,)}, r"full_attention_layers=\(2,\): want layers from 0 to 1"),
+        ({"no_rope_layers": (-1,)}, r"no_rope_layers=\(-1,\): want layers from 0 to 1"),
+        ({"no_rope_layers": ("first",)}, "no_rope_layers: wants a whole number; got 'first'"),
+        ({"attention_softcap": -1.0}, "attention_softcap=-1.0: want a positive number"),
+        ({"rope_fraction": 0.75}, "rope_fraction=0.75 of head_dim=4 leaves 3 channels: want an even number"),
+        ({"rope_fraction": 0.1}, "rope_fraction=0.1 of head_dim=4 leaves 0 channels: want an even number"),
+        ({"rope_fraction": 1.5}, "rope_fraction=1.5: want a share up to 1"),
+        ({"rope_type": "llama3", "rope_low_freq_factor": 4.0}, "rope_low_freq_factor=4.0: want less than"),
+        ({"rope_type": "yarn", "rope_base": 1.0}, "rope_base=1.0 with rope_type='yarn': all channels turn"),
+        ({"norm_position": "output", "parallel": True}, "parallel=True with norm_position='output'"),
+        ({"shared_norm": False}, "shared_norm=False: want parallel=True and norm_position='pre'"),
+        ({"head": "mlm", "head_activation": "swiglu"}, "head_activation='swiglu': want a plain one"),
+        ({"position_offset": -1}, "position_offset=-1: want 0 or more"),
+        ({"position_offset": 1}, "position_offset=1: want position='learned'"),
+        ({"pad_token_id": 1}, r"pad_token_id=1 wants an encoder \(causal=False\) with learned positions"),
+        ({"num_token_types": -1}, "num_token_types=-1: want 0 or more"),
     ],
 )
 def test_config_refuses(options: dict, message: str) -> None:
@@ -66,3 +86,21 @@ def test_a_choice_that_is_none(field: str, wrong: str, choices: str) -> None:
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SMALL.dim = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_defaults_that_follow() -> None:
+    config = dataclasses.replace(SMALL, bias=True, rope_fraction=0.5, sliding_window=3)
+    assert (config.out_bias, config.rope_channels) == (True, 2)
+    assert not dataclasses.replace(config, attention_out_bias=False).out_bias
+    config = dataclasses.replace(config, full_attention_layers=(1,))
+    assert [config.window(layer) for layer in range(2)] == [3, None]
+
+
+def test_how_rotary_frequencies_stretch() -> None:
+    assert dataclasses.replace(SMALL, rope_scaling=2.0).rotary_scaling == Linear(2.0)
+    llama3 = dataclasses.replace(SMALL, rope_type="llama3", rope_scaling=2.0, rope_high_freq_factor=3.0)
+    assert llama3.rotary_scaling == Llama3(2.0, original=12, low=1.0, high=3.0)
+    yarn = dataclasses.replace(SMALL, rope_type="yarn", rope_scaling=2.0, rope_original_seq_len=6)
+    assert yarn.rotary_scaling == Yarn(2.0, original=6, amplitude=0.1 * math.log(2.0) + 1.0)
+    given = dataclasses.replace(yarn, rope_attention_factor=1.5, rope_beta_fast=9.0, rope_truncate=False)
+    assert given.rotary_scaling == Yarn(2.0, 6, 1.5, fast=9.0, whole=False)
