@@ -20,7 +20,7 @@ VARIANTS = {
     "encoder": {"causal": False, "position": "none"},
     "gemma2": {"norm": "rmsnorm1p", "norm_position": "sandwich", "num_kv_heads": 2, "embedding_scale": 4.0,
                "attention_scale": 0.3, "attention_softcap": 5.0, "logit_softcap": 3.0, "sliding_window": 3,
-               "full_attention_layers": (1,)},
+               "full_attention_layers": (0,)},
     "neox": {"parallel": True, "shared_norm": False, "norm": "layernorm", "rope_fraction": 0.5,
              "activation": "gelu", "bias": True, "attention_out_bias": False, "sliding_window": 5},
     "olmo2": {"norm_position": "output", "qk_norm": True, "qk_norm_scope": "all", "num_kv_heads": 2,

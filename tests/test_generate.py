@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ffn import packing
 from ffn.generate import Sampling, generate, stream
 from ffn.transformer import Transformer, TransformerConfig
+from tests.models import VARIANTS
 
 F64 = torch.float64
 CONFIG = TransformerConfig(vocab_size=17, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=32)
@@ -42,6 +43,14 @@ def test_the_cache_changes_nothing(position: str, options: dict) -> None:
     model = build(position=position)
     cached = generate(model, PROMPTS, 12, **options)
     assert cached == generate(model, PROMPTS, 12, cache=False, **options)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "neox", "olmo2"])
+def test_windows_caps_and_stretched_positions(name: str) -> None:
+    model = build(**VARIANTS[name])
+    cached = generate(model, PROMPTS, 12, temperature=0.0)
+    assert cached == generate(model, PROMPTS, 12, temperature=0.0, cache=False)
+    assert cached == [generate(model, [prompt], 12, temperature=0.0)[0] for prompt in PROMPTS]
 
 
 @POSITIONS

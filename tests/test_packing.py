@@ -13,6 +13,8 @@ from ffn import FeedForward, Transformer, TransformerConfig, pack, packing, pack
 from ffn.nn.attention import Attention
 from ffn.nn.head import Head
 from ffn.ops import dispatch
+from tests.models import VARIANTS, tokens_of
+from tests.models import build as build_model
 from tests.packed_blocks import ACTIVATIONS, FORMS, INT8, build, same
 
 pytestmark = pytest.mark.usefixtures("small_is_worth_it")
@@ -83,6 +85,18 @@ def test_a_whole_model() -> None:
 def small_model(**options) -> Transformer:
     sizes = {"vocab_size": 50, "dim": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 16}
     return Transformer(TransformerConfig(**sizes, **options)).eval()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "neox", "olmo2", "bert"])
+def test_whatever_a_model_is_made_of(name: str) -> None:
+    model, tokens = build_model(torch.float32, **VARIANTS[name]).eval(), tokens_of(2, 9)
+    real = torch.arange(9) >= torch.tensor([[3], [0]])
+    with torch.no_grad():
+        want = model(tokens), model(tokens, attention_mask=real)[real]
+        pack(model)
+        assert all(map(packing.is_packed, [model.head, *(block.attention for block in model.blocks)]))
+        got = model(tokens), model(tokens, attention_mask=real)[real]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", [INT8])

@@ -222,7 +222,7 @@ def test_dropout_is_for_training() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-@pytest.mark.parametrize(("name", "autocast"), [("qk_norm", True), ("gpt2", False)])
+@pytest.mark.parametrize(("name", "autocast"), [("qk_norm", True), ("gpt2", False), ("gemma2", True)])
 def test_compiled_whole(name: str, autocast: bool) -> None:
     model = build(torch.float32, **VARIANTS[name], num_layers=1)
     tokens, targets, parameters = tokens_of(2, 8), tokens_of(2, 8), list(model.parameters())
