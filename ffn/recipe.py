@@ -34,6 +34,7 @@ class LoopConfig:
     muon_lr: float = 0.02
     betas: tuple[float, ...] = (0.9, 0.95)
     momentum: float = 0.95  # of Muon
+    layer_decay: float = 1.0  # of a learning rate, for each block between a weight and the output
     weight_decay: float = 0.0  # decoupled L2 penalty on matrices, a share of the learning rate
     l1: float = 0.0  # proximal L1 penalty on matrices, likewise
     schedule: Schedule = "linear"
@@ -64,6 +65,8 @@ class LoopConfig:
             raise ValueError(f"betas: wants two numbers in [0, 1); got {list(self.betas)}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: wants a number in [0, 1); got {self.momentum}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: wants a number above 0, 1 at most; got {self.layer_decay}")
         if not 0 <= self.lr_floor <= 1:
             raise ValueError(f"lr_floor: wants a number in [0, 1]; got {self.lr_floor}")
         if not -(2**63) <= self.seed < 2**63:
@@ -86,6 +89,7 @@ class LoopConfig:
             l1=self.l1,
             betas=(self.betas[0], self.betas[1]),
             momentum=self.momentum,
+            layer_decay=self.layer_decay,
         )
 
 

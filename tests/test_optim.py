@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ffn.optim import Muon, ScheduledOptimizer, lr_factor, orthogonalise, parameter_groups
+from ffn.optim import (
+    Muon,
+    ScheduledOptimizer,
+    blocks_above,
+    lr_factor,
+    orthogonalise,
+    parameter_groups,
+)
 from ffn.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(
@@ -192,3 +199,65 @@ def test_state_goes_over_to_another_optimizer(optimizer) -> None:
         assert torch.equal(tensor, second.state_tensors()[name])
     with pytest.raises(ValueError, match=r"optimizer state for nose\.weight, which the model does not train"):
         second.load_state_tensors({"nose.weight/exp_avg": torch.zeros(1)})
+
+
+def test_a_model_within_a_model_has_the_same_groups() -> None:
+    model = Transformer(CONFIG)
+    inside = nn.ModuleDict({"backbone": model, "head": nn.Linear(8, 3)})
+    for group, names in parameter_groups(model).items():
+        found = {name.removeprefix("backbone.") for name in parameter_groups(inside)[group]}
+        assert found - {"head.weight", "head.bias"} == set(names) - {"head.weight"}
+    assert "head.weight" in parameter_groups(inside)["other_matrices"]
+
+
+def test_what_does_not_train_has_no_state_and_stays() -> None:
+    model = Transformer(CONFIG)
+    for name, p in model.named_parameters():
+        p.requires_grad_("feed_forward." in name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = ScheduledOptimizer(model, "muon", weight_decay=0.5, l1=0.5)
+    step(model, optimizer)
+    names = {name.rpartition("/")[0] for name in optimizer.state_tensors()}
+    assert names == {name for name in before if "feed_forward." in name}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (name not in names), name
+    with pytest.raises(ValueError, match=r"^nothing to train: no parameter of the model requires a grad"):
+        ScheduledOptimizer(model.requires_grad_(False))
+
+
+THREE = TransformerConfig(vocab_size=11, dim=8, num_layers=3, num_heads=2, tie_embeddings=False)
+
+
+def test_blocks_above_are_counted_to_the_output() -> None:
+    model = nn.ModuleDict({"backbone": Transformer(THREE), "classifier": nn.Linear(8, 2)})
+    above = blocks_above(model)
+    assert set(above) == {name for name, _ in model.named_parameters()}
+    for name, count in above.items():
+        _, part, *rest = name.split(".")
+        assert count == {"embedding": 3, "blocks": 2 - int(rest[0]) if part == "blocks" else 0}.get(part, 0)
+    assert set(blocks_above(nn.Linear(2, 2)).values()) == {0}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_lower_layers_learn_at_lower_rates(optimizer) -> None:
+    """lr c^(blocks above): each parameter moves as in a model that learns at that rate throughout."""
+    model = Transformer(THREE).double()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    options = {"weight_decay": 0.1, "l1": 0.2}
+    tolerance = 1e-4 if optimizer == "muon" else 1e-15  # bfloat16, stacked in another order
+    decayed = ScheduledOptimizer(model, optimizer, lr=0.01, muon_lr=0.03, layer_decay=0.5, **options)
+    for _ in range(2):
+        step(model, decayed, 0.7)
+    moved = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for count in range(4):
+        model.load_state_dict(start)
+        rate = 0.5**count
+        plain = ScheduledOptimizer(model, optimizer, lr=0.01 * rate, muon_lr=0.03 * rate, **options)
+        for _ in range(2):
+            step(model, plain, 0.7)
+        names = [name for name, above in blocks_above(model).items() if above == count]
+        assert names
+        for name in names:
+            torch.testing.assert_close(
+                moved[name], model.get_parameter(name), rtol=0, atol=tolerance, msg=name
+            )

@@ -46,6 +46,7 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
         ({"sample_tokens": -5}, "^sample_tokens: wants 0 or more; got -5$"),
         ({"sample_temperature": -1.0}, "^sample_temperature: wants 0 or more; got -1.0$"),
         ({"lr_floor": -3.0}, r"^lr_floor: wants a number in \[0, 1\]; got -3.0$"),
+        ({"layer_decay": 0.0}, "^layer_decay: wants a number above 0, 1 at most; got 0.0$"),
         ({"momentum": 2.0}, r"^momentum: wants a number in \[0, 1\); got 2.0$"),
         ({"betas": (0.9,)}, r"^betas: wants two numbers in \[0, 1\); got \[0.9\]$"),
         ({"seed": 10**20}, r"^seed: wants a whole number of 64 bits; got 10{20}$"),
@@ -66,7 +67,7 @@ def test_the_optimizer_is_given_every_option(monkeypatch: pytest.MonkeyPatch) ->
     )
     options = {
         "optimizer": "adamw", "lr": 0.1, "muon_lr": 0.2, "weight_decay": 0.3, "l1": 0.4, "betas": (0.5, 0.6),
-        "momentum": 0.7,
+        "momentum": 0.7, "layer_decay": 0.8,
     }  # fmt: skip
     model = Transformer(tiny.MODEL, device="meta")
     LoopConfig(**options).build_optimizer(model)
