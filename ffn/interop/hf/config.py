@@ -33,6 +33,7 @@ HARMLESS = frozenset(_HARMLESS.split())
 NEVER = {  # keys of any model and the only values that are read
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
+    "is_decoder": (False, True),  # of decoders; encoders narrow it
     "pruned_heads": ({},),
     "use_bidirectional_attention": (False,),
 }

@@ -204,7 +204,6 @@ GPT_NEOX = Family(
         rope(fraction=0.25, base_key="rotary_emb_base", fraction_key="rotary_pct"),
     ),
     constants={"norm": "layernorm", "bias": True},
-    only={"is_decoder": (False, True)},
 )  # fmt: skip
 
 DECODERS = {

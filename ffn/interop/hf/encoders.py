@@ -66,6 +66,7 @@ DISTILBERT = Family(
     },
     parts=(activation("activation", PLAIN, head=True),),
     constants=_CONSTANTS | {"norm_eps": 1e-12},
+    only={"is_decoder": (False,)},
     synonyms={"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"},
 )  # fmt: skip
 

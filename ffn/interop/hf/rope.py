@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ffn.interop.hf.keys import Keys, Part, refuse
@@ -17,52 +18,51 @@ ROPE_KEYS = {
 _ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
-def rope(
-    base: float = 10_000.0,
-    *,
-    fraction: float | None = None,
-    kinds: tuple[str, ...] = tuple(ROPE_KEYS),
-    base_key: str = "rope_theta",
-    fraction_key: str = "partial_rotary_factor",
-) -> Part:
-    """Rotary positions, in the spelling of transformers 5 (`rope_parameters`) or before (`rope_scaling`).
+@dataclass(frozen=True)
+class Rope:
+    """What one architecture says of rotary positions.
 
-    Args:
-        base: where none is given. fraction: likewise; None where the architecture turns every channel.
-        kinds: that the architecture knows.
-        base_key, fraction_key: the names beside `rope_scaling`.
+    base: where none is given. fraction: likewise; None where the architecture turns every channel.
+    kinds: of scaling that it knows.
+    base_key, fraction_key: the names beside `rope_scaling`.
     """
 
-    def read(k: Keys) -> dict[str, Any]:
+    base: float
+    fraction: float | None
+    kinds: tuple[str, ...]
+    base_key: str
+    fraction_key: str
+
+    def read(self, k: Keys) -> dict[str, Any]:
         # transformers: rope_scaling before rope_parameters, what is inside before what stands beside
         name = "rope_scaling" if k.get("rope_scaling") else "rope_parameters"
         inside = k.get(name) or {}
         if not isinstance(inside, Mapping):
             raise refuse(name, inside, "want a table of keys")
-        kind = _rope_kind(name, inside, kinds)
-        share = _one_of(k, name, inside, "partial_rotary_factor", fraction_key, fraction or 1.0)
-        if share != 1.0 and fraction is None:
+        kind = _kind(name, inside, self.kinds)
+        share = _one_of(k, name, inside, "partial_rotary_factor", self.fraction_key, self.fraction or 1.0)
+        if share != 1.0 and self.fraction is None:
             raise refuse("partial_rotary_factor", share, "this architecture turns all channels; want 1.0")
         read = {
-            "rope_base": _one_of(k, name, inside, "rope_theta", base_key, base),
+            "rope_base": _one_of(k, name, inside, "rope_theta", self.base_key, self.base),
             "rope_fraction": share,
             "rope_type": "linear" if kind == "default" else kind,
         }
-        if kind == "default":
-            return read
         if kind == "linear":
-            return read | {"rope_scaling": _number(name, inside, "factor")}
-        named = [table.get("original_max_position_embeddings") for table in (k, inside)]
-        said = [length for length in (*named, k["max_position_embeddings"]) if length is not None]
-        read["rope_original_seq_len"] = said[0]
-        return read | (_read_llama3 if kind == "llama3" else _read_yarn)(name, inside, k)
+            read["rope_scaling"] = _number(name, inside, "factor")
+        if kind in ("llama3", "yarn"):
+            named = [table.get("original_max_position_embeddings") for table in (k, inside)]
+            said = [length for length in (*named, k["max_position_embeddings"]) if length is not None]
+            read["rope_original_seq_len"] = said[0]
+            read |= (_read_llama3 if kind == "llama3" else _read_yarn)(name, inside, k)
+        return read
 
-    def write(c: TransformerConfig) -> dict[str, Any]:
+    def write(self, c: TransformerConfig) -> dict[str, Any]:
         if c.position != "rotary":
             raise refuse("position", c.position, "its positions are rotary")
         kind = "default" if c.rope_type == "linear" and c.rope_scaling == 1.0 else c.rope_type
         inside = {"rope_type": kind, "rope_theta": c.rope_base}
-        if fraction is not None:
+        if self.fraction is not None:
             inside["partial_rotary_factor"] = c.rope_fraction
         if kind != "default":
             inside["factor"] = c.rope_scaling
@@ -76,10 +76,21 @@ def rope(
             inside["truncate"], inside["attention_factor"] = c.rope_truncate, c.rotary_scaling.amplitude
         return {"rope_parameters": inside}
 
-    return Part(read, write)
+
+def rope(
+    base: float = 10_000.0,
+    *,
+    fraction: float | None = None,
+    kinds: tuple[str, ...] = tuple(ROPE_KEYS),
+    base_key: str = "rope_theta",
+    fraction_key: str = "partial_rotary_factor",
+) -> Part:
+    """Rotary positions there and back; see Rope."""
+    found = Rope(base, fraction, kinds, base_key, fraction_key)
+    return Part(found.read, found.write)
 
 
-def _rope_kind(name: str, inside: Keys, kinds: tuple[str, ...]) -> str:
+def _kind(name: str, inside: Keys, kinds: tuple[str, ...]) -> str:
     """The type of scaling, once every key beside it is one that the type reads."""
     kind = inside.get("rope_type", inside.get("type", "default"))
     if kind not in kinds:

@@ -63,6 +63,20 @@ def test_padding(name: str, side: str) -> None:
     near(ours[real], theirs[real])
 
 
+@pytest.mark.parametrize("name", ["roberta", "roberta-bare"])
+def test_robertas_positions_skip_its_padding_token_without_a_mask_too(name: str) -> None:
+    model, tokens = build_theirs(name), tokens_of(2, T)
+    tokens[0, 3:5] = tokens[1, 0] = tokens[1, -2:] = model.config.pad_token_id
+    near(build_ours(model)(tokens), output_of(model, tokens))
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-bare", "roberta"])
+def test_token_types(name: str) -> None:
+    model, tokens = build_theirs(name), tokens_of(2, T)
+    types = torch.randint(3, (2, T))
+    near(build_ours(model)(tokens, token_types=types), output_of(model, tokens, token_type_ids=types))
+
+
 @decoders
 @pytest.mark.parametrize("padded", [False, True])
 def test_step_by_step(name: str, padded: bool) -> None:
