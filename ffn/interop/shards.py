@@ -30,7 +30,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth"}
 MAX_SHARD_BYTES = 5_000_000_000
 _FORMAT = {"format": "pt"}  # transformers takes no file that does not say so
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_OURS = re.compile(r"\.?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -129,26 +129,27 @@ def write_shards(
         where = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
         texts = {INDEX: json.dumps(index, indent=2) + "\n", **texts}
-    files = {*shards, *texts}
+    files = {file: temporary_name(folder / file) for file in (*shards, *texts)}
     try:
         for file, names in shards.items():
-            write_tensors(temporary_name(folder / file), {name: read(name) for name in names}, _FORMAT)
+            write_tensors(files[file], {name: read(name) for name in names}, _FORMAT)
         for file, text in texts.items():
-            temporary_name(folder / file).write_text(text, "utf-8")
-            sync_file(temporary_name(folder / file))
+            files[file].write_text(text, "utf-8")
+            sync_file(files[file])
     except BaseException:
-        for file in files:
-            temporary_name(folder / file).unlink(missing_ok=True)
+        for partial in files.values():
+            partial.unlink(missing_ok=True)
         raise
-    old = [file for file in folder.iterdir() if _OURS.fullmatch(file.name) and file.name not in files]
+    new = {*files, *(partial.name for partial in files.values())}
+    old = [file for file in folder.iterdir() if _OURS.fullmatch(file.name) and file.name not in new]
     for file in texts:
         (folder / file).unlink(missing_ok=True)
     for file in shards:
-        publish(temporary_name(folder / file), folder / file)
+        publish(files[file], folder / file)
     for file in old:
         file.unlink()
     for file in texts:
-        publish(temporary_name(folder / file), folder / file)
+        publish(files[file], folder / file)
 
 
 def split_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:

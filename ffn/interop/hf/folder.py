@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ffn.transformer import Transformer, TransformerConfig
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id")
 MAX_LAYERS = 10_000
-Parts = dict[str, list[tuple[str, Weight]]]  # the name of a tensor in a file -> our names within it
+Parts = dict[str, list[tuple[str, Weight]]]  # the name of one of their tensors -> ours within it
 
 
 def is_folder(path: str | Path) -> bool:
@@ -71,7 +72,7 @@ def load_into(model: Transformer, path: str | Path) -> None:
         raise ValueError(f"{path}: of another config than the model, which has {said}")
     shards = open_shards(path)
     parts = _plan(Path(path), config, origin["model_type"], shards)
-    _check_model(model, {ours for rows in parts.values() for ours, _ in rows})
+    _check_model(model, parts)
     tensors = {name: shards[name] for name in parts}  # all at once: after this no file can be refused
     _copy(model, parts, tensors.items())
     model.origin = origin
@@ -94,31 +95,22 @@ def save_folder(
     Raises:
         ValueError: an option of the model has no place there. OSError leaves what was there.
     """
-    config, origin = model.config, model.origin
     if architecture is None:
-        architecture = str(origin["model_type"]) if origin else fitting_architecture(config)
-    keys = write_config(config, architecture)
-    keys |= {key: (origin or {}).get(key) for key in TOKENS if keys.get(key) is None}
-    ours, theirs = model.state_dict(), {}
-    for name, row in weights(config, architecture).items():
-        theirs.setdefault(row.name, []).append((name, row))
-    _check_model(model, {name for rows in theirs.values() for name, _ in rows})
-    keys["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
+        architecture = str(model.origin["model_type"]) if model.origin else fitting_architecture(model.config)
+    texts = {CONFIG: json.dumps(_keys(model, architecture), indent=2, sort_keys=True) + "\n"}
+    if tokenizer is not None:
+        texts[TOKENIZER] = tokenizer.specification
+    ours, theirs = model.state_dict(), _by_theirs(weights(model.config, architecture))
+    _check_model(model, theirs)
 
     def read(name: str) -> Tensor:
-        rows = theirs[name]
-        tensor = torch.zeros(rows[0][1].shape, dtype=ours[rows[0][0]].dtype)
-        for our_name, row in rows:
+        (first, row), *_ = theirs[name]
+        tensor = torch.zeros(row.shape, dtype=ours[first].dtype)
+        for our_name, row in theirs[name]:
             row.store(tensor, ours[our_name])
         return tensor
 
-    sizes = {
-        name: torch.Size(rows[0][1].shape).numel() * ours[rows[0][0]].element_size()
-        for name, rows in theirs.items()
-    }
-    texts = {CONFIG: json.dumps(keys, indent=2, sort_keys=True) + "\n"}
-    if tokenizer is not None:
-        texts[TOKENIZER] = tokenizer.specification
+    sizes = {name: math.prod(row.shape) * ours[first].itemsize for name, ((first, row), *_) in theirs.items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_shards(folder, sizes, read, texts, max_shard_bytes)
@@ -158,6 +150,12 @@ def fitting_architecture(config: TransformerConfig) -> str:
     raise ValueError(f"no architecture of Hugging Face fits this model; the nearest, {nearest}")
 
 
+def _keys(model: Transformer, architecture: str) -> dict[str, Any]:
+    keys = write_config(model.config, architecture)
+    keys |= {key: (model.origin or {}).get(key) for key in TOKENS if keys.get(key) is None}
+    return keys | {"dtype": str(model.embedding.weight.dtype).removeprefix("torch.")}
+
+
 def _plan(path: Path, config: TransformerConfig, architecture: str, shards: Shards) -> Parts:
     """Which of our tensors lie in which of the files' tensors; ValueError where the sets do not match."""
     if config.num_layers > len(shards):  # said before so many layers are built, if only without memory
@@ -166,9 +164,7 @@ def _plan(path: Path, config: TransformerConfig, architecture: str, shards: Shar
         rows = weights(config, architecture)
     except (RuntimeError, TypeError) as error:  # of torch, for sizes beyond 64 bits
         raise ValueError(f"{path}: {CONFIG} asks for impossible sizes: {one_line(error)}") from None
-    wanted: dict[str, list[tuple[str, Weight]]] = {}
-    for ours, row in rows.items():
-        wanted.setdefault(row.name, []).append((ours, row))
+    wanted = _by_theirs(rows)
     found: dict[str, str] = {}
     wrong = []
     for name, theirs in match_names(shards, config, architecture).items():
@@ -208,9 +204,16 @@ def _dtype_of(path: Path, shards: Shards, parts: Parts) -> torch.dtype:
     return getattr(torch, dtypes[0])
 
 
-def _check_model(model: Transformer, names: set[str]) -> None:
-    state = model.state_dict()
-    if other := sorted(set(state) ^ names):
+def _by_theirs(rows: Mapping[str, Weight]) -> Parts:
+    parts: Parts = {}
+    for ours, row in rows.items():
+        parts.setdefault(row.name, []).append((ours, row))
+    return parts
+
+
+def _check_model(model: Transformer, parts: Parts) -> None:
+    names = {ours for rows in parts.values() for ours, _ in rows}
+    if other := sorted(names ^ model.state_dict().keys()):
         raise ValueError(f"the model has other weights than its config's: {', '.join(other[:8])}")
 
 
