@@ -29,7 +29,7 @@ LAYERS = [
     ["ffn.nn.packed"],
     ["ffn.nn"],
     ["ffn.transformer_config"],
-    ["ffn.transformer", "ffn.packing", "ffn.tokenizer"],
+    ["ffn.transformer", "ffn.packing", "ffn.tokenizer", "ffn.metrics"],
     ["ffn.interop.weights", "ffn.interop.untrusted", "ffn.interop.source"],
     ["ffn.interop.shards"],
     ["ffn.interop.probe"],
