@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ffn.interop import source
 from ffn.interop.probe import identify, sizes
 from ffn.interop.proof import prove
-from ffn.interop.reroute import Plan, reason_not_to
+from ffn.interop.reroute import Plan, reason_not_to, why_not
 from ffn.interop.source import Chain
 
 
@@ -19,6 +19,8 @@ def plans(
 
     The weights are not looked at: they may be on the meta device.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return
     products = _products_by_child(module)
     ends = {child: end for child, m in module.named_children() if (end := _opening(child, m))}
     for chain in source.find_chains(module, set(products), set(ends)):
@@ -31,7 +33,11 @@ def plans(
 def has_block_shape(module: nn.Module) -> bool:
     """Whether two children are one product each and their shapes those of a block."""
     convolves = any("Conv" in type(child).__name__ and not _is_product(child) for child in module.children())
-    if convolves or any(True for _ in module.parameters(recurse=False)):  # a mixer of another kind
+    if (
+        isinstance(module, torch.jit.ScriptModule)
+        or convolves
+        or any(True for _ in module.parameters(recurse=False))
+    ):  # a mixer of another kind
         return False
     found = [paths[0] for paths in _products_by_child(module).values() if len(paths) == 1]
     pairs = [sizes(module.get_submodule(path)) for path in found]
@@ -45,6 +51,8 @@ def _products_by_child(module: nn.Module) -> dict[str, list[str]]:
 
 def _products(path: str, module: nn.Module) -> list[str]:
     """Paths of the Linears (and their like) in a child: all, or the first three."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
     if _is_product(module):
         return [path]
     found: list[str] = []
@@ -57,8 +65,10 @@ def _products(path: str, module: nn.Module) -> list[str]:
 
 def _opening(path: str, module: nn.Module) -> str | None:
     """The path of the product that the forward of a child begins with, where that holds one."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     for name, child in module.named_children():
-        if _is_product(child) and source.tail(type(module), name) is not None:
+        if _is_product(child) and source.tail(type(module).forward, name) is not None:
             return f"{path}.{name}"
     return None
 
@@ -83,6 +93,8 @@ def _fits(module: nn.Module, first: tuple[str, ...], last: str) -> bool:
 
 def _plan(module, chain: Chain, first, last, save, chunk_tokens, backend) -> Plan | str:
     """The plan, proved in float64 on thin products of the same hidden width, or why there is none."""
+    if reason := why_not(type(module)):
+        return reason
     with torch.device("cpu"):  # also where a model is being built on the meta device
         inner = identify(module, source.inner(type(module), chain), first, last)
         if isinstance(inner, str):

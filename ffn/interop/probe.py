@@ -8,6 +8,8 @@ product is the gate, a dropout, a clamp or a multiplier all show in the numbers,
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 
 from ffn import activations
 from ffn.interop.weights import PACKINGS, split_packed
+
+Found = tuple[str, int | None, str | None]  # the first three of `Inner`
+_EVERY_MODULES = vars(nn.Module()).keys()  # attributes that say nothing of what it computes
 
 
 @dataclass(frozen=True)
@@ -45,27 +50,49 @@ class Caught(Exception):
 
 
 class StandIn:
-    """A module to its own code, but for the products: those are functions given here, by path."""
+    """A module to its own code, but for the products: those are functions given here, by path.
+
+    What the code reads of it is noted in `seen`, also in its methods and in its children's own code; it may
+    not write.
+    """
 
     def __init__(self, module: nn.Module, products: dict[str, Any], seen: dict[str, Any], path: str = ""):
-        self._stand_in = (module, products, seen, path)
+        self.__dict__["_stand_in"] = (module, products, seen, path)
+
+    @property
+    def __class__(self):
+        return type(self.__dict__["_stand_in"][0])
 
     def __getattr__(self, name: str):
         module, products, seen, path = self.__dict__["_stand_in"]
         if name in products:
             return products[name]
         below = {k[len(name) + 1 :]: v for k, v in products.items() if k.startswith(name + ".")}
-        value = getattr(module, name)
-        if below:
+        value: Any = getattr(module, name)
+        if isinstance(value, MethodType) and value.__self__ is module:
+            return MethodType(value.__func__, self)
+        if not below:
+            seen[path + name] = value
+        if below or (isinstance(value, nn.Module) and not _is_leaf(value)):
             return StandIn(value, below, seen, f"{path}{name}.")
-        seen[path + name] = value
         return value
 
+    def __setattr__(self, name: str, value):
+        raise TypeError(f"it writes {name}")
+
     def __iter__(self):
-        return iter([getattr(self, name) for name, _ in self.__dict__["_stand_in"][0].named_children()])
+        return iter([getattr(self, name) for name in self.__dict__["_stand_in"][0]._modules])
 
     def __call__(self, *args, **kwargs):
-        return type(self.__dict__["_stand_in"][0]).forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        kind = self.__class__
+        if kind.__call__ is not nn.Module.__call__:
+            raise TypeError(f"{kind.__name__} is called in a way of its own")
+        return kind.forward(self, *args, **kwargs)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it is one of torch's own, which do what their attributes say and nothing else."""
+    return type(module).__module__.startswith("torch.nn.") and not module._modules
 
 
 class Product:
@@ -99,11 +126,16 @@ def run(module: nn.Module, chain: Callable, x: Tensor, products: dict[str, Calla
 
 @contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """The module and all in it in training or eval mode; then as they were, and the random state too."""
+    """The module and all in it in training or eval mode; then as they were, and the random state too.
+
+    By their flags alone: a train() of their own may do more than can be undone.
+    """
     was = {child: child.training for child in module.modules()}
+    devices = {p.get_device() for p in module.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            module.train(training)
+        with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+            for child in was:
+                child.training = training
             yield
     finally:
         for child, before in was.items():
@@ -120,22 +152,28 @@ def identify(module: nn.Module, chain: Callable, first: tuple[str, ...], last: s
     """
     seen: dict[str, Any] = {}
     D, H = sizes(module.get_submodule(first[0]))[0], sizes(module.get_submodule(last))[0]
+
+    def h_of(grids: list[Tensor]) -> Tensor:
+        products = {path: lambda x, grid=grid: grid.clone() for path, grid in zip(first, grids, strict=True)}
+        return run(module, chain, grids[0].new_zeros(*grids[0].shape[:-1], D), products, last, seen)
+
     grids = _grids([sizes(module.get_submodule(path))[1] for path in first])
-    products = {path: lambda x, value=value: value for path, value in zip(first, grids, strict=True)}
-    x = torch.zeros(*grids[0].shape[:2], D, dtype=torch.float64)
     try:
         with mode(module, training=False):
-            h = run(module, chain, x, products, last, seen)
+            h = h_of(grids)
             found = _row(h, grids, H)
+            fault = found if isinstance(found, str) else _in_short(h_of, grids, found)
         with mode(module, training=True):
-            dropped = run(module, chain, x, products, last)
+            torch.default_generator.manual_seed(0)
+            dropped = h_of(grids)
+            dropout = None if fault else _dropout(h, dropped, grids, seen)
     except Exception as error:  # noqa: BLE001 (it is their code that ran, and may raise anything)
         return _unsteady(seen) or f"its code cannot be probed ({type(error).__name__}: {str(error)[:80]!r})"
-    if isinstance(found, str) or (fault := _unsteady(seen)):
-        return found if isinstance(found, str) else fault
-    dropout = _dropout(h.detach(), dropped.detach(), seen)
+    if fault := fault or _unsteady(seen):
+        return fault
     if isinstance(dropout, str):
         return dropout
+    assert not isinstance(found, str)
     watched = _watched(seen, dropout)
     holders = {path.rpartition(".")[0] for path in (*first, last)} - {""}
     seen |= {path: module.get_submodule(path) for path in holders}
@@ -164,12 +202,12 @@ def _grids(widths: list[int]) -> list[Tensor]:
     return grids
 
 
-def _row(h: Tensor, grids: list[Tensor], H: int) -> tuple[str, int | None, str | None] | str:
+def _row(h: Tensor, grids: list[Tensor], H: int) -> Found | str:
     """(activation, gate, packing) that give h and its derivatives, or why none does."""
     if h.shape[:-1] != grids[0].shape[:-1] or h.shape[-1] != H or h.dtype != torch.float64:
         return f"what reaches the last product has shape {tuple(h.shape)} and dtype {str(h.dtype)[6:]}"
     weight = torch.linspace(0.5, 1.5, h.numel(), dtype=torch.float64).view_as(h)
-    slopes = torch.autograd.grad(h, grids, weight, allow_unused=True)
+    slopes = torch.autograd.grad(h, grids, weight, retain_graph=True, allow_unused=True)
     if any(slope is None for slope in slopes):
         return "the last product does not depend on the first"
     plain = len(grids) == 1 and grids[0].shape[-1] == H
@@ -180,53 +218,104 @@ def _row(h: Tensor, grids: list[Tensor], H: int) -> tuple[str, int | None, str |
         orders = [(0, None), (1, None)]
     else:
         orders = [(0, packing) for packing in PACKINGS]
+    pre = [grid.detach().requires_grad_() for grid in grids]
     for gate, packing in orders:
-        pre = [grid.detach().requires_grad_() for grid in grids]
-        for name, row in activations.TABLE.items():
-            assert row.formula is not None
+        for row in activations.TABLE.values():
             if row.gated == plain:
                 continue
-            if plain:
-                value = row.formula(pre[0])[0]
-            else:
-                if packing is None:
-                    a, b = pre[gate], pre[1 - gate]  # type: ignore[index,operator]
-                else:
-                    a, b = (half.movedim(0, -1) for half in split_packed(pre[0].movedim(-1, 0), packing))
-                value = row.formula(a)[0] * b
-            if _close(value, h) and all(
-                _close(ours, theirs)
-                for ours, theirs in zip(torch.autograd.grad(value, pre, weight), slopes, strict=True)
-            ):
-                return name, gate, packing
+            value = _value((row.name, gate, packing), pre)
+            if _close(value, h) and all(map(_close, torch.autograd.grad(value, pre, weight), slopes)):
+                return row.name, gate, packing
     return "no activation of the table gives its values (an unknown one, a clamp, a multiplier, a norm?)"
+
+
+def _factors(found: Found, pre: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What the activation is applied to, and what its value is multiplied with: 1 when plain."""
+    _, gate, packing = found
+    if packing is not None:
+        gates, ups = (half.movedim(0, -1) for half in split_packed(pre[0].movedim(-1, 0), packing))
+        return gates, ups
+    return (pre[0], torch.ones_like(pre[0])) if gate is None else (pre[gate], pre[1 - gate])
+
+
+def _value(found: Found, pre: list[Tensor]) -> Tensor:
+    formula = activations.TABLE[found[0]].formula
+    assert formula is not None
+    a, b = _factors(found, pre)
+    return formula(a)[0] * b
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= 1e-9 * (1.0 + b.abs())).all())
 
 
-def _unsteady(seen: dict[str, Any]) -> str | None:
-    """Why what was found may not last: tensors read on the way, which training changes."""
-    for path, value in seen.items():
-        if isinstance(value, Tensor):
-            return f"{path} takes part between the products"
-        if isinstance(value, nn.Module):
-            for name, _ in (*value.named_parameters(), *value.named_buffers()):
-                return f"{path}.{name} takes part between the products"
+def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found: Found) -> str | None:
+    """Why the same does not hold in shorter dtypes, up to their largest values, for a single token too."""
+    for dtype, tokens in ((torch.float32, None), (torch.bfloat16, 1), (torch.float16, None)):
+        top, eps = torch.finfo(dtype).max, torch.finfo(dtype).eps
+        pre = [grid.detach()[:, :tokens].clone() for grid in grids]
+        if found[1] is None:  # products of two such would overflow
+            end = top if dtype == torch.float16 else 0.4 * top
+            pre[0].view(-1)[::17], pre[0].view(-1)[1::17] = end, -end
+        pre = [values.to(dtype) for values in pre]
+        try:
+            h = h_of(pre)
+        except NotImplementedError:  # torch has not all functions in all dtypes
+            continue
+        wide = [values.double() for values in pre]
+        a, b = _factors(found, wide)
+        value = _value(found, wide)
+        room = 16 * eps * (1.0 + a.abs().clamp(max=12.0)) * b.abs().clamp(min=1.0) + 4 * eps * value.abs()
+        sure = (value.abs() < 0.9 * top) | (value.abs() > 1.1 * top)
+        near = ((h - value).abs() <= room) | (h == value.to(dtype))
+        if h.dtype != dtype or not bool((near | ~sure).all()):
+            return f"in {str(dtype)[6:]} its values are others"
     return None
 
 
-def _dropout(h: Tensor, dropped: Tensor, seen: dict[str, Any]) -> tuple[str, str] | str | None:
-    """Where the probability is kept with which values of h were dropped; a str says why it is not known."""
-    kept = dropped != 0
-    scale = (dropped / h)[kept & (h != 0)]
+def _unsteady(seen: dict[str, Any]) -> str | None:
+    """Why what was found may not last: tensors read on the way, which training changes, and objects with a
+    life of their own."""
+    for path, value in seen.items():
+        if isinstance(value, nn.Module):
+            if _is_leaf(value):
+                tensors = [
+                    *value._parameters,
+                    *value._buffers,
+                    *(k for k, v in vars(value).items() if isinstance(v, Tensor)),
+                ]
+                if tensors:
+                    return f"{path}.{tensors[0]} takes part between the products"
+        elif not (_is_scalar(value) or _is_function(value)):
+            return f"{path} takes part between the products"
+    return None
+
+
+def _dropout(h: Tensor, dropped: Tensor, grids: list[Tensor], seen: dict[str, Any]):
+    """(path, attribute) of the probability with which values of h were dropped, None where none were; a str
+    says why it is not known."""
+    other = "in training its values or gradients are other than kept and scaled, or dropped"
+    live = h != 0
+    factor = torch.where(live, dropped / h, 0.0).detach()
+    scale, lost = factor[factor != 0], (live & (factor == 0)).double()
     if scale.numel() == 0:
         return "everything is dropped"
     p = float(1.0 - 1.0 / scale.mean())
-    share = float((dropped[h != 0] == 0).double().mean())
-    if float((scale - scale.mean()).abs().max()) > 1e-9 * float(scale.mean().abs()) or abs(share - p) > 0.1:
-        return "in training its values are other than kept and scaled, or dropped"
+    if float((scale - scale.mean()).abs().max()) > 1e-9 * float(scale.mean().abs()):
+        return other
+    slopes = zip(
+        *(torch.autograd.grad(y, grids, w) for y, w in ((h, factor), (dropped, live.double()))), strict=True
+    )
+    if abs(float(lost.sum() / live.sum()) - p) > 0.1 or not all(_close(a, b) for a, b in slopes):
+        return other
+    for dim in range(lost.ndim):  # neighbours are dropped together only by chance
+        first, last = (live.narrow(dim, start, live.shape[dim] - 1) for start in (0, 1))
+        pairs = int((first & last).sum())
+        both = float(
+            (lost.narrow(dim, 0, live.shape[dim] - 1) * lost.narrow(dim, 1, live.shape[dim] - 1)).sum()
+        )
+        if abs(both - p * p * pairs) > 6 * (p * p * pairs) ** 0.5 + 3:
+            return other
     modules = [path for path, value in seen.items() if type(value) is nn.Dropout]
     if len(modules) == 1 and abs(seen[modules[0]].p - p) < 1e-9:
         return modules[0], "p"
@@ -243,12 +332,22 @@ def _watched(seen: dict[str, Any], dropout: tuple[str, str] | None) -> tuple[tup
     found: list[tuple[str, str, Any]] = []
     for path, value in seen.items():
         holder, _, name = path.rpartition(".")
-        if isinstance(value, nn.Module):
-            found += [(path, key, v) for key, v in vars(value).items() if _is_scalar(v) and key[0] != "_"]
-        elif _is_scalar(value) or (callable(value) and getattr(value, "__self__", None) is None):
+        if not isinstance(value, nn.Module):
             found.append((holder, name, value))
+        elif _is_leaf(value):
+            own = vars(value).keys() - _EVERY_MODULES
+            found += [(path, key, v) for key, v in vars(value).items() if key in own and _is_scalar(v)]
     return tuple(f for f in found if f[:2] != dropout and f[1] != "training")
 
 
 def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)
+
+
+def _is_function(value: Any) -> bool:
+    """Whether it is called, and keeps nothing of its own that could change."""
+    return (
+        callable(value)
+        and not isinstance(value, MethodType)
+        and (isinstance(value, FunctionType | type | partial) or not getattr(value, "__dict__", None))
+    )

@@ -10,9 +10,10 @@ from functools import cache, update_wrapper
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from ffn.interop import source
-from ffn.interop.probe import Inner
+from ffn.interop.probe import Inner, run
 from ffn.interop.source import Chain
 from ffn.interop.weights import is_plain_input, plain_projection, split_packed
 from ffn.ops.feed_forward import feed_forward
@@ -58,15 +59,21 @@ class Rerouted:
     """What a rerouted module's class has before the class it had."""
 
     def __reduce_ex__(self, protocol):
-        _, (_, *rest), *state = super().__reduce_ex__(protocol)  # copyreg.__newobj__, (class, ...), state
+        _, (_, *rest), *state = super().__reduce_ex__(
+            max(protocol, 2)
+        )  # copyreg.__newobj__, (class, ...), state
         return (_revive, (*type(self)._ffn_origin, *rest), *state)  # type: ignore[attr-defined]
 
-    def _ffn_reroute(self, x: Tensor) -> Tensor:
-        return apply(self, self.__dict__[PLAN], x)  # type: ignore[arg-type]
+    def _ffn_reroute(self: Any, x: Tensor) -> Tensor:
+        plan: Plan = vars(self)[PLAN]
+        if is_plain_input(x):
+            return apply(self, plan, x)
+        chain = source.inner(origin(self), plan.chain)  # made on the way, of a kind that the op does not know
+        return _at(self, plan.last)(run(self, chain, x, {}, plan.last))
 
     def _ffn_tail(self, holder: nn.Module, y: Tensor, *rest):
         product = self.__dict__[PLAN].last.rpartition(".")[2]
-        return source.tail(type(holder), product)(holder, y, *rest)  # type: ignore[misc]
+        return source.tail(type(holder).forward, product)(holder, y, *rest)  # type: ignore[misc]
 
 
 def reroute(module: nn.Module, plan: Plan) -> None:
@@ -96,6 +103,8 @@ def origin(module: nn.Module) -> type:
 
 def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
     """Why the old method must run now, or None."""
+    if plan.chain.sequence and tuple(module._modules) != plan.chain.sequence:
+        return "steps were added or taken away"
     for path in (*plan.first, plan.last):
         product = _at(module, path)
         if plain_projection(product) is None:
@@ -157,16 +166,26 @@ def _revive(original: type, chain: Chain, *rest):
     return cls.__new__(cls, *rest)
 
 
+def why_not(cls: type) -> str | None:
+    """Why modules of this class cannot be given another one, or None."""
+    own = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
+    if own or hasattr(cls, "__getnewargs_ex__"):
+        return f"{cls.__name__} is copied and pickled in a way of its own"
+    return None
+
+
 @cache
 def _subclass(original: type, chain: Chain) -> type:
     """The class of rerouted modules: by its names the old one, which code elsewhere may look for."""
     rewritten, name = source.rewrite(original, chain), chain.method
 
     def method(self, *args, **kwargs):
-        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        if all(map(is_plain_input, tensors)) and reason_not_to(self, self.__dict__[PLAN]) is None:
-            return rewritten(self, *args, **kwargs)
-        return old(self, *args, **kwargs)
+        plan, now = vars(self).get(PLAN), getattr(original, name)
+        if plan is not None and now is old and not has_global_hooks():  # none in one that the class made anew
+            tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            if all(map(is_plain_input, tensors)) and reason_not_to(self, plan) is None:
+                return rewritten(self, *args, **kwargs)
+        return now(self, *args, **kwargs)
 
     old = getattr(original, name)
     content: dict[str, Any] = {
@@ -176,6 +195,27 @@ def _subclass(original: type, chain: Chain) -> type:
         "_ffn_origin": (original, chain),
     }
     if issubclass(original, nn.TransformerEncoderLayer):
-        # its fast path in eval mode reads the weights itself, past the method; 0 says that it may not
-        content["activation_relu_or_gelu"] = property(lambda self: 0)
+        content |= _slow(original)
     return type(original.__name__, (Rerouted, original), content)
+
+
+def _slow(original: type) -> dict[str, Any]:
+    """What keeps torch's encoder layer off its fast path, which in eval mode reads the weights itself, past
+    the method. Nested tensors know no other path."""
+
+    def forward(self, src, *args, **kwargs):
+        if not src.is_nested:
+            return original.forward(self, src, *args, **kwargs)
+        vars(self)["_ffn_nested"] = True
+        try:
+            return original.forward(self, src, *args, **kwargs)
+        finally:
+            del vars(self)["_ffn_nested"]
+
+    def activation_relu_or_gelu(self) -> int:  # 0 says that it may not
+        return vars(self)["activation_relu_or_gelu"] if "_ffn_nested" in vars(self) else 0
+
+    return {
+        "forward": update_wrapper(forward, original.forward),
+        "activation_relu_or_gelu": property(activation_relu_or_gelu),
+    }

@@ -17,15 +17,15 @@ statements, so that all else in it stays what it was. What cannot be moved safel
 import ast
 import copy
 import inspect
-import linecache
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
+
+from ffn.interop.syntax import function_of, is_what_runs, tree_of, written
 
 X = "_ffn_x"  # the block's input, in the functions made here
 REROUTE, TAIL = "_ffn_reroute", "_ffn_tail"  # what `rewrite` calls on self
@@ -67,15 +67,15 @@ def find_chains(module: nn.Module, products: set[str], holders: set[str]) -> lis
     Where there are none, they are looked for in the branches that the module's own attributes choose.
     """
     cls = type(module)
-    sequence = tuple(dict(module.named_children())) if cls.forward is nn.Sequential.forward else ()
+    sequence = tuple(module._modules) if cls.forward is nn.Sequential.forward else ()
     for facts in ((), tuple(_facts(module))):
         found = [
             chain
-            for method in _methods(cls)
+            for method in (["forward"] if sequence else _methods(cls))
             for chain in _chains(cls, Chain(method, (), "", False, sequence, facts), products, holders)
         ]
         if found:
-            return found
+            return list(dict.fromkeys(found))
     return []
 
 
@@ -90,10 +90,12 @@ def _chains(cls: type, blank: Chain, products: set[str], holders: set[str]) -> I
             for count in (2, 1):
                 first = tuple(calls[max(end - count, 0) : end])
                 chain = replace(blank, first=first, last=last, holds=last in holders)
-                if len({*first, last}) == count + 1 and _locate(tree, chain) is not None:
+                found = len({*first, last}) == count + 1 and _locate(tree, chain) is not None
+                if found and is_what_runs(written(cls, blank.method)):
                     yield chain
 
 
+@cache
 def inner(cls: type, chain: Chain) -> FunctionType:
     """f(self, x): what the method does from x to the call of the last product, which is its last act."""
     tree, place = _found(cls, chain)
@@ -107,8 +109,8 @@ def inner(cls: type, chain: Chain) -> FunctionType:
     if isinstance(place.argument, ast.Name):
         statements = [*ast.parse(f"{place.argument.id} = {X}").body, *statements]
     tree.args = ast.parse(f"def f(self, {X}): ...").body[0].args  # type: ignore[attr-defined]
-    tree.decorator_list, tree.returns, tree.body = [], None, statements
-    return _compile(cls, chain.method, tree, "the chain of")
+    tree.body = statements
+    return _function(cls, chain, tree)
 
 
 def rewrite(cls: type, chain: Chain) -> FunctionType:
@@ -123,14 +125,14 @@ def rewrite(cls: type, chain: Chain) -> FunctionType:
     else:
         _replace(statement, call, rerouted)
     del place.body[place.start : place.stop]
-    return _compile(cls, chain.method, tree, "rerouted")
+    return _function(cls, chain, tree)
 
 
 @cache
-def tail(cls: type, product: str) -> FunctionType | None:
-    """forward(self, y, ...) of a class that begins with the product, without it; None if it does not."""
-    tree = copy.deepcopy(_tree(cls, "forward"))
-    if tree is None or len(tree.args.args) < 2:
+def tail(forward: FunctionType, product: str) -> FunctionType | None:
+    """f(self, y, ...) from a forward that begins with the product, without it; None if it does not."""
+    tree = copy.deepcopy(tree_of(forward))
+    if tree is None or len(tree.args.args) < 2 or not is_what_runs(forward):
         return None
     given = tree.args.args[1].arg
     found = [(statement, call) for statement in tree.body for _, call in _calls(statement, {product})]
@@ -141,7 +143,7 @@ def tail(cls: type, product: str) -> FunctionType | None:
     if not all(map(_is_text, before)) or [ast.unparse(a) for a in call.args] != [given]:
         return None
     _replace(statement, call, call.args[0])
-    return _compile(cls, "forward", tree, "the rest of")
+    return function_of(forward, tree)
 
 
 def _found(cls: type, chain: Chain) -> tuple[ast.FunctionDef, _Place]:
@@ -166,8 +168,10 @@ def _tree(
 ) -> ast.FunctionDef | None:
     if sequence:
         lines = [f"    input = getattr(self, {name!r})(input)" for name in sequence]
-        return _parse("\n".join(["def forward(self, input):", *lines, "    return input"]))
-    tree = _source(inspect.unwrap(getattr(cls, method)))
+        (tree,) = ast.parse("\n".join(["def forward(self, input):", *lines, "    return input"])).body
+        assert isinstance(tree, ast.FunctionDef)
+        return tree
+    tree = tree_of(written(cls, method))
     return _Decided(dict(facts)).visit(copy.deepcopy(tree)) if tree is not None and facts else tree
 
 
@@ -218,19 +222,6 @@ class _Filled(ast.NodeTransformer):
 
     def visit_IsNot(self, node: ast.IsNot):
         return ast.NotEq()
-
-
-@cache
-def _source(function: Callable) -> ast.FunctionDef | None:
-    try:
-        return _parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # built in, typed at a prompt, or a lambda
-        return None
-
-
-def _parse(text: str) -> ast.FunctionDef | None:
-    tree = ast.parse(text).body[0]
-    return tree if isinstance(tree, ast.FunctionDef) else None
 
 
 def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -296,29 +287,45 @@ def _place(body: list[ast.stmt], stop: int, chain: Chain) -> _Place | None:
 
 
 def _is_closed(tree: ast.FunctionDef, place: _Place, chain: Chain) -> bool:
-    """Whether the run reads nothing but self, x and globals, and nobody reads what it assigns."""
+    """Whether the run reads nothing but self, the kind of x and globals, and nobody reads what it assigns."""
     run, final = place.body[place.start : place.stop], place.body[place.stop]
-    if not all(_movable(statement) for statement in run):
-        return False
+    ((_, call),) = _calls(final, {chain.last})
     x = place.argument.id if isinstance(place.argument, ast.Name) else None
     local = {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)} | _stored(tree)
-    assigned = {name for statement in run for name in _stored(statement)}
-    ((_, call),) = _calls(final, {chain.last})
-    read_before: set[str] = set()
-    known: set[str] = {"self"} | ({x} if x else set())
-    skip = {id(n) for s in (*run, call) for _, c in _calls(s, set(chain.first)) for n in ast.walk(c.args[0])}
-    for node in (*run, call.args[0]):
-        read_before |= {n for n in _loaded(node, skip) if n in local and n not in known}
-        known |= _stored(node) if not isinstance(node, ast.If) else set()
-    if read_before:
+    if not all(map(_movable, run)) or not all(_is_foreseen(node, local) for node in (*run, call)):
         return False
+    skip = {id(n) for s in (*run, call) for _, c in _calls(s, set(chain.first)) for n in ast.walk(c.args[0])}
+    skip |= {id(n.value) for s in (*run, call) for n in ast.walk(s) if _is_kind(n) and _name(n.value) == x}
+    known = {"self"}
+    for node in (*run, call.args[0]):
+        if (_loaded(node, skip) & local) - known:
+            return False
+        known |= _stored(node) if not isinstance(node, ast.If) else set()
     if any(x in _stored(s) for s in place.body[place.start : place.read]):
         return False  # the products read different values
+    assigned = {name for statement in run for name in _stored(statement)}
     outside = {id(node) for s in (*run, call.args[0]) for node in ast.walk(s)}
     replaced = {t.id for t in getattr(final, "targets", []) if isinstance(t, ast.Name)}
     later = _loaded(tree, outside, after=place.body[place.start].lineno)
-    in_final = _loaded(final, outside)
-    return not (assigned & in_final) and not ((assigned - replaced) & later)
+    return not (assigned & _loaded(final, outside)) and not ((assigned - replaced) & later)
+
+
+def _is_foreseen(node: ast.AST, local: set[str]) -> bool:
+    """Whether its branches hang only on self and dtypes, which are probed, and not on what a call brings."""
+    for test in (n.test for n in ast.walk(node) if isinstance(n, ast.If | ast.IfExp)):
+        dtypes = {id(n.value) for n in ast.walk(test) if isinstance(n, ast.Attribute) and n.attr == "dtype"}
+        called = {_name(n.func) for n in ast.walk(test) if isinstance(n, ast.Call)}
+        if _loaded(test, dtypes) & (local - {"self"}) or called - {"isinstance", "hasattr", "getattr"}:
+            return False
+    return True
+
+
+def _is_kind(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape")
+
+
+def _name(node: ast.AST) -> str | None:
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def _simple(statement: ast.stmt) -> bool:
@@ -350,11 +357,15 @@ def _stored(node: ast.AST) -> set[str]:
 
 def _loaded(node: ast.AST, skip: set[int], after: int = 0) -> set[str]:
     """Names read in node, but for the nodes whose ids are in `skip`, from line `after` on or in a loop."""
-    looped = any(isinstance(n, ast.For | ast.While) for n in ast.walk(node))
+    nodes = list(ast.walk(node))
+    repeated = ast.For | ast.While | ast.Lambda | ast.FunctionDef
+    looped = any(isinstance(n, repeated) and n is not node for n in nodes)
+    updated = {id(n.target) for n in nodes if isinstance(n, ast.AugAssign)}
     return {
         n.id
-        for n in ast.walk(node)
-        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in skip
+        for n in nodes
+        if isinstance(n, ast.Name) and id(n) not in skip
+        if not isinstance(n.ctx, ast.Store) or id(n) in updated
         if looped or n.lineno >= after
     }
 
@@ -371,14 +382,6 @@ def _replace(statement: ast.AST, old: ast.AST, new: ast.AST) -> None:
     Replacing().visit(statement)
 
 
-def _compile(cls: type, method: str, tree: ast.FunctionDef, what: str) -> FunctionType:
-    """The function of a tree, in the globals and closure of the method it was made from."""
-    function = inspect.unwrap(getattr(cls, method))
-    free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    inner_text = ast.unparse(ast.fix_missing_locations(tree))
-    text = f"def _outer({', '.join(free)}):\n{textwrap.indent(inner_text, '    ')}\n    return {tree.name}\n"
-    file = f"<{what} {cls.__qualname__}.{method}, by ffn>"
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    made: dict[str, Any] = {}
-    exec(compile(text, file, "exec"), function.__globals__, made)
-    return made["_outer"](*(cell.cell_contents for cell in free.values()))
+def _function(cls: type, chain: Chain, tree: ast.FunctionDef) -> FunctionType:
+    file = f"<the steps of {cls.__qualname__}>" if chain.sequence else None
+    return function_of(written(cls, chain.method), tree, file)

@@ -14,7 +14,6 @@ from ffn.interop.proof import compare
 from ffn.interop.report import Block, Report, describe
 from ffn.interop.reroute import Plan, Rerouted, origin, reroute, restore
 
-NESTED = "_ffn_use_nested_tensor"
 EXPERTS = re.compile(r"(gate|up|down)_proj$|^w[123]|^mlp")
 
 
@@ -43,18 +42,14 @@ def swap(
     >>> [block.action for block in swap(layer)]
     ['swapped']
     """
-    blocks = []
-    for path, module in list(model.named_modules()):
-        found = _examine(path, module, save, chunk_tokens, backend)
-        if found is None:
-            continue
-        plan, block = found
-        blocks.append(block)
+    found = []
+    for path, module in model.named_modules():
+        if examined := _examine(path, module, save, chunk_tokens, backend):
+            found.append((module, *examined))
+    for module, plan, _ in found:  # after all were examined: an error above leaves the model as it was
         if plan is not None and not dry_run:
             reroute(module, plan)
-    if not dry_run:
-        _set_nested(model)
-    return Report(blocks)
+    return Report([block for *_, block in found])
 
 
 def unswap(model: nn.Module) -> int:
@@ -68,20 +63,7 @@ def unswap(model: nn.Module) -> int:
         origin(module)  # a look at all of them before the first is changed
     for module in rerouted:
         restore(module)
-    _set_nested(model)
     return len(rerouted)
-
-
-def _set_nested(model: nn.Module) -> None:
-    """Keep torch's encoder from making nested tensors, which only its layers' own fast path can read."""
-    for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoder):
-            continue
-        if any(isinstance(layer, Rerouted) for layer in module.layers):
-            vars(module).setdefault(NESTED, module.use_nested_tensor)
-            module.use_nested_tensor = False
-        elif NESTED in vars(module):
-            module.use_nested_tensor = vars(module).pop(NESTED)
 
 
 def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Block] | None:

@@ -134,8 +134,8 @@ def probability(module: nn.Module) -> float | None:
 
 
 def is_plain_input(x: Tensor) -> bool:
-    """Whether x is a tensor and no subclass of it, and no hook watches all modules."""
-    return (type(x) is Tensor or type(x) is nn.Parameter) and not has_global_hooks()
+    """Whether x is a tensor and no subclass of it, nor a nested one, and no hook watches all modules."""
+    return (type(x) is Tensor or type(x) is nn.Parameter) and not x.is_nested and not has_global_hooks()
 
 
 def drop(x: Tensor, module: nn.Module) -> Tensor:
