@@ -111,8 +111,8 @@ class TransformerConfig:
         self._check_rope()
         if self.pad_token_id is not None and (self.causal or not self.position_offset):
             raise ValueError(
-                f"pad_token_id={self.pad_token_id} wants an encoder (causal=False) with learned positions and "
-                "a row before the first one (position_offset of 1 or more)"
+                f"pad_token_id={self.pad_token_id} wants an encoder (causal=False) with learned positions "
+                "and a row before the first one (position_offset of 1 or more)"
             )
         if self.position_offset and self.position != "learned":
             raise ValueError(f"position_offset={self.position_offset}: want position='learned'")
