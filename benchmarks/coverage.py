@@ -4,7 +4,7 @@
 
 Every model type that can be built from its configuration alone, offline, is built with tiny sizes and run
 before and after the swap, in float64 (in float32 where it knows no other). Which products are feed-forward
-ones is told without `swap`: by their width, which nothing else in the tiny model has, or, in models whose
+ones is told without `swap`: by their width, which nothing else in the tiny model has; in vision models, whose
 widths differ from stage to stage, by their names. A row for each type says "swapped" (all of them, outputs
 and gradients equal), "left" (and why), "wrong" (they differ), "none" (no dense block in it), or "unbuilt".
 Rows go to DIR/coverage.jsonl, and as a table to docs/coverage.md.
@@ -65,6 +65,8 @@ SPECIAL: dict[str, dict[str, Any]] = {  # what the names above do not say
     "diffllama": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10},
     "distilbert": {"hidden_dim": HIDDEN},
     "esm": {"vocab_size": 99, "mask_token_id": 2, "pad_token_id": 1},
+    "led": {"attention_window": [4, 4]},
+    "longformer": {"attention_window": [4, 4]},
     "reformer": {"is_decoder": True, "axial_pos_shape": (4, 16), "axial_pos_embds_dim": (20, 20)},
     "xmod": {"default_language": "en_XX"},
 }
@@ -152,7 +154,10 @@ def run(model: nn.Module, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
         logits = model(**inputs).logits
         (logits * torch.randn(logits.shape, generator=g).to(logits)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), **gradients}
+    found = {"logits": logits.detach(), **gradients}
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise Unbuildable("not run: its own outputs or gradients are not finite")
+    return found
 
 
 def apart(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
@@ -161,12 +166,11 @@ def apart(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
     floor = 1e-6 * max(float(a.abs().max()) for a in before.values())
     if before.keys() != after.keys():
         return math.inf
-    found = [float((a - after[n]).abs().max() / (floor + a.abs().max())) for n, a in before.items()]
-    return max(found) if all(x == x for x in found) else math.inf
+    return max(float((a - after[n]).abs().max() / (floor + a.abs().max())) for n, a in before.items())
 
 
-def dense_products(model: nn.Module, tiny: bool) -> set[str]:
-    """Paths of the products of dense feed-forward blocks, told by width or by name."""
+def dense_products(model: nn.Module, by_width: bool) -> set[str]:
+    """Paths of the products of dense feed-forward blocks, told by width, else by name."""
     found = set()
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -174,7 +178,7 @@ def dense_products(model: nn.Module, tiny: bool) -> set[str]:
             continue
         parts = path.split(".")
         holders = [type(model.get_submodule(".".join(parts[:i]))).__name__ for i in range(1, len(parts))]
-        wide = bool(WIDTHS & set(weight.shape)) if tiny else NAMES.search(path) is not None
+        wide = bool(WIDTHS & set(weight.shape)) if by_width else NAMES.search(path) is not None
         if wide and not any(map(OTHER.search, (*parts, *holders))):
             found.add(path)
     return found
@@ -209,7 +213,7 @@ def measure(kind: str, model_type: str, tiny: bool, dtype: torch.dtype) -> dict:
     before = run(model, kind, dtype)
     report = ffn.swap(model)
     difference = apart(before, run(model, kind, dtype))
-    wanted = dense_products(model, tiny)
+    wanted = dense_products(model, by_width=tiny and kind != "vision")
     missed = sorted(wanted - swapped_products(model))
     reasons = "; ".join(Counter(f"{block.kind}: {block.reason}" for block in report.left))
     if difference > (1e-9 if dtype == torch.float64 else 1e-3):
@@ -279,6 +283,9 @@ def main(argv: list[str]) -> None:
     counts = Counter((row["kind"], row["outcome"]) for row in rows)
     print("\n".join(f"{kind} {outcome}: {count}" for (kind, outcome), count in counts.items()))
     if not options.only:
+        file = options.out / "coverage.jsonl"
+        before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        rows = [row for row in before if row["kind"] not in options.kind.split(",")] + rows
         versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-        write_file(options.out / "coverage.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
         write_file(Path("docs/coverage.md"), table(rows, versions))
