@@ -1,0 +1,241 @@
+"""Rows of text and label out of files: tables, JSON lines, `text<TAB>label`, one file or folder a class.
+
+Every row comes with its file and the line it begins on, and so does every complaint.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+FORMATS = ("csv", "tsv", "jsonl", "tab", "lines")
+SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+LINE_END = re.compile("\r\n|\r|\n")  # no others, though str.splitlines knows ten
+SURROGATE = re.compile("[\ud800-\udfff]")  # which JSON can spell and UTF-8 cannot
+
+Row = tuple[Path, int, str, str]  # file, line from 1, text, label; the label is "" where none was asked for
+
+
+def read_rows(
+    path: str | Path, text: str, label: str | None, format: str | None, encoding: str, quotes: bool
+) -> Iterator[Row]:
+    """The rows of a file, a folder or a pattern; the arguments are those of `read_labelled`."""
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format: wants one of {', '.join(FORMATS)}; got {short(format)}")
+    root = Path(path).expanduser()
+    if root.is_dir():
+        files = _shown(root)
+    else:
+        files = [root] if root.exists() else sorted(map(Path, glob.glob(str(root))))  # noqa: PTH207
+    if not files:
+        raise ValueError(f"{path}: no such file, nothing in such a folder, and nothing matches it")
+    if len(files) == 1 and not files[0].is_dir() and not root.is_dir():
+        return _rows_of_file(files[0], text, label, format, encoding, quotes)
+    if format is not None:
+        raise ValueError(f"{path}: format={format} is for one file; here each class has a file of its own")
+    if len({file.is_dir() for file in files}) > 1:
+        stray = next(file for file in files if not file.is_dir())
+        raise ValueError(
+            f"{path}: {stray.name} stands beside folders; wants a file a class, or a folder a class"
+        )
+    return _rows_of_folders(files, encoding) if files[0].is_dir() else _rows_of_classes(files, encoding)
+
+
+def _rows_of_classes(files: list[Path], encoding: str) -> Iterator[Row]:
+    names = [file.stem for file in files]
+    if len({*names}) < len(files):
+        suffixes = [file.suffix[1:] for file in files]
+        names = suffixes if len({*names}) == 1 and all(suffixes) else [file.name for file in files]
+    for file, name in zip(files, names, strict=True):
+        if file.suffix.lower() in SUFFIXES:
+            raise ValueError(f"{file}: a table among files of one class each; give the path of the table")
+        lines = _lines(_read(file, encoding))
+        if not lines:
+            raise ValueError(f"{file}: an empty file; a class wants texts, one a line")
+        yield from ((file, line, words, name) for line, words in enumerate(lines, 1))
+
+
+def _rows_of_folders(folders: list[Path], encoding: str) -> Iterator[Row]:
+    for folder in folders:
+        files = _shown(folder)
+        if not files or any(file.is_dir() for file in files):
+            raise ValueError(f"{folder}: the folder of a class wants files, one a text, and no folders")
+        for file in files:
+            yield file, 1, LINE_END.sub("\n", _read(file, encoding)).rstrip("\n"), folder.name
+
+
+def _rows_of_file(
+    file: Path, text: str, label: str | None, format: str | None, encoding: str, quotes: bool
+) -> Iterator[Row]:
+    content = _read(file, encoding)
+    columns = [text] if label is None else [text, label]
+    format = format or SUFFIXES.get(file.suffix.lower()) or _guess(content, columns)
+    if format == "lines" and label is not None:
+        raise ValueError(
+            f"{file}:1: no labels to be seen: no header with {text!r} and {label!r}, no JSON, no tab; "
+            f"give format=, one of {', '.join(FORMATS[:-1])}, or a folder with one file a class"
+        )
+    if format == "lines":
+        found = ((line, [words]) for line, words in enumerate(_lines(content), 1))
+    elif format == "tab":
+        found = _tab_rows(file, content)
+    elif format == "jsonl":
+        found = _json_rows(file, content, columns)
+    else:
+        found = _table_rows(file, content, columns, format, quotes)
+    for line, cells in found:
+        yield file, line, cells[0], "" if label is None else cells[1]
+
+
+def _guess(content: str, columns: list[str]) -> str:
+    """The format by the first line: an object, a header with these columns, a tab, or none of them."""
+    first = _first_line(content)
+    if first.startswith("{"):
+        return "jsonl"
+    for format, delimiter in (("tsv", "\t"), ("csv", ","), ("csv", ";")):
+        cells = [cell.strip(' "') for cell in first.split(delimiter)]
+        if len(columns) > 1 and {*columns} <= {*cells}:  # one word alone may well be a text's
+            return format
+    return "tab" if "\t" in first else "lines"
+
+
+def _tab_rows(file: Path, content: str) -> Iterator[tuple[int, list[str]]]:
+    for line, words in enumerate(_lines(content), 1):
+        if "\t" in words:
+            yield line, words.rsplit("\t", 1)
+        elif words.strip():
+            raise ValueError(f"{file}:{line}: no tab; wants text<TAB>label, or give another format=")
+
+
+def _json_rows(file: Path, content: str, columns: list[str]) -> Iterator[tuple[int, list[str]]]:
+    for line, words in enumerate(_lines(content), 1):
+        if not words.strip():
+            continue
+        try:
+            row = json.loads(words, object_pairs_hook=_once)
+        except (ValueError, RecursionError) as error:
+            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{file}:{line}: not JSON ({what}); wants one object a line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}:{line}: wants one object a line; got {short(row)}")
+        _check_names(file, line, [*row], columns)
+        cells = [row[name] for name in columns]
+        if not isinstance(cells[0], str):
+            raise ValueError(f"{file}:{line}: {columns[0]}: wants a string; got {short(cells[0])}")
+        if cells[-1] is None or isinstance(cells[-1], dict | list):
+            raise ValueError(f"{file}:{line}: {columns[-1]}: wants a label; got {short(cells[-1])}")
+        if broken := [cell for cell in cells if isinstance(cell, str) and SURROGATE.search(cell)]:
+            raise ValueError(f"{file}:{line}: half of a surrogate pair, which is no text: {short(broken[0])}")
+        yield line, [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key stands twice")
+    return row
+
+
+def _table_rows(
+    file: Path, content: str, columns: list[str], format: str, quotes: bool
+) -> Iterator[tuple[int, list[str]]]:
+    first = _first_line(content)
+    delimiter = "\t" if format == "tsv" else ";" if ";" in first and "," not in first else ","
+    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # of the process; only ever raised
+    lines = io.StringIO(content, newline="")
+    records = _records(file, csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True))
+    line, header = next(records, (1, []))
+    header = [name.strip() for name in header]
+    _check_names(file, line, header, columns)
+    places = [header.index(name) for name in columns]
+    for line, cells in records:
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{file}:{line}: {len(cells)} cells where the header has {len(header)}; "
+                f"a text that holds {delimiter!r} or a line end wants quotes around it"
+            )
+        yield line, [cells[place] for place in places]
+
+
+def _records(file: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """The line each record begins on, and its cells; blank lines are left out."""
+    while True:
+        line = reader.line_num + 1  # type: ignore[attr-defined]
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            what = str(error).replace("\t", "\\t")
+            raise ValueError(f"{file}:{line}: {what}; quotes=false takes quotes as they stand") from None
+        if cells:
+            yield line, cells
+
+
+def _check_names(file: Path, line: int, names: list[str], columns: list[str]) -> None:
+    for column in columns:
+        if column not in names:
+            left = [name for name in names if name not in columns]
+            raise ValueError(f"{file}:{line}: no {short(column)}; there are {listing(names, column, left)}")
+        if names.count(column) > 1:
+            raise ValueError(f"{file}:{line}: {short(column)} stands twice in the header")
+
+
+def _read(file: Path, encoding: str) -> str:
+    content = file.read_bytes()
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = _line_at(content[: error.start].decode(encoding, "replace"))
+        raise ValueError(
+            f"{file}:{line}: not {encoding}: byte 0x{content[error.start]:02x}, {error.reason}; "
+            "give the file's own encoding, as in encoding=latin-1 or utf-16"
+        ) from None
+    except LookupError as error:
+        raise ValueError(f"encoding: {error}; utf-8, latin-1 and gb18030 are some") from None
+    if "\0" in text:
+        line = _line_at(text[: text.index("\0")])
+        raise ValueError(
+            f"{file}:{line}: a NUL, which no text holds; perhaps encoding=utf-16, or no text at all"
+        )
+    return text.removeprefix("\ufeff")
+
+
+def _line_at(before: str) -> int:
+    return 1 + len(LINE_END.findall(before))
+
+
+def _lines(content: str) -> list[str]:
+    """The lines of a text, without those at its end that are empty."""
+    content = content.rstrip("\r\n")
+    return LINE_END.split(content) if content else []
+
+
+def _first_line(content: str) -> str:
+    return LINE_END.split(content.lstrip("\r\n"), maxsplit=1)[0]
+
+
+def _shown(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def short(value: object) -> str:
+    """A value from a file, quoted on one line, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def listing(names: Sequence[str], wrong: str, candidates: Sequence[str]) -> str:
+    """The names, at most ten, and which of the candidates was probably meant by the wrong one."""
+    shown = ", ".join(map(short, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    folded = {name.casefold(): name for name in candidates}
+    close = [*candidates] if len(candidates) == 1 else difflib.get_close_matches(wrong.casefold(), folded, 1)
+    meant = f"; did you mean {short(folded.get(close[0], close[0]))}?" if close else ""
+    return (shown or "none") + meant
