@@ -83,6 +83,16 @@ def float32_in_onednn() -> Iterator[None]:
                 matmul.fp32_precision = _before
 
 
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """dy^T x, (O, D), of a linear's dy (N, O) and x (N, D), laid out as its weight.
+
+    A weight kept as (in, out), as GPT-2's are, gets a gradient that autograd need not copy.
+    """
+    if weight.stride(0) == 1 < weight.stride(1):
+        return product(x.t(), dy).t()
+    return product(dy.t(), x)
+
+
 def linear_act(
     x: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None,
     activation: Activation, seed: Tensor | None, p: float, row_start: int, onednn: bool, keep: bool,
@@ -123,11 +133,11 @@ def linear_dact(
     """
     if seed is not None:
         dpre, dpre_gate, h = dactivate_(product(dy, down), pre, pre_gate, activation, seed, p, row_start)
-        ddown = product(dy.t(), h) if need_down else None
+        ddown = weight_gradient(dy, h, down) if need_down else None
     else:
         value = activation(pre if pre_gate is None else pre_gate)
         h = value if pre_gate is None else value * pre
-        ddown = product(dy.t(), h) if need_down else None
+        ddown = weight_gradient(dy, h, down) if need_down else None
         dh = product(dy, down, out=h)  # h is done with
         dpre, dpre_gate = _through(activation, dh, value, pre, pre_gate)
     dup_bias = dpre.sum(0) if need_up_bias else None

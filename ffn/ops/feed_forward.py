@@ -18,7 +18,7 @@ from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import dispatch, reference
 from ffn.ops.dropout import check_probability, draw_seed
-from ffn.ops.eager import float32_in_onednn, product
+from ffn.ops.eager import float32_in_onednn, product, weight_gradient
 from ffn.ops.library import autocasts, cast, is_batched, needs_textbook
 
 SAVES = ("preact", "input")
@@ -273,13 +273,13 @@ def _backward(options, choice, needs, dy, x, seed, weights, pre, pre_gate, row_s
         dpre, dpre_gate, ddown, dup_bias, dgate_bias = backend.linear_dact(
             dy, down, pre, pre_gate, row, seed, options.p, row_start, need_down, need_up_bias, need_gate_bias
         )
-        dup = product(dpre.t(), x) if need_up else None
+        dup = weight_gradient(dpre, x, up) if need_up else None
         dx = product(dpre, up) if need_x else None
         if dpre_gate is not None:
             dx = product(dpre_gate, gate, out=dx, add=True) if dx is not None else None
-            dgate = product(dpre_gate.t(), x) if need_gate else None
+            dgate = weight_gradient(dpre_gate, x, gate) if need_gate else None
     elif need_down:
-        ddown = product(dy.t(), backend.activate(pre, pre_gate, row, seed, options.p, row_start))
+        ddown = weight_gradient(dy, backend.activate(pre, pre_gate, row, seed, options.p, row_start), down)
     ddown_bias = dy.sum(0) if need_down_bias else None
     return dx, None, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias
 

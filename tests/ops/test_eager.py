@@ -168,3 +168,14 @@ def test_a_strided_bias_is_read_as_it_lies(dtype: torch.dtype) -> None:
     bias = 100.0 * torch.randn(1024).to(dtype)[::2]
     y, plain = (eager.linear(x, weight, b, onednn) for b, onednn in ((bias, True), (bias.clone(), False)))
     torch.testing.assert_close(y, plain, atol=1e-2 * 512**0.5, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_weight_lies_as_the_weight_does(dtype):
+    dy, x = torch.randn(9, 5, dtype=dtype), torch.randn(9, 3, dtype=dtype)
+    kept = torch.randn(3, 5, dtype=dtype)  # (in, out), as GPT-2 keeps it
+    for weight in (kept.t(), kept.t().contiguous(), kept.t()[:1]):
+        found = eager.weight_gradient(dy[:, : weight.shape[0]], x, weight)
+        torch.testing.assert_close(found, dy[:, : weight.shape[0]].t() @ x)
+    assert eager.weight_gradient(dy, x, kept.t()).t().is_contiguous()
+    assert eager.weight_gradient(dy, x, kept.t().contiguous()).is_contiguous()
