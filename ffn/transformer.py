@@ -115,6 +115,7 @@ class Transformer(nn.Module):
     """
 
     origin: dict[str, Any] | None = None  # of a model from elsewhere: its model_type, its special tokens
+    at_rest: tuple[str, ...] = ()  # names of parts that stay in eval mode; see ffn.freeze
 
     def __init__(self, config: TransformerConfig, *, device=None, dtype=None):
         super().__init__()
@@ -152,6 +153,13 @@ class Transformer(nn.Module):
                     init_linear(module.o_proj, self.config.init, residual=True, **depth)
                 elif isinstance(module, FeedForward):
                     module.reset_parameters(**depth)
+
+    def train(self, mode: bool = True) -> "Transformer":
+        """As of any module, but that the parts at rest stay in eval mode."""
+        super().train(mode)
+        for name in self.at_rest:
+            self.get_submodule(name).eval()
+        return self
 
     def forward(
         self,
