@@ -1,4 +1,4 @@
-"""The door: `ffn train | generate | eval | info | doctor`. Arguments in, calls out, one line when it failed.
+"""The door: `ffn train | generate | eval | classify | info | doctor`. Arguments in, calls out.
 
 Exit codes: 0 done; 1 stopped by what happened (a full disk, too little memory, a loss that is not finite);
 2 asked for what cannot be; 130 interrupted, and saved where training had begun.
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ffn import checkpoint, recipe
+from ffn.classify.commands import add_commands
 from ffn.cost import flops_per_token, render_kept, render_table
 from ffn.data import open_corpus
 from ffn.device import choose_device, choose_precision, keep_freed_memory
@@ -94,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     add("run", help="the folder of a run")
     add("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
     add("--device", default="auto")
+
+    classify = commands.add_parser("classify", help="train a classifier of texts, and use it")
+    add_commands(classify)
 
     add = command("info", _info, "parameters, operations and kept memory of a model, part by part")
     what = "as for train; or the folder of a run, of a model (Hugging Face's too), or its config.json"

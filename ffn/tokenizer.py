@@ -138,6 +138,19 @@ class HFTokenizer:
         """The token numbers of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the file puts before and behind a text of its own, as a classifier reads it."""
+        found = self._tokenizer.encode("a")
+        special = found.special_tokens_mask
+        first = special.index(0) if 0 in special else len(special)
+        last = len(special) - special[::-1].index(0) if 0 in special else len(special)
+        return found.ids[:first], found.ids[last:]
+
+    def number(self, *spellings: str) -> int | None:
+        """The number of the first of these tokens that there is."""
+        numbers = map(self._tokenizer.token_to_id, spellings)
+        return next((number for number in numbers if number is not None), None)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token numbers, special tokens left out."""
         return self._tokenizer.decode(list(ids))

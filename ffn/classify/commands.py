@@ -1,0 +1,173 @@
+"""`ffn classify train | eval | predict | export`: arguments in, calls out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffn.classify.parts import read_data
+from ffn.classify.recipe import ClassifyConfig, read_config
+from ffn.classify.report import write_predictions
+from ffn.classify.result import TextClassifier, load_classifier
+from ffn.classify.train import train
+from ffn.device import choose_device, keep_freed_memory
+from ffn.labelled import encode_labels
+from ffn.report import printable
+
+AT_ONCE = 512  # texts that are read before the first of them is answered
+DATA = "a table, JSON lines, text<TAB>label lines, a folder or 'pattern.*' of one file a class"
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Give `ffn classify` its commands; each sets `command`, which takes the arguments and returns a code."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Callable[..., object]:
+        added = commands.add_parser(name, help=summary)
+        added.set_defaults(command=run)
+        return added.add_argument
+
+    add = command("train", _train, "train on labelled text, from scratch or from a pretrained model")
+    add("words", nargs="+", metavar="DATA CONFIG key=value", help=f"{DATA}; a TOML file; fit.epochs=3")
+    base = "a pretrained model: a run, a model's folder, or one of Hugging Face"
+    add("--from", dest="base", nargs="+", default=[], metavar=("PATH", "key=value"), help=base)
+
+    add = command("eval", _eval, "how good a trained classifier is on labelled text")
+    add("folder", help="what train wrote")
+    add("words", nargs="+", metavar="DATA key=value", help=f"{DATA}; keys such as data.label=stars")
+    add("--predictions", metavar="FILE", help="write what was predicted, the worst mistakes first")
+    add("--device", default="auto")
+
+    add = command("predict", _predict, "the class of texts")
+    add("folder", help="what train wrote")
+    add("texts", nargs="+", metavar="TEXT", help="texts; or one file of them; or - for standard input")
+    add("--table", action="store_true", help="lines to read rather than JSON lines")
+    add("--device", default="auto")
+
+    add = command("export", _export, "write it as a sequence-classification model of transformers")
+    add("folder", help="what train wrote")
+    add("out", help="a new folder")
+
+
+def _sort_words(words: Iterable[str]) -> tuple[str | None, str | None, list[str]]:
+    """The data, the TOML file and the key=value among the words; ValueError for two of the first."""
+    words = list(words)
+    keys = [word for word in words if "=" in word and not Path(word).exists()]
+    files = [word for word in words if word not in keys and word.endswith(".toml")]
+    data = [word for word in words if word not in keys and word not in files]
+    for found, what in ((data, "DATA; put a pattern in quotes"), (files, "config")):
+        if len(found) > 1:
+            raise ValueError(f"{' '.join(found[:3])}: wants one {what}")
+    return next(iter(data), None), next(iter(files), None), keys
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    keep_freed_memory()
+    base, more = arguments.base[:1], arguments.base[1:]  # argparse gives an option all words behind it
+    data, file, keys = _sort_words([*arguments.words, *more])
+    config = read_config(file, keys)
+    if data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+    if base:
+        config = dataclasses.replace(config, base=base[0])
+    summary = train(config, _say)
+    return 130 if summary["members"][-1]["stopped"] == "interrupted" else 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    classifier = _load(arguments)
+    data, file, keys = _sort_words(arguments.words)
+    config = read_config(Path(arguments.folder) / "config.toml", keys)
+    if data is None or file is not None:
+        raise ValueError(
+            "eval wants the folder of a classifier, DATA, and then keys such as data.label=stars"
+        )
+    numbers = not classifier.classes
+    rows = read_data(config.data, data, _complain, numbers=numbers)
+    if numbers:
+        targets = torch.tensor(rows.labels, dtype=torch.float64)
+    else:
+        targets, _ = encode_labels(rows, classifier.classes)
+    predictions = _predictions(classifier, rows.texts)
+    print(classifier.objective.scores(targets, predictions).table())
+    if arguments.predictions is not None:
+        write_predictions(Path(arguments.predictions), rows, classifier.objective, targets, predictions)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    classifier = _load(arguments)
+    config = read_config(Path(arguments.folder) / "config.toml")
+    texts = _texts(arguments.texts, config)
+    while chunk := list(islice(texts, AT_ONCE)):
+        for text, found in zip(chunk, _predictions(classifier, chunk).tolist(), strict=True):
+            print(_answer(classifier.classes, text, found, arguments.table), flush=True)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    classifier = load_classifier(arguments.folder)
+    classifier.export(arguments.out)
+    print(f"saved        {arguments.out}: transformers' AutoModelForSequenceClassification reads it")
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> TextClassifier:
+    device, _ = choose_device(arguments.device)
+    return load_classifier(arguments.folder, device)
+
+
+def _predictions(classifier: TextClassifier, texts: Iterable[str]) -> torch.Tensor:
+    rows, cut = classifier.encode(texts)
+    if cut:
+        _complain(f"warning: {cut:,} of {len(rows):,} texts are cut to {classifier.encode.window} tokens")
+    return classifier.predict_rows(rows)
+
+
+def _texts(words: list[str], config: ClassifyConfig) -> Iterator[str]:
+    """The texts that are given, in a file, or on standard input, a line each."""
+    if words == ["-"]:
+        yield from _checked(("standard input", n, line) for n, line in enumerate(sys.stdin, 1))
+    elif len(words) == 1 and Path(words[0]).is_file():
+        yield from read_data(config.data, words[0], _complain, labels=False).texts
+    else:
+        yield from _checked(("text", number, text) for number, text in enumerate(words, 1))
+
+
+def _checked(texts: Iterable[tuple[str, int, str]]) -> Iterator[str]:
+    for source, number, text in texts:
+        if not text.strip():
+            raise ValueError(f"{source}:{number}: an empty text")
+        yield text.rstrip("\r\n")
+
+
+def _answer(classes: tuple[str, ...], text: str, found: Any, table: bool) -> str:
+    """One line: what was predicted (a number, or a probability a class) of a text."""
+    if not classes:
+        return f"{found:12.6g}  {printable(text)}" if table else _json(text=text, value=found)
+    best = max(range(len(classes)), key=lambda i: found[i])
+    if table:
+        width = max(map(len, classes))
+        return f"{classes[best]:{width}}  {found[best]:.4f}  {printable(text)}"
+    named = dict(zip(classes, found, strict=True))
+    return _json(text=text, label=classes[best], probability=found[best], probabilities=named)
+
+
+def _json(**values: object) -> str:
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _complain(line: str) -> None:
+    print(line, file=sys.stderr)

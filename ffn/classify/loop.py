@@ -1,0 +1,239 @@
+"""Training one classifier: epochs over rows of tokens, or over cached features where only the head trains.
+
+    source = TokenSource(rows, targets, encode, device)
+    outcome = fit(model, source, validation, objective, config, lr, seed)
+
+After `fit` the model has the weights of its best epoch. The same arguments give the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ffn.batches import derive_seed
+from ffn.classify.batches import TextEncoder, batches, collate
+from ffn.classify.objective import Objective, better
+from ffn.classify.recipe import FitConfig
+from ffn.device import Precision, autocast
+from ffn.nn.classifier import Classifier
+from ffn.steps import evaluating
+
+EVALUATION_ROWS = 128  # a batch without gradients
+
+
+class Source(Protocol):
+    """Rows as a model reads them: their targets, their lengths, and the scores of some of them."""
+
+    targets: Tensor
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each row."""
+        ...
+
+    def scores(self, model: Classifier, index: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        """(len(index), num_scores); with a generator words may be left out at random."""
+        ...
+
+
+@dataclass
+class TokenSource:
+    """Rows of token numbers with their targets, in the order of the texts."""
+
+    rows: list[list[int]]
+    targets: Tensor
+    encode: TextEncoder
+    word_dropout: float = 0.0
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return [len(row) for row in self.rows]
+
+    def scores(self, model: Classifier, index: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        tokens, mask = self.batch(index, generator, model.head.out_proj.weight.device)
+        return model(tokens, attention_mask=mask)
+
+    def batch(
+        self, index: Sequence[int], generator: torch.Generator | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """tokens (B, T) and their mask."""
+        rows = [self.rows[i] for i in index]
+        if generator is not None and self.word_dropout:
+            rows = [self.encode.drop_words(row, self.word_dropout, generator) for row in rows]
+        tokens, mask = collate(rows, self.encode.pad)
+        return tokens.to(device), None if mask is None else mask.to(device)
+
+
+@dataclass
+class FeatureSource:
+    """What a frozen backbone made of the rows: (N, D), which the head reads."""
+
+    features: Tensor
+    targets: Tensor
+    lengths: Sequence[int]
+
+    def scores(self, model: Classifier, index: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        return model.head(self.features[torch.tensor(index, device=self.features.device)])
+
+
+def cache_features(model: Classifier, source: TokenSource, precision: Precision = "float32") -> FeatureSource:
+    """The rows through the backbone, once."""
+    weight = model.head.out_proj.weight
+    features = weight.new_empty(len(source.rows), model.backbone.config.dim)
+    with evaluating(model), autocast(weight.device, precision):
+        for index in batches(source.lengths, EVALUATION_ROWS):
+            tokens, mask = source.batch(index, None, weight.device)
+            features[index] = model.pooled(tokens, attention_mask=mask).to(features.dtype)
+    return FeatureSource(features, source.targets, source.lengths)
+
+
+def evaluate(
+    model: Classifier, source: Source, objective: Objective, precision: Precision = "float32"
+) -> tuple[Tensor, float]:
+    """The predictions, in the order of the rows and on the CPU, and the mean loss."""
+    device = model.head.out_proj.weight.device
+    scores = torch.empty(len(source.targets), objective.num_scores, dtype=torch.float64)
+    with evaluating(model), autocast(device, precision):
+        for index in batches(source.lengths, EVALUATION_ROWS):
+            scores[index] = source.scores(model, index, None).double().cpu()
+    return objective.predictions(scores), objective.loss(scores, source.targets).item()
+
+
+@dataclass
+class Outcome:
+    """What a training was: a row an epoch, the best of them, why it ended, and seconds of training alone."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: float | None = None
+    best_epoch: int = 0
+    stopped: str = "finished"  # or "early" or "interrupted"
+    seconds: float = 0.0
+
+
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    def step(self, loss: float, speed: float) -> None:
+        """One more step is done, at `speed` texts/s."""
+        ...
+
+    def epoch(self, row: dict[str, float], best: bool) -> None:
+        """One more epoch is done."""
+        ...
+
+
+def fit(
+    model: Classifier,
+    train: Source,
+    val: Source,
+    objective: Objective,
+    config: FitConfig,
+    *,
+    lr: float,
+    seed: int,
+    precision: Precision = "float32",
+    watcher: Watcher | None = None,
+    set_training: Callable[[nn.Module], object] = nn.Module.train,
+) -> Outcome:
+    """Train what requires a gradient, and leave the model with the weights of its best epoch on `val`.
+
+    Args:
+        set_training: puts the model into training mode, but for what shall stay as it is.
+
+    Ctrl-C ends it as well, and passes on only where no epoch is done yet. Raises FloatingPointError when the
+    loss or the gradient is no longer finite, ValueError where there is nothing to train.
+    """
+    loop = _Loop(model, train, objective, config, lr, seed, precision, watcher)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    outcome, kept = Outcome(), {}
+    try:
+        for epoch in range(1, config.epochs + 1):
+            start = time.perf_counter()
+            set_training(model)
+            loss = loop.epoch(epoch)
+            seconds = time.perf_counter() - start
+            outcome.seconds += seconds
+            values = {"epoch": epoch, "train_loss": loss, "seconds": seconds}
+            outcome.history.append(values | _values(model, val, objective, precision))
+            improved = _judge(outcome, config.chosen_metric)
+            if improved:
+                kept = {name: p.detach().clone() for name, p in trained.items()}
+            if watcher is not None:
+                watcher.epoch(outcome.history[-1], improved)
+            if config.patience and epoch - outcome.best_epoch >= config.patience and epoch < config.epochs:
+                outcome.stopped = "early"
+                break
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+        outcome.stopped = "interrupted"
+    with torch.no_grad():
+        for name, value in kept.items():
+            trained[name].copy_(value)
+    model.eval()
+    return outcome
+
+
+def _values(model: Classifier, val: Source, objective: Objective, precision: Precision) -> dict[str, float]:
+    predictions, loss = evaluate(model, val, objective, precision)
+    return {"loss": loss, **objective.scores(val.targets, predictions).values}
+
+
+def _judge(outcome: Outcome, metric: str) -> bool:
+    """Whether the last epoch is the best so far; then it is noted."""
+    row = outcome.history[-1]
+    if metric not in row:
+        raise ValueError(f"fit.metric={metric}: not defined on these validation rows; choose another")
+    if not better(metric, row[metric], outcome.best):
+        return False
+    outcome.best, outcome.best_epoch = row[metric], int(row["epoch"])
+    return True
+
+
+class _Loop:
+    """The steps of one training."""
+
+    def __init__(self, model, train, objective, config, lr, seed, precision, watcher) -> None:
+        self.model, self.train, self.objective, self.config = model, train, objective, config
+        self.seed, self.precision, self.watcher = seed, precision, watcher
+        self.device = model.head.out_proj.weight.device
+        self.targets = train.targets.to(self.device)
+        self.optimizer = config.build_optimizer(model, lr)
+        self.steps = config.epochs * math.ceil(len(train.targets) / config.batch_size)
+        self.step = 0
+
+    def epoch(self, epoch: int) -> float:
+        """Every row once; the mean loss of the steps."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+        losses = []
+        for index in batches(self.train.lengths, self.config.batch_size, generator):
+            start = time.perf_counter()
+            losses.append(self._step(index, generator))
+            if self.watcher is not None:
+                self.watcher.step(losses[-1], len(index) / (time.perf_counter() - start))
+        return sum(losses) / len(losses)
+
+    def _step(self, index: list[int], generator: torch.Generator) -> float:
+        with autocast(self.device, self.precision):
+            scores = self.train.scores(self.model, index, generator)
+        loss = self.objective.loss(scores, self.targets[torch.tensor(index, device=self.device)])
+        loss.backward()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf))
+        value = loss.item()
+        for what, number in (("loss", value), ("gradient's norm", norm)):
+            if not math.isfinite(number):
+                raise FloatingPointError(
+                    f"step {self.step + 1}: the {what} is {number}; lower fit.lr or lengthen fit.warmup"
+                )
+        self.optimizer.step(self.config.lr_factor(self.step, self.steps))
+        self.optimizer.zero_grad()
+        self.step += 1
+        return value

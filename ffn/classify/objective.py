@@ -1,0 +1,131 @@
+"""What is learned and how it is judged: cross entropy, binary cross entropy or mean squared error.
+
+loss                    scores a text   targets         predictions
+cross_entropy           K               class numbers   softmax(scores), (N, K)
+binary_cross_entropy    1, of class 1   class numbers   1 - sigmoid(score), sigmoid(score), (N, 2)
+mse                     1               numbers         the score, (N,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ffn.metrics import (
+    CLASS_METRICS,
+    NUMBER_METRICS,
+    Scores,
+    balanced_weights,
+    binary_cross_entropy,
+    score_classes,
+    score_numbers,
+)
+
+Loss = Literal["cross_entropy", "binary_cross_entropy", "mse"]
+METRICS = {  # what may decide; the second is what does unless another is asked for
+    "cross_entropy": ("loss", *CLASS_METRICS),
+    "binary_cross_entropy": ("loss", *CLASS_METRICS),
+    "mse": ("loss", *NUMBER_METRICS),
+}
+LOWER_IS_BETTER = ("loss", "mse")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, the names of the classes (none for numbers), and how much each weighs.
+
+    Raises ValueError for binary_cross_entropy of other than two classes.
+    """
+
+    loss_name: Loss
+    classes: tuple[str, ...] = ()
+    class_weights: Tensor | None = None  # (K,)
+    label_smoothing: float = 0.0
+    center: float = 0.0  # mse: a score of 0 means this number,
+    scale: float = 1.0  # and one of 1 this much more
+
+    def __post_init__(self) -> None:
+        if self.loss_name == "binary_cross_entropy" and len(self.classes) != 2:
+            got = len(self.classes)
+            raise ValueError(
+                f"fit.loss=binary_cross_entropy: wants two classes; got {got}; take cross_entropy"
+            )
+
+    @property
+    def num_scores(self) -> int:
+        """How many scores a model gives a text."""
+        return len(self.classes) if self.loss_name == "cross_entropy" else 1
+
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of scores (N, num_scores), in float32 at least; with weights the weighted mean."""
+        scores = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+        weights = self.class_weights
+        weights = None if weights is None else weights.to(scores)
+        match self.loss_name:
+            case "cross_entropy":
+                return F.cross_entropy(scores, targets, weights, label_smoothing=self.label_smoothing)
+            case "binary_cross_entropy":
+                return binary_cross_entropy(scores[:, 0], targets, weights, self.label_smoothing)
+        return F.mse_loss(scores[:, 0], ((targets - self.center) / self.scale).to(scores.dtype))
+
+    def predictions(self, scores: Tensor) -> Tensor:
+        """Probabilities (N, K), or the numbers (N,), in float64."""
+        scores = scores.double()
+        match self.loss_name:
+            case "cross_entropy":
+                return scores.softmax(-1)
+            case "binary_cross_entropy":
+                return torch.cat([(-scores).sigmoid(), scores.sigmoid()], dim=-1)
+        return self.center + self.scale * scores[:, 0]
+
+    def scores(self, targets: Tensor, predictions: Tensor) -> Scores:
+        """How good predictions are."""
+        if self.loss_name == "mse":
+            return score_numbers(targets, predictions)
+        ranks = predictions[:, 1] if len(self.classes) == 2 else None
+        return score_classes(targets, predictions.argmax(-1), self.classes, ranks)
+
+    def wrongness(self, targets: Tensor, predictions: Tensor) -> Tensor:
+        """(N,), larger for worse: what the right class lacks of probability 1, or the squared error."""
+        if self.loss_name == "mse":
+            return (targets.double() - predictions).square()
+        return 1.0 - predictions.gather(1, targets[:, None])[:, 0]
+
+
+def better(metric: str, value: float, than: float | None) -> bool:
+    """Whether a value of a metric is better than the best so far."""
+    if than is None:
+        return True
+    return value < than if metric in LOWER_IS_BETTER else value > than
+
+
+def parse_class_weights(words: str, classes: Sequence[str], targets: Tensor) -> Tensor | None:
+    """(K,) float32 from "none", "balanced" (by the rows in targets), or "neg:1, pos:2.5".
+
+    ValueError where a class is unknown or missing, or its weight no number above 0.
+    """
+    if words == "none":
+        return None
+    if not classes:
+        raise ValueError(f"fit.class_weights={words}: numbers have no classes; leave it out")
+    if words == "balanced":
+        return balanced_weights(targets, len(classes))
+    found = {}
+    for word in words.split(","):
+        name, colon, value = word.strip().rpartition(":")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            colon = ""
+        if not colon or name not in classes or not 0 < found[name] < float("inf"):
+            raise ValueError(
+                f"fit.class_weights: {word.strip()!r}: wants class:weight, of {', '.join(classes[:20])}"
+            )
+    if missing := [name for name in classes if name not in found]:
+        raise ValueError(f"fit.class_weights: no weight for {', '.join(missing)}")
+    return torch.tensor([found[name] for name in classes])

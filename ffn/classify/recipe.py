@@ -1,0 +1,174 @@
+"""Everything a classifier's training is, in one configuration: `ClassifyConfig`, from TOML and key=value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ffn.classify.objective import METRICS, Loss
+from ffn.config import apply_overrides, from_toml
+from ffn.device import Precision
+from ffn.nn.classifier import Pooling, Transform
+from ffn.optim import Schedule, ScheduledOptimizer, lr_factor
+from ffn.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read. A part that is not given is split off, class by class; see `ffn.labelled`."""
+
+    path: str = ""
+    val: str = ""
+    test: str = ""
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    seed: int = 0  # of the split
+    text: str = "text"  # names of columns
+    label: str = "label"
+    format: Literal["auto", "csv", "tsv", "jsonl", "tab"] = "auto"
+    encoding: str = "utf-8"
+    skip_empty: bool = False  # leave rows without a text out, and say how many, rather than refuse them
+    tokenizer: str = "word"  # from scratch: word, bpe, char, byte, or the path of a tokenizer.json
+
+    def __post_init__(self) -> None:
+        for name in ("val_fraction", "test_fraction"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: wants a share between 0 and 1; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What stands on the hidden states; see `ffn.nn.classifier`."""
+
+    pooling: Literal["auto", "first", "mean", "last"] = "auto"  # the last token of a decoder, else the mean
+    transform: Transform | None = None
+    dropout: float = 0.1
+
+    def chosen(self, causal: bool) -> Pooling:
+        """The pooling, once it is known whether the backbone is a decoder."""
+        return ("last" if causal else "mean") if self.pooling == "auto" else self.pooling
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train. Rates left out follow from what trains; `chosen_lr` has them."""
+
+    epochs: int = 10
+    batch_size: int = 32
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float | None = None
+    muon_lr: float = 0.02
+    layer_decay: float = 1.0  # a rate is multiplied by it for each block above
+    betas: tuple[float, ...] = (0.9, 0.98)
+    weight_decay: float = 0.01  # decoupled L2 penalty on matrices, a share of the learning rate
+    l1: float = 0.0  # proximal L1 penalty on matrices, likewise
+    schedule: Schedule = "linear"
+    warmup: float = 0.1  # share of all steps
+    clip: float = 1.0  # the largest gradient norm; 0 for any
+    loss: Loss = "cross_entropy"
+    class_weights: str = "none"  # "balanced", or as in "neg:1, pos:2.5"
+    label_smoothing: float = 0.0
+    word_dropout: float = 0.0  # probability that a token of a training text is left out
+    metric: str = "auto"  # decides what was best: accuracy, or mse for numbers
+    patience: int = 3  # epochs without a better one before stopping; 0 to go on
+    seeds: tuple[int, ...] = (1337,)  # more than one train as many models, whose predictions are averaged
+    precision: Precision = "auto"
+    cache: bool = True  # run what stays frozen once, where only the head trains
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wants 1 or more; got {getattr(self, name)}")
+        for name in ("lr", "muon_lr", "weight_decay", "l1", "clip", "patience"):
+            if not (getattr(self, name) is None or getattr(self, name) >= 0):
+                raise ValueError(f"{name}: wants 0 or more; got {getattr(self, name)}")
+        for name in ("label_smoothing", "word_dropout", "warmup"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: wants a share in [0, 1); got {getattr(self, name)}")
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay: wants a share in (0, 1]; got {self.layer_decay}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: wants two numbers in [0, 1); got {list(self.betas)}")
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"seeds: wants one or more, each another; got {list(self.seeds)}")
+        known = METRICS[self.loss]
+        if self.metric not in ("auto", *known):
+            raise ValueError(f"metric: wants auto or one of {', '.join(known)}; got {self.metric!r}")
+
+    @property
+    def chosen_metric(self) -> str:
+        """The metric that decides."""
+        return METRICS[self.loss][1] if self.metric == "auto" else self.metric
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """The share of the learning rate that step `step` of `steps`, counted from 0, takes."""
+        return lr_factor(step, steps, self.schedule, round(self.warmup * steps))
+
+    def build_optimizer(self, model, lr: float) -> ScheduledOptimizer:
+        """The optimizer of what trains."""
+        return ScheduledOptimizer(
+            model,
+            self.optimizer,
+            lr=lr,
+            muon_lr=self.muon_lr,
+            weight_decay=self.weight_decay,
+            l1=self.l1,
+            betas=(self.betas[0], self.betas[1]),
+            layer_decay=self.layer_decay,
+        )
+
+
+def _default_model() -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=10_000,
+        dim=128,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=512,
+        max_seq_len=100,
+        activation="gelu",
+        causal=False,
+        head="none",
+        dropout=0.1,
+    )
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Everything a training is. Without `base` the model is built from `model`, and its tokenizer made.
+
+    `train` says what trains of a pretrained model; see `ffn.freeze`.
+    """
+
+    out: str = "runs/classify"
+    device: str = "auto"
+    base: str = ""  # what --from names: a folder that `ffn.load` reads
+    train: str = "all"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TransformerConfig = field(default_factory=_default_model)  # vocab_size: of the tokenizer, at most
+    head: HeadConfig = field(default_factory=HeadConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    @property
+    def chosen_lr(self) -> float:
+        """fit.lr, or the usual one for what trains."""
+        if self.fit.lr is not None:
+            return self.fit.lr
+        if not self.base:
+            return 1e-3
+        return {"head": 1e-2, "lora": 1e-3}.get(self.train, 1e-4)
+
+
+def read_config(file: str | Path | None = None, words: Iterable[str] = ()) -> ClassifyConfig:
+    """The defaults, then a TOML file, then words such as `fit.epochs=3`; ValueError says what is wrong."""
+    config = ClassifyConfig()
+    if file is not None:
+        try:
+            config = from_toml(ClassifyConfig, Path(file).read_text("utf-8"), base=config)
+        except OSError as error:
+            raise ValueError(f"{file}: cannot read this config: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    return apply_overrides(config, words)

@@ -1,0 +1,127 @@
+"""What the training of a classifier tells: a bar, pictures, metrics.csv and predictions.csv."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ffn.classify.loop import Outcome
+from ffn.classify.objective import LOWER_IS_BETTER, Objective
+from ffn.labelled import Labelled
+from ffn.metrics import Scores
+from ffn.report import Screen, clock
+
+NO_PICTURES = "no pictures: they want matplotlib, pip install 'ffn[app]'"
+
+
+class Progress(Screen):
+    """A bar with the loss and the best metric where stderr is a terminal; a line an epoch anywhere."""
+
+    def __init__(self, say: Callable[[str], None], steps: int, epochs: int, metric: str) -> None:
+        super().__init__(say, steps, 0)
+        self._epochs, self._metric, self._best = epochs, metric, ""
+
+    def step(self, loss: float, speed: float) -> None:
+        """One more step is done, at `speed` texts/s."""
+        if self._bar is not None:
+            text = f"loss {loss:.3f}{self._best}, {speed:,.0f} texts/s"
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+
+    def epoch(self, row: Mapping[str, float], best: bool) -> None:
+        """One more epoch is done."""
+        values = f"{self._metric} {row[self._metric]:.4f}" if self._metric != "loss" else ""
+        if best:
+            self._best = ", " + (values or f"val {row['loss']:.3f}")
+        losses = f"loss {row['train_loss']:.4f}  val {row['loss']:.4f}"
+        line = f"epoch {row['epoch']}/{self._epochs}  {losses}  {values}  {clock(row['seconds'])}"
+        self.say(line + ("  best so far" if best else ""))
+
+
+def write_history(path: Path, histories: Mapping[int, Outcome]) -> None:
+    """metrics.csv: a row an epoch of each seed."""
+    rows = [{"seed": seed, **row} for seed, outcome in histories.items() for row in outcome.history]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_predictions(
+    path: Path, rows: Labelled, objective: Objective, targets: Tensor, predictions: Tensor
+) -> None:
+    """predictions.csv: the rows with what was predicted, the worst mistakes first."""
+    wrong = objective.wrongness(targets, predictions)
+    order = wrong.argsort(descending=True, stable=True).tolist()
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if objective.classes:
+            writer.writerow(["label", "predicted", "probability", "of_label", "text", "file", "line"])
+        else:
+            writer.writerow(["label", "predicted", "squared_error", "text", "file", "line"])
+        for row in order:
+            place = (rows.texts[row], *rows.where[row])
+            if objective.classes:
+                best = int(predictions[row].argmax())
+                likely, right = float(predictions[row, best]), 1.0 - float(wrong[row])
+                said = (objective.classes[best], f"{likely:.6f}", f"{right:.6f}")
+            else:
+                said = (repr(float(predictions[row])), repr(float(wrong[row])))
+            writer.writerow([rows.labels[row], *said, *place])
+
+
+def draw(folder: Path, histories: Mapping[int, Outcome], metric: str, scores: Scores) -> bool:
+    """curves.png and, of classes, confusion.png; False where matplotlib is absent."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw_curves(figure, histories, metric)
+    figure.savefig(folder / "curves.png", dpi=120)
+    if scores.classes:
+        side = min(16.0, 3.0 + 0.45 * len(scores.classes))
+        figure = Figure(figsize=(side, side), layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw_confusion(figure, scores.confusion, scores.classes)
+        figure.savefig(folder / "confusion.png", dpi=120)
+    return True
+
+
+def _draw_curves(figure, histories: Mapping[int, Outcome], metric: str) -> None:
+    """Left the losses, right the metric, a line a seed."""
+    left, right = figure.subplots(1, 2)
+    for number, (seed, outcome) in enumerate(histories.items()):
+        epochs = [row["epoch"] for row in outcome.history]
+        colour, many = f"C{number % 10}", len(histories) > 1
+        of_seed = f", seed {seed}" if many else ""
+        for name, style in (("train_loss", "--"), ("loss", "o-")):
+            label = ("training" if name == "train_loss" else "validation") + of_seed
+            left.plot(epochs, [row[name] for row in outcome.history], style, color=colour, label=label)
+        values = [row[metric] for row in outcome.history]
+        right.plot(epochs, values, "o-", color=colour, label=f"validation{of_seed}")
+        right.axvline(outcome.best_epoch, color=colour, linewidth=0.5)
+    left.set(xlabel="epoch", ylabel="loss")
+    right.set(xlabel="epoch", ylabel=metric, title="lower is better" if metric in LOWER_IS_BETTER else "")
+    left.legend(fontsize="small")
+
+
+def _draw_confusion(figure, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
+    """Counts, coloured by their share of the row. Names that the font cannot draw are numbered."""
+    names = [name if name.isascii() else str(number) for number, name in enumerate(classes)]
+    shares = [[count / max(1, sum(row)) for count in row] for row in matrix]
+    axes = figure.add_subplot(xlabel="predicted", ylabel="true")
+    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    if len(names) <= 30:
+        for i, row in enumerate(matrix):
+            for j, count in enumerate(row):
+                colour = "white" if shares[i][j] > 0.5 else "black"
+                axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize="small")

@@ -1,0 +1,191 @@
+"""A trained classifier on disk: one folder, whole or absent, and what predicts from it.
+
+FOLDER/model.safetensors    the backbone, as `ffn.load` reads it: that gives the Transformer, not the scores
+       head.safetensors     what stands on it
+       classifier.json      the classes, how texts are read, where the backbone came from
+       tokenizer.json       config.toml metrics.json metrics.csv predictions.csv curves.png confusion.png
+       member-2/ ...        the others of an ensemble; without model.safetensors they share the backbone
+
+classifier = load_classifier(FOLDER)
+classifier.predict(["a fine film"])         # probabilities (N, K), or numbers (N,)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffn import checkpoint
+from ffn.atomic import publish, temporary_name, write_file
+from ffn.classify.batches import TextEncoder
+from ffn.classify.loop import TokenSource, evaluate
+from ffn.classify.objective import METRICS, Objective
+from ffn.interop.hf.classifier import save_classifier_folder
+from ffn.interop.shards import open_shards, write_tensors
+from ffn.interop.untrusted import read_json, short
+from ffn.nn.classifier import Classifier
+from ffn.tokenizer import HFTokenizer, load_tokenizer
+
+FORMAT = 1
+HEAD, FACTS, TOKENIZER = "head.safetensors", "classifier.json", "tokenizer.json"
+
+
+@dataclass
+class TextClassifier:
+    """Classifiers whose predictions are averaged (usually one), and how they read texts."""
+
+    members: Sequence[Classifier]
+    objective: Objective
+    encode: TextEncoder
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the probabilities; none for numbers."""
+        return self.objective.classes
+
+    def predict(self, texts: Iterable[str]) -> Tensor:
+        """Probabilities (N, K), or numbers (N,), float64; of several members the mean."""
+        return self.predict_rows(self.encode(texts)[0])
+
+    def predict_rows(self, rows: list[list[int]]) -> Tensor:
+        """The same of texts that were encoded before."""
+        source = TokenSource(rows, torch.zeros(len(rows), dtype=torch.int64), self.encode)
+        found = [evaluate(member, source, self.objective)[0] for member in self.members]
+        return torch.stack(found).mean(0)
+
+    def export(self, path: str | Path) -> None:
+        """Write it as a sequence-classification model of transformers; see `ffn.interop.hf.classifier`.
+
+        Raises ValueError where there is no such form: of several members, and as `save_classifier_folder`.
+        """
+        if len(self.members) > 1:
+            raise ValueError(
+                f"{len(self.members)} models are averaged here; transformers has no form for that"
+            )
+        loss, tokenizer = self.objective.loss_name, self.encode.tokenizer
+        labels, kind = {
+            "cross_entropy": (self.classes, "single_label_classification"),
+            "binary_cross_entropy": (self.classes[1:], "multi_label_classification"),  # of one label
+            "mse": (("value",), "regression"),
+        }[loss]
+        save_classifier_folder(
+            path,
+            self.members[0],
+            labels,
+            kind,
+            pad_token_id=self.encode.pad,
+            tokenizer=tokenizer if isinstance(tokenizer, HFTokenizer) else None,
+        )
+
+
+def save_classifier(folder: Path, classifier: TextClassifier) -> None:
+    """Write the files that `load_classifier` reads into a folder that is there."""
+    first = classifier.members[0]
+    facts = {
+        "format": FORMAT,
+        "loss": classifier.objective.loss_name,
+        "classes": list(classifier.classes),
+        "pooling": first.pooling,
+        "transform": first.head.transform,
+        "bias": first.head.out_proj.bias is not None,
+        "window": classifier.encode.window,
+        "pad": classifier.encode.pad,
+        "members": len(classifier.members),
+        "origin": getattr(first.backbone, "origin", None),
+    }
+    for number, member in enumerate(classifier.members, start=1):
+        place = _member(folder, number)
+        place.mkdir(exist_ok=True)
+        if number == 1 or member.backbone is not first.backbone:
+            checkpoint.save_model(place, member.backbone)  # type: ignore[arg-type] - a Transformer
+        write_tensors(place / HEAD, member.head.state_dict(), {})
+    classifier.encode.tokenizer.save(folder / TOKENIZER)
+    write_file(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> TextClassifier:
+    """The classifier in a folder that `ffn classify train` wrote, in eval mode.
+
+    Raises:
+        ValueError: one line: what is absent, damaged or does not fit.
+    """
+    folder = Path(path)
+    if not (folder / FACTS).is_file():
+        raise ValueError(f"{folder}: not the folder of a classifier, it has no {FACTS}")
+    facts = _read_facts(folder / FACTS)
+    members: list[Classifier] = []
+    for number in range(1, facts["members"] + 1):
+        place = _member(folder, number)
+        own = number == 1 or (place / checkpoint.MODEL).is_file()
+        backbone = checkpoint.load(place / checkpoint.MODEL, device) if own else members[0].backbone
+        backbone.origin = facts["origin"]  # type: ignore[attr-defined]
+        members.append(_classifier(place, backbone, facts))
+    objective = Objective(facts["loss"], tuple(facts["classes"]))
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    config = members[0].backbone.config
+    if facts["window"] > config.max_seq_len or tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: {FACTS}, {TOKENIZER} and {checkpoint.MODEL} do not belong together")
+    return TextClassifier(members, objective, TextEncoder(tokenizer, facts["window"], facts["pad"]))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder under another name, which gets its own when all went well and is gone when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary_name(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        publish(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_new(path: Path) -> None:
+    """ValueError where something is there already that `new_folder` would not replace."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"out={path}: there is something already; give another out=..., or take it away")
+
+
+def _member(folder: Path, number: int) -> Path:
+    return folder if number == 1 else folder / f"member-{number}"
+
+
+def _classifier(place: Path, backbone, facts: dict[str, Any]) -> Classifier:
+    """The head on its backbone, checked before anything is copied."""
+    num_scores = Objective(facts["loss"], tuple(facts["classes"])).num_scores
+    made = Classifier(backbone, num_scores, facts["pooling"], facts["transform"], bias=facts["bias"])
+    shards, wanted = open_shards(place / HEAD), made.head.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    if {name: spec.shape for name, spec in shards.specs.items()} != shapes:
+        raise ValueError(f"{place / HEAD}: other weights than {FACTS} asks for: {', '.join(shapes)}")
+    made.head.load_state_dict(dict(shards))
+    return made.eval()
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    facts = read_json(path)
+    if facts.get("format") != FORMAT:
+        got = short(facts.get("format"))
+        raise ValueError(f"{path}: its format is {got}, this version reads {FORMAT}")
+    kinds: dict[str, Any] = {
+        "loss": str, "classes": list, "pooling": str, "transform": (str, type(None)), "bias": bool,
+        "window": int, "pad": int, "members": int, "origin": (dict, type(None)),
+    }  # fmt: skip
+    wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
+    wrong = wrong or [name for name in ("window", "members") if facts[name] < 1]
+    wrong = wrong or ["classes"] * (not all(isinstance(name, str) for name in facts["classes"]))
+    wrong = wrong or ["loss"] * (facts["loss"] not in METRICS)
+    if wrong:
+        raise ValueError(f"{path}: damaged: {wrong[0]}={short(facts.get(wrong[0]))}")
+    return facts

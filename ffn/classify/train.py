@@ -1,0 +1,241 @@
+"""Training a classifier, from one configuration to a folder that holds everything.
+
+    train(read_config(words=["data.path=reviews.csv", "base=MODEL", "train=head"]))
+
+Nothing is written before the end, and then all of it or nothing; see `ffn.classify.result`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffn import checkpoint
+from ffn.atomic import write_file
+from ffn.classify.batches import TextEncoder
+from ffn.classify.loop import Outcome, Source, TokenSource, cache_features, fit
+from ffn.classify.objective import Objective
+from ffn.classify.parts import Parts, read_parts
+from ffn.classify.recipe import ClassifyConfig
+from ffn.classify.report import NO_PICTURES, Progress, draw, write_history, write_predictions
+from ffn.classify.result import TextClassifier, check_new, new_folder, save_classifier
+from ffn.classify.vocabulary import train_tokenizer
+from ffn.config import to_toml
+from ffn.device import Precision, choose_device, choose_precision
+from ffn.freeze import render_trained, train_only
+from ffn.metrics import Scores
+from ffn.nn.classifier import Classifier
+from ffn.tokenizer import Tokenizer
+from ffn.transformer import Transformer
+
+Say = Callable[[str], None]
+
+
+def train(config: ClassifyConfig, say: Say = print) -> dict[str, Any]:
+    """Train, evaluate, and write the folder `config.out`; returns what metrics.json holds.
+
+    Raises ValueError for a configuration or data that will not do, FloatingPointError when the loss is no
+    longer finite, OSError when nothing can be written. Ctrl-C ends training with the best epoch so far.
+    """
+    check_new(Path(config.out))
+    device, why = choose_device(config.device)
+    precision, why_precision = choose_precision(config.fit.precision, device)
+    say(f"device       {device} ({why})")
+    say(f"precision    {precision} ({why_precision})")
+    parts = read_parts(config, say)
+    config, backbone, tokenizer = _backbone(config, parts, device)
+    model = config.model if backbone is None else backbone.config
+    encode = TextEncoder(tokenizer, model.max_seq_len, _pad(backbone))
+    sources = parts.encode(encode, config.fit.word_dropout, say)
+    run = Training(config, parts.objective, backbone, sources, device, precision, say)
+    for seed in config.fit.seeds:
+        run.fit(seed)
+        if run.outcomes[seed].stopped == "interrupted":
+            break
+    classifier = TextClassifier(run.members, run.settle(), encode)
+    return _finish(config, parts, run, classifier)
+
+
+class Training:
+    """The members of one ensemble, usually one, as they are trained: `fit` for each seed."""
+
+    def __init__(
+        self,
+        config: ClassifyConfig,
+        objective: Objective,
+        backbone: Transformer | None,
+        sources: dict[str, TokenSource],
+        device: torch.device,
+        precision: Precision,
+        say: Say,
+    ) -> None:
+        self.config, self.objective, self.backbone = config, objective, backbone
+        self.tokens, self.device, self.say = sources, device, say
+        self.precision: Precision = precision
+        self.sources: dict[str, Source] = {}  # what the model reads: tokens, or features once cached
+        self.members: list[Classifier] = []
+        self.outcomes: dict[int, Outcome] = {}
+        self.cache_seconds: float | None = None
+
+    def _model(self, seed: int) -> Classifier:
+        """A new classifier; it has the pretrained backbone itself where that does not change."""
+        config, backbone = self.config, self.backbone
+        torch.manual_seed(seed)
+        if backbone is None:
+            backbone = Transformer(config.model, device=self.device)
+        elif config.train != "head":
+            backbone = copy.deepcopy(backbone)
+        return Classifier(
+            backbone,
+            self.objective.num_scores,
+            config.head.chosen(backbone.config.causal),
+            config.head.transform,
+            config.head.dropout,
+            bias=True if config.fit.loss == "mse" else None,  # numbers do not lie around 0
+        )
+
+    def fit(self, seed: int) -> None:
+        """Train one more member."""
+        config, fitting = self.config, self.config.fit
+        model = self._model(seed)
+        train_only(model, config.train)
+        if not self.members:
+            self.say(render_trained(model))
+            self._prepare(model)
+        steps = fitting.epochs * math.ceil(len(self.sources["train"].targets) / fitting.batch_size)
+        metric = fitting.chosen_metric
+        with closing(Progress(self.say, steps, fitting.epochs, metric)) as progress:
+            outcome = fit(
+                model,
+                self.sources["train"],
+                self.sources["val"],
+                self.objective,
+                fitting,
+                lr=config.chosen_lr,
+                seed=seed,
+                precision=self.precision,
+                watcher=progress,
+            )
+        self.outcomes[seed] = outcome
+        self.members.append(model)
+        best = f"{metric} {outcome.best:.4f} after epoch {outcome.best_epoch}"
+        self.say(f"seed {seed:<8}{outcome.stopped}, {best}, {outcome.seconds:.1f} s of training")
+
+    def _prepare(self, model: Classifier) -> None:
+        """Run what stays frozen over all texts, once, where only the head trains and texts stay the same."""
+        self.sources = dict(self.tokens)
+        fitting = self.config.fit
+        if self.config.train != "head" or not fitting.cache or fitting.word_dropout:
+            return
+        start = time.perf_counter()
+        self.sources = {n: cache_features(model, s, self.precision) for n, s in self.tokens.items()}
+        self.cache_seconds = time.perf_counter() - start
+        self.say(f"cached       features of all texts, in {self.cache_seconds:.1f} s")
+
+    def settle(self) -> Objective:
+        """What the members predict by: with center 0 and scale 1, which go into the weights."""
+        center, scale = self.objective.center, self.objective.scale
+        for model in self.members:
+            with torch.no_grad():
+                linear = model.head.out_proj
+                linear.weight.mul_(scale)
+                if linear.bias is not None:
+                    linear.bias.mul_(scale).add_(center)
+        return dataclasses.replace(self.objective, center=0.0, scale=1.0)
+
+
+def load_backbone(path: str, device: torch.device) -> tuple[Transformer, Tokenizer]:
+    """A pretrained model without its own head, in float32 at least, and its tokenizer."""
+    model, tokenizer = checkpoint.load(path, device), checkpoint.load_tokenizer(path)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} entries, the model {model.config.vocab_size}"
+        raise ValueError(f"{path}: the tokenizer has {sizes}; they do not belong together")
+    model.head, model.config = None, dataclasses.replace(model.config, head="none")
+    half = model.embedding.weight.dtype in (torch.bfloat16, torch.float16)
+    return (model.float() if half else model), tokenizer
+
+
+def _backbone(
+    config: ClassifyConfig, parts: Parts, device: torch.device
+) -> tuple[ClassifyConfig, Transformer | None, Tokenizer]:
+    """The pretrained model (None from scratch), the tokenizer, and the config with its vocabulary."""
+    if config.base:
+        backbone, tokenizer = load_backbone(config.base, device)
+        return config, backbone, tokenizer
+    if config.train != "all":
+        raise ValueError(f"train={config.train}: wants a pretrained model, base=PATH; or train=all")
+    start = config.head.chosen(config.model.causal) == "first"
+    texts, size = parts.rows["train"].texts, config.model.vocab_size
+    tokenizer = train_tokenizer(config.data.tokenizer, texts, size, start=start)
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size, head="none")
+    return dataclasses.replace(config, model=model), None, tokenizer
+
+
+def _pad(backbone: Transformer | None) -> int | None:
+    """The number that a pretrained model knows as padding, if it says."""
+    if backbone is None:
+        return None
+    return backbone.config.pad_token_id or (backbone.origin or {}).get("pad_token_id")
+
+
+def _finish(
+    config: ClassifyConfig, parts: Parts, run: Training, classifier: TextClassifier
+) -> dict[str, Any]:
+    """Judge the ensemble, write the folder, say what there is."""
+    objective, found = classifier.objective, {}
+    for name in ("val", "test"):
+        found[name] = classifier.predict_rows(run.tokens[name].rows)
+    scores = {name: objective.scores(parts.targets[name], found[name]) for name in found}
+    summary = _summary(config, parts, run, scores)
+    out, metric = Path(config.out), config.fit.chosen_metric
+    with new_folder(out) as folder:
+        save_classifier(folder, classifier)
+        write_file(folder / "config.toml", to_toml(config))
+        write_file(folder / "metrics.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_history(folder / "metrics.csv", run.outcomes)
+        write_predictions(
+            folder / "predictions.csv", parts.rows["test"], objective, parts.targets["test"], found["test"]
+        )
+        drawn = draw(folder, run.outcomes, metric, scores["test"])
+    run.say(f"\n{scores['test'].table()}\n")
+    if not drawn:
+        run.say(NO_PICTURES)
+    run.say(
+        f"saved        {out}: the model, config.toml, metrics.json, predictions.csv, worst mistakes first"
+    )
+    run.say(f"use it       ffn classify predict {out} TEXT")
+    return summary
+
+
+def _summary(
+    config: ClassifyConfig, parts: Parts, run: Training, scores: dict[str, Scores]
+) -> dict[str, Any]:
+    """What metrics.json holds."""
+    model = run.members[0]
+    members = [
+        {"seed": seed, "stopped": o.stopped, "best_epoch": o.best_epoch, "epochs": len(o.history)}
+        | {f"best_{config.fit.chosen_metric}": o.best, "train_seconds": o.seconds}
+        for seed, o in run.outcomes.items()
+    ]
+    return {
+        **{name: score.to_dict() for name, score in scores.items()},
+        "rows": {name: len(rows) for name, rows in parts.rows.items()},
+        "data": parts.counts,
+        "members": members,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "cache_seconds": run.cache_seconds,
+        "device": run.device.type,
+        "precision": run.precision,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
