@@ -8,8 +8,11 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
+from ffn.nn.low_rank import LowRankLinear, adapted_parameters
 from ffn.ops.dropout import check_probability
 from ffn.ops.feed_forward import check_options, check_size, explain, feed_forward
+from ffn.ops.library import autocasts, needs_textbook
+from ffn.ops.low_rank import adapted_feed_forward
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
@@ -57,7 +60,7 @@ class FeedForward(nn.Module):
 
     The children are plain `nn.Linear`s named gate_proj (when gated), up_proj and down_proj. While all are
     plain, their weights go to the op; once one is replaced, hooked, parametrized or quantized, the children
-    themselves are called.
+    themselves are called, but for adapters (`ffn.adapters`): those the op takes too.
 
     >>> FeedForward(512, 2048, 0.1)(torch.randn(2, 7, 512)).shape
     torch.Size([2, 7, 512])
@@ -120,7 +123,12 @@ class FeedForward(nn.Module):
         p = self.dropout if self.training else 0.0
         weights = self._weights_or_reason(x)
         if isinstance(weights, str):
-            y = self._through_children(x, p)
+            adapted = self._adapted(x)
+            if adapted is None:
+                y = self._through_children(x, p)
+            else:
+                options = {"save": self.save, "chunk_tokens": self.chunk_tokens}
+                y = adapted_feed_forward(x, *adapted, activation=self.activation, dropout=p, **options)
         else:
             up, down, gate, up_bias, down_bias, gate_bias = weights  # as names, quicker than as *weights
             y = feed_forward(
@@ -161,6 +169,29 @@ class FeedForward(nn.Module):
             return f"{what} is replaced, hooked, parametrized, or its weight is no plain parameter"
         return up[0], down[0], gate[0], up[1], down[1], gate[1]
 
+    def _adapted(self, x: Tensor) -> tuple[list, list] | None:
+        """(weights, factors) for the op with adapters, where some child has one and the others are plain,
+        all over weights that get no gradient; None where the children must be called."""
+        if not any(type(child) is LowRankLinear for child in self._modules.values()):
+            return None
+        if self.act is not None or self.backend == "reference" or type(x) is not Tensor:
+            return None
+        if has_global_hooks() or needs_textbook() or torch.compiler.is_compiling():
+            return None
+        weights, biases, factors = [], [], []
+        for name in ("up_proj", "down_proj", "gate_proj"):
+            child, found = self._modules.get(name), (None, None, None)
+            if child is not None:
+                plain = plain_parameters(child)
+                found = adapted_parameters(child) if plain is None else (*plain, None)
+            if found is None or any(t is not None and t.requires_grad for t in found[:2]):
+                return None
+            for several, one in zip((weights, biases, factors), found, strict=True):
+                several.append(one)
+        if x.shape[-1:] != weights[0].shape[1:] or not (autocasts(x) or x.dtype == weights[0].dtype):
+            return None
+        return [*weights, *biases], factors
+
     def explain(self, x: Tensor) -> str:
         """One line: which path and backend x would take, why, and what a token keeps for backward.
 
@@ -172,15 +203,17 @@ class FeedForward(nn.Module):
         if line is not None:
             return line
         weights = self._weights_or_reason(x)
+        kept = len(self._linears()) - 1 if self.save == "preact" else 0
+        keeps = f"keeps {self.dim + kept * self.hidden_dim} elements a token for backward"
+        if isinstance(weights, str) and self._adapted(x) is not None:
+            return f"eager: torch ops serve adapters; {keeps}"
         if isinstance(weights, str):
             return f"children: {weights}"
         p = self.dropout if self.training else 0.0
         choice = explain(x, weights, self.activation, p, self.save, self.chunk_tokens, self.backend)
         if choice.backend == "reference":
             return f"reference: {choice.reason}"
-        kept = len(self._linears()) - 1 if self.save == "preact" else 0
-        elements = self.dim + kept * self.hidden_dim
-        return f"{choice.backend}: {choice.reason}; keeps {elements} elements a token for backward"
+        return f"{choice.backend}: {choice.reason}; {keeps}"
 
     def extra_repr(self) -> str:
         name = self.activation if self.act is None else f"{self.activation} (under plain autograd)"
