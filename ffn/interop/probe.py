@@ -74,7 +74,7 @@ class StandIn:
         if not below:
             seen[path + name] = value
         if below or (isinstance(value, nn.Module) and not _is_leaf(value)):
-            return StandIn(value, below, seen, f"{path}{name}.")
+            return StandIn(value, below, seen, f"{path}{name}.")  # type: ignore[arg-type]
         return value
 
     def __setattr__(self, name: str, value):
@@ -207,8 +207,9 @@ def _row(h: Tensor, grids: list[Tensor], H: int) -> Found | str:
     if h.shape[:-1] != grids[0].shape[:-1] or h.shape[-1] != H or h.dtype != torch.float64:
         return f"what reaches the last product has shape {tuple(h.shape)} and dtype {str(h.dtype)[6:]}"
     weight = torch.linspace(0.5, 1.5, h.numel(), dtype=torch.float64).view_as(h)
-    slopes = torch.autograd.grad(h, grids, weight, retain_graph=True, allow_unused=True)
-    if any(slope is None for slope in slopes):
+    depends = h.requires_grad
+    slopes = torch.autograd.grad(h, grids, weight, retain_graph=True, allow_unused=True) if depends else ()
+    if not depends or any(slope is None for slope in slopes):
         return "the last product does not depend on the first"
     plain = len(grids) == 1 and grids[0].shape[-1] == H
     orders: list[tuple[int | None, str | None]]
@@ -251,10 +252,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found: Found) -> str | None:
     """Why the same does not hold in shorter dtypes, up to their largest values, for a single token too."""
-    for dtype, tokens in ((torch.float32, None), (torch.bfloat16, 1), (torch.float16, None)):
-        top, eps = torch.finfo(dtype).max, torch.finfo(dtype).eps
+    cases = ((torch.float64, 1), (torch.float32, None), (torch.bfloat16, None), (torch.float16, None))
+    for dtype, tokens in cases:
+        top, eps = torch.finfo(dtype).max, max(torch.finfo(dtype).eps, 1e-10)
         pre = [grid.detach()[:, :tokens].clone() for grid in grids]
-        if found[1] is None:  # products of two such would overflow
+        plain = len(pre) == 1 and found[2] is None
+        if plain and tokens is None:  # products of two such would overflow
             end = top if dtype == torch.float16 else 0.4 * top
             pre[0].view(-1)[::17], pre[0].view(-1)[1::17] = end, -end
         pre = [values.to(dtype) for values in pre]
@@ -266,10 +269,10 @@ def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found
         a, b = _factors(found, wide)
         value = _value(found, wide)
         room = 16 * eps * (1.0 + a.abs().clamp(max=12.0)) * b.abs().clamp(min=1.0) + 4 * eps * value.abs()
-        sure = (value.abs() < 0.9 * top) | (value.abs() > 1.1 * top)
+        sure = (value.abs() <= (1.0 if plain else 0.9) * top) | (value.abs() > 1.1 * top)
         near = ((h - value).abs() <= room) | (h == value.to(dtype))
         if h.dtype != dtype or not bool((near | ~sure).all()):
-            return f"in {str(dtype)[6:]} its values are others"
+            return f"in {str(dtype)[6:]}{', for one token,' if tokens else ''} its values are others"
     return None
 
 
@@ -300,6 +303,8 @@ def _dropout(h: Tensor, dropped: Tensor, grids: list[Tensor], seen: dict[str, An
     scale, lost = factor[factor != 0], (live & (factor == 0)).double()
     if scale.numel() == 0:
         return "everything is dropped"
+    if not dropped.requires_grad:
+        return other
     p = float(1.0 - 1.0 / scale.mean())
     if float((scale - scale.mean()).abs().max()) > 1e-9 * float(scale.mean().abs()):
         return other
