@@ -1,7 +1,7 @@
 """Models and training states on disk: safetensors and JSON, never pickle; whole and verified, or refused.
 
     RUN/tokenizer.json
-    RUN/checkpoints/step-000400/model.safetensors      weights; in the header the TransformerConfig as TOML
+    RUN/checkpoints/step-000400/model.safetensors      weights; in the header the configs as TOML
                                 optimizer.safetensors  optimizer state and random generators
                                 state.json             progress, identity of the run, SHA-256 of the files
 
@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ffn import tokenizer
+from ffn.adapters import AdapterConfig, adapter_config, add_adapters
 from ffn.atomic import publish, remove_folder, sha256_file, temporary_name, write_file
+from ffn.config import from_toml, to_toml
 from ffn.interop.hf import folder as hf
 from ffn.interop.shards import Shards, has_shards, open_shards, write_tensors
 from ffn.optim import ScheduledOptimizer
@@ -33,6 +35,7 @@ from ffn.transformer import Transformer, TransformerConfig
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+ADAPTERS = "\n[adapters]\n"
 Report = Callable[[str], None]
 
 
@@ -50,7 +53,7 @@ def save_model(path: str | Path, model: Transformer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = temporary_name(folder / MODEL)
     try:
-        write_tensors(partial, _tensors(model), {"config": model.config.to_toml()})
+        write_tensors(partial, _tensors(model), {"config": _header(model)})
         publish(partial, folder / MODEL)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -69,10 +72,12 @@ def load(
     if hf.is_folder(file):
         return hf.load_folder(file, device, dtype)
     tensors, metadata = _read_tensors(file)
-    config = _config(file, metadata)
+    config, adapters = _configs(file, metadata)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     saved = dtypes.pop() if len(dtypes) == 1 else None
     model = Transformer(config, device="meta", dtype=saved)
+    if adapters is not None:
+        add_adapters(model, adapters)
     _check(file, tensors, _tensors(model))
     model.to_empty(device=device)
     _copy(tensors, _tensors(model))
@@ -94,7 +99,7 @@ def inspect(path: str | Path) -> tuple[TransformerConfig, str, Shards | None]:
     if not file.is_file():
         raise ValueError(f"{path}: no model there, neither {MODEL} nor a config")
     shards = open_shards(file)
-    return _config(file, shards.metadata), "ffn", shards
+    return _configs(file, shards.metadata)[0], "ffn", shards
 
 
 def load_tokenizer(path: str | Path) -> tokenizer.Tokenizer:
@@ -230,11 +235,19 @@ def prune(run: Path, step: int, keep: int, best: str | None) -> None:
             remove_folder(path)
 
 
-def _config(file: Path, metadata: Mapping[str, str]) -> TransformerConfig:
+def _header(model: Transformer) -> str:
+    """The config as TOML and, where there are adapters, a table of theirs."""
+    adapters, text = adapter_config(model), model.config.to_toml()
+    return text if adapters is None else f"{text}{ADAPTERS}{to_toml(adapters)}"
+
+
+def _configs(file: Path, metadata: Mapping[str, str]) -> tuple[TransformerConfig, AdapterConfig | None]:
     if "config" not in metadata:
         raise ValueError(f"{file}: not a model of ffn, its header holds no config")
     try:
-        return TransformerConfig.from_toml(metadata["config"])
+        text, table, adapters = metadata["config"].partition(ADAPTERS)
+        config = TransformerConfig.from_toml(text)
+        return config, from_toml(AdapterConfig, adapters) if table else None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -47,6 +47,7 @@ LAYERS = [
     ["ffn.interop.hf.classifier"],
     ["ffn.interop", "ffn.interop.hf"],
     ["ffn.optim", "ffn.freeze", "ffn.cost", "ffn.report"],
+    ["ffn.adapters"],
     ["ffn.data", "ffn.labelled", "ffn.batches", "ffn.checkpoint", "ffn.generate"],
     ["ffn.steps", "ffn.recipe"],
     ["ffn.train", "ffn.classify.vocabulary", "ffn.classify.objective"],

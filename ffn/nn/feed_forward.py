@@ -178,13 +178,14 @@ class FeedForward(nn.Module):
             return None
         if has_global_hooks() or needs_textbook() or torch.compiler.is_compiling():
             return None
+        learning = torch.is_grad_enabled()
         weights, biases, factors = [], [], []
         for name in ("up_proj", "down_proj", "gate_proj"):
             child, found = self._modules.get(name), (None, None, None)
             if child is not None:
                 plain = plain_parameters(child)
                 found = adapted_parameters(child) if plain is None else (*plain, None)
-            if found is None or any(t is not None and t.requires_grad for t in found[:2]):
+            if found is None or (learning and any(t is not None and t.requires_grad for t in found[:2])):
                 return None
             for several, one in zip((weights, biases, factors), found, strict=True):
                 several.append(one)
