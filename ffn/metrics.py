@@ -90,12 +90,10 @@ def roc_auc(true: Tensor, scores: Tensor) -> float:
     ones, zeros = confusion_matrix(true, true, 2).diagonal().flip(0).tolist()
     _check_rows("roc_auc", true, scores)
     _check_finite("scores", scores)
-    if not ones or not zeros:
-        return math.nan
     _, place, ties = torch.unique(scores.cpu().double(), return_inverse=True, return_counts=True)
     rank = ties.cumsum(0) - (ties - 1) / 2.0  # from 1; equal scores share the mean of their ranks
     won = rank.double()[place][true.cpu() == 1].sum() - ones * (ones + 1) / 2
-    return float(won / (ones * zeros))
+    return float(won / (ones * zeros))  # a tensor's 0 / 0 is NaN
 
 
 def mean_squared_error(true: Tensor, predicted: Tensor) -> float:

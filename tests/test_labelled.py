@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from ffn.labelled import Labelled, encode_labels, overlap, read_labelled, split
 from tests.conftest import shared_data
 
-SHARES = st.sampled_from([(0.8, 0.1, 0.1), (0.9, 0.1), (0.5, 0.5), (0.98, 0.01, 0.01), (0.25,) * 4])
+SHARES = st.sampled_from(
+    [(0.8, 0.1, 0.1), (0.9, 0.1), (0.5, 0.5), (0.98, 0.01, 0.01), (0.1, 0.1, 0.8), (0.25,) * 4]
+)
 
 
 def labelled(rows: list[tuple[str, str]]) -> Labelled:
@@ -132,10 +134,10 @@ def test_whole_numbers_are_sorted_by_value() -> None:
 
 
 def test_labels_that_cannot_be_are_refused() -> None:
-    rows = labelled([("x", "pos"), ("y", "Neg")])
+    rows = labelled([("x", "pos"), ("y", "NEG")])
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole line below
         encode_labels(rows, ["neg", "pos"])
-    line = "rows.csv:3: unknown label 'Neg'; the classes are 'neg', 'pos'; did you mean 'neg'?"
+    line = "rows.csv:3: unknown label 'NEG'; the classes are 'neg', 'pos'; did you mean 'neg'?"
     assert str(caught.value) == line
     with pytest.raises(ValueError, match=r"rows\.csv: wants two classes or more; got 'pos'"):
         encode_labels(rows.take([0]))

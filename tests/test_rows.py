@@ -134,6 +134,7 @@ def test_the_class_is_what_differs_in_the_names(tmp_path: Path, names: list[str]
             {"text": "t", "label": "l"},
         ),
         ("a.csv", "good film\tpos\nbad\tneg\n", {"format": "tab"}),
+        ("a.csv", "text,label,a;b\ngood film,pos,1\nbad,neg,2", {}),
         ("a.txt", "text;label\r\ngood film;pos\r\n\r\nbad;neg", {"format": "csv"}),
     ],
 )
@@ -179,8 +180,8 @@ WRONG = {
     ),
     "its case": (
         "a.csv",
-        "id,Text,label\n1,x,y\n",
-        "a.csv:1: no 'text'; there are 'id', 'Text', 'label'; did you mean 'Text'?",
+        "id,TEXT,label\n1,x,y\n",
+        "a.csv:1: no 'text'; there are 'id', 'TEXT', 'label'; did you mean 'TEXT'?",
     ),
     "no label": (
         "a.csv",
