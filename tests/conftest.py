@@ -19,6 +19,25 @@ settings.register_profile(
 settings.load_profile("ffn")
 
 
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:  # one thread each, here and in the processes that tests start: two that contend are slower than one
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in two processes where pytest-xdist is installed and no -n says otherwise."""
+    whole = config.args == config.getini("testpaths")
+    if whole and not WORKER and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The one test that is a process of minutes comes first: the others run beside it."""
+    items.sort(key=lambda item: item.path.name != "test_interpreted.py")
+
+
 def shared_data(name: str) -> Path:
     """The file ``shared/data/NAME`` in or above the checkout; skips the test where there is none."""
     for folder in (ROOT, *ROOT.parents):
