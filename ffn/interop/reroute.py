@@ -7,6 +7,7 @@ done to what takes part (an adapter, a hook, a quantized weight, another activat
 
 from dataclasses import dataclass
 from functools import cache, update_wrapper
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,9 +72,14 @@ class Rerouted:
         chain = source.inner(origin(self), plan.chain)  # made on the way, of a kind that the op does not know
         return _at(self, plan.last)(run(self, chain, x, {}, plan.last))
 
-    def _ffn_tail(self, holder: nn.Module, y: Tensor, *rest):
-        product = self.__dict__[PLAN].last.rpartition(".")[2]
-        return source.tail(type(holder).forward, product)(holder, y, *rest)  # type: ignore[misc]
+    def _ffn_tail(self: Any, holder: nn.Module, y: Tensor, *rest):
+        return _tail(self, vars(self)[PLAN])(holder, y, *rest)  # type: ignore[misc]
+
+    def __setstate__(self: Any, state: dict) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        plan = vars(self)[PLAN]
+        if plan.chain.holds:
+            source.tail(*_holder(self, plan))
 
 
 def reroute(module: nn.Module, plan: Plan) -> None:
@@ -110,6 +116,8 @@ def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
         if plain_projection(product) is None:
             kind = type(product).__name__
             return f"{path} (a {kind}) is replaced, hooked, or its weight is no plain parameter"
+    if plan.chain.holds and _tail(module, plan) is None:
+        return f"the forward of {plan.chain.last} was replaced"
     for path, kind in plan.inner.passed:
         passed = _at(module, path)
         if type(passed) is not kind or _is_hooked(passed):
@@ -141,6 +149,15 @@ def probability(module: nn.Module, plan: Plan) -> float:
     path, name = plan.inner.dropout
     holder = _at(module, path)
     return float(getattr(holder, name)) if holder.training else 0.0
+
+
+def _tail(module: nn.Module, plan: Plan) -> FunctionType | None:
+    return source.TAILS.get(_holder(module, plan))
+
+
+def _holder(module: nn.Module, plan: Plan) -> tuple[FunctionType, str]:
+    """The forward of what holds the last product, and the product's name there."""
+    return type(_at(module, plan.chain.last)).forward, plan.last.rpartition(".")[2]
 
 
 def _at(module: nn.Module, path: str) -> Any:

@@ -29,6 +29,7 @@ from ffn.interop.syntax import function_of, is_what_runs, tree_of, written
 
 X = "_ffn_x"  # the block's input, in the functions made here
 REROUTE, TAIL = "_ffn_reroute", "_ffn_tail"  # what `rewrite` calls on self
+TAILS: dict[tuple[FunctionType, str], FunctionType | None] = {}  # for a compiler to look up what `tail` found
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,14 @@ def rewrite(cls: type, chain: Chain) -> FunctionType:
     return _function(cls, chain, tree)
 
 
-@cache
 def tail(forward: FunctionType, product: str) -> FunctionType | None:
     """f(self, y, ...) from a forward that begins with the product, without it; None if it does not."""
+    if (forward, product) not in TAILS:
+        TAILS[forward, product] = _tail(forward, product)
+    return TAILS[forward, product]
+
+
+def _tail(forward: FunctionType, product: str) -> FunctionType | None:
     tree = copy.deepcopy(tree_of(forward))
     if tree is None or len(tree.args.args) < 2 or not is_what_runs(forward):
         return None

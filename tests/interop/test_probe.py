@@ -1,4 +1,4 @@
-"""probe: what lies between two products, told from the numbers of the code itself; nothing is changed by it."""
+"""probe: what lies between two products, told from the numbers of the code, and nothing is changed by it."""
 
 import copy
 from functools import partial
