@@ -111,3 +111,18 @@ def test_a_default_prompt_that_cannot_be_encoded_gives_way_and_says_so() -> None
     assert said == []
     assert encode_prompt(tokenizer, "cabin", 1, said.append) == ("b", [1])
     assert said == ["prompt       'b', how the training text begins: its tokenizer cannot encode 'cabin'"]
+
+
+def test_the_frame_is_what_the_file_puts_around_a_text() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2, "b": 3}, "[UNK]")
+    )
+    assert HFTokenizer(made.to_str()).frame() == ([], [])
+    special = [("<s>", 1), ("</s>", 2)]
+    made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s> </s>", special_tokens=special)
+    tokenizer = HFTokenizer(made.to_str())
+    assert tokenizer.frame() == ([1], [2, 2])
+    assert tokenizer.encode("b") == [3], "what is encoded for a corpus has no frame"
+    assert tokenizer.number("[PAD]", "</s>", "<s>") == 2
+    assert tokenizer.number("[PAD]") is None

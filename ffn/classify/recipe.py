@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ffn.adapters import AdapterConfig
 from ffn.classify.objective import METRICS, Loss
 from ffn.config import apply_overrides, from_toml
 from ffn.device import Precision
+from ffn.freeze import check_choice
 from ffn.nn.classifier import Pooling, Transform
 from ffn.optim import Schedule, ScheduledOptimizer, lr_factor
 from ffn.transformer import TransformerConfig
@@ -75,6 +77,7 @@ class FitConfig:
     patience: int = 3  # epochs without a better one before stopping; 0 to go on
     seeds: tuple[int, ...] = (1337,)  # more than one train as many models, whose predictions are averaged
     precision: Precision = "auto"
+    frozen_dropout: bool = False  # let the frozen first layers drop values too
     cache: bool = True  # run what stays frozen once, where only the head trains
 
     def __post_init__(self) -> None:
@@ -121,6 +124,7 @@ class FitConfig:
 
 
 def _default_model() -> TransformerConfig:
+    """BERT's form, which on small data came out ahead of rotary positions with norms before."""
     return TransformerConfig(
         vocab_size=10_000,
         dim=128,
@@ -129,7 +133,14 @@ def _default_model() -> TransformerConfig:
         hidden_dim=512,
         max_seq_len=100,
         activation="gelu",
+        bias=True,
+        attention_bias=True,
+        position="learned",
+        norm="layernorm",
+        norm_position="post",
         causal=False,
+        embedding_norm=True,
+        num_token_types=1,
         head="none",
         dropout=0.1,
     )
@@ -139,7 +150,7 @@ def _default_model() -> TransformerConfig:
 class ClassifyConfig:
     """Everything a training is. Without `base` the model is built from `model`, and its tokenizer made.
 
-    `train` says what trains of a pretrained model; see `ffn.freeze`.
+    `train` says what trains of a pretrained model; see `ffn.freeze`. Adapters are merged at the end.
     """
 
     out: str = "runs/classify"
@@ -150,6 +161,10 @@ class ClassifyConfig:
     model: TransformerConfig = field(default_factory=_default_model)  # vocab_size: of the tokenizer, at most
     head: HeadConfig = field(default_factory=HeadConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+    lora: AdapterConfig = field(default_factory=AdapterConfig)  # with train=lora
+
+    def __post_init__(self) -> None:
+        check_choice(self.train)
 
     @property
     def chosen_lr(self) -> float:

@@ -33,12 +33,13 @@ class Progress(Screen):
 
     def epoch(self, row: Mapping[str, float], best: bool) -> None:
         """One more epoch is done."""
-        values = f"{self._metric} {row[self._metric]:.4f}" if self._metric != "loss" else ""
+        found = [f"loss {row['train_loss']:.4f}", f"val {row['loss']:.4f}"]
+        if self._metric != "loss":
+            found.append(f"{self._metric} {row[self._metric]:.4f}")
         if best:
-            self._best = ", " + (values or f"val {row['loss']:.3f}")
-        losses = f"loss {row['train_loss']:.4f}  val {row['loss']:.4f}"
-        line = f"epoch {row['epoch']}/{self._epochs}  {losses}  {values}  {clock(row['seconds'])}"
-        self.say(line + ("  best so far" if best else ""))
+            self._best = f", {found[-1]}"
+        found += [clock(row["seconds"]), *["best so far"] * best]
+        self.say(f"epoch {row['epoch']}/{self._epochs}  {'  '.join(found)}")
 
 
 def write_history(path: Path, histories: Mapping[int, Outcome]) -> None:

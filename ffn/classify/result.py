@@ -13,6 +13,7 @@ classifier.predict(["a fine film"])         # probabilities (N, K), or numbers (
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,9 +153,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """ValueError where something is there already that `new_folder` would not replace."""
+    """ValueError where `new_folder` would fail: before a training rather than after it."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"out={path}: there is something already; give another out=..., or take it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"out={path}: {path.parent} cannot be written to; give another out=...")
 
 
 def _member(folder: Path, number: int) -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ffn import checkpoint
+from ffn.adapters import add_adapters, merge_adapters
 from ffn.atomic import write_file
 from ffn.classify.batches import TextEncoder
 from ffn.classify.loop import Outcome, Source, TokenSource, cache_features, fit
@@ -58,7 +59,12 @@ def train(config: ClassifyConfig, say: Say = print) -> dict[str, Any]:
     sources = parts.encode(encode, config.fit.word_dropout, say)
     run = Training(config, parts.objective, backbone, sources, device, precision, say)
     for seed in config.fit.seeds:
-        run.fit(seed)
+        try:
+            run.fit(seed)
+        except KeyboardInterrupt:
+            if not run.members:
+                raise
+            break
         if run.outcomes[seed].stopped == "interrupted":
             break
     classifier = TextClassifier(run.members, run.settle(), encode)
@@ -85,15 +91,18 @@ class Training:
         self.members: list[Classifier] = []
         self.outcomes: dict[int, Outcome] = {}
         self.cache_seconds: float | None = None
+        self.trained = 0  # parameters of one member, adapters counted
 
     def _model(self, seed: int) -> Classifier:
-        """A new classifier; it has the pretrained backbone itself where that does not change."""
+        """A new classifier; on the pretrained backbone itself where no other member needs it as it was."""
         config, backbone = self.config, self.backbone
         torch.manual_seed(seed)
         if backbone is None:
             backbone = Transformer(config.model, device=self.device)
-        elif config.train != "head":
+        elif config.train != "head" and len(config.fit.seeds) > 1:
             backbone = copy.deepcopy(backbone)
+        if config.train == "lora":
+            add_adapters(backbone, config.lora)
         return Classifier(
             backbone,
             self.objective.num_scores,
@@ -107,10 +116,11 @@ class Training:
         """Train one more member."""
         config, fitting = self.config, self.config.fit
         model = self._model(seed)
-        train_only(model, config.train)
+        train_only(model, config.train, frozen_dropout=fitting.frozen_dropout)
         if not self.members:
             self.say(render_trained(model))
             self._prepare(model)
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         steps = fitting.epochs * math.ceil(len(self.sources["train"].targets) / fitting.batch_size)
         metric = fitting.chosen_metric
         with closing(Progress(self.say, steps, fitting.epochs, metric)) as progress:
@@ -126,6 +136,8 @@ class Training:
                 watcher=progress,
             )
         self.outcomes[seed] = outcome
+        if config.train == "lora":
+            merge_adapters(model)
         self.members.append(model)
         best = f"{metric} {outcome.best:.4f} after epoch {outcome.best_epoch}"
         self.say(f"seed {seed:<8}{outcome.stopped}, {best}, {outcome.seconds:.1f} s of training")
@@ -134,7 +146,8 @@ class Training:
         """Run what stays frozen over all texts, once, where only the head trains and texts stay the same."""
         self.sources = dict(self.tokens)
         fitting = self.config.fit
-        if self.config.train != "head" or not fitting.cache or fitting.word_dropout:
+        same = not (fitting.word_dropout or fitting.frozen_dropout)  # in each epoch
+        if self.config.train != "head" or not fitting.cache or not same:
             return
         start = time.perf_counter()
         self.sources = {n: cache_features(model, s, self.precision) for n, s in self.tokens.items()}
@@ -232,7 +245,7 @@ def _summary(
         "data": parts.counts,
         "members": members,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trained_parameters": run.trained,
         "cache_seconds": run.cache_seconds,
         "device": run.device.type,
         "precision": run.precision,

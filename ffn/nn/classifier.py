@@ -1,5 +1,6 @@
 """A Transformer that sorts texts: its hidden states pooled into one vector a text, and scores from that."""
 
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -16,6 +17,10 @@ class Backbone(Protocol):
     """What a `Transformer` offers here."""
 
     config: Any
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every weight."""
+        ...
 
     def hidden(
         self, tokens: Tensor, *, attention_mask: Tensor | None = None, token_types: Tensor | None = None
@@ -140,9 +145,11 @@ class Classifier(nn.Module):
     def pooled(
         self, tokens: Tensor, *, attention_mask: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
-        """One vector (B, D) a text, which `head` reads."""
-        hidden = self.backbone.hidden(tokens, attention_mask=attention_mask, token_types=token_types)
-        return pool(hidden, attention_mask, self.pooling)
+        """One vector (B, D) a text, which `head` reads; without a graph where the backbone is frozen."""
+        trains = any(p.requires_grad for p in self.backbone.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            hidden = self.backbone.hidden(tokens, attention_mask=attention_mask, token_types=token_types)
+            return pool(hidden, attention_mask, self.pooling)
 
     def extra_repr(self) -> str:
         return f"pooling={self.pooling!r}"

@@ -1,0 +1,58 @@
+"""Texts of two or three topics that a tiny model tells apart, and a configuration that takes a second."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+from ffn.classify.recipe import ClassifyConfig, read_config
+
+TOPICS = {
+    "food": ["bread", "soup", "apple", "salt", "oven", "spoon"],
+    "sea": ["wave", "boat", "sail", "salt", "storm", "harbour"],
+    "music": ["drum", "song", "flute", "choir", "apple", "rhythm"],
+}
+COMMON = ["the", "a", "of", "and", "on", "it", "was", "very", "quite", "some"]
+MODEL = [
+    "model.dim=16",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.hidden_dim=24",
+    "model.max_seq_len=12",
+]
+WORDS = [
+    *MODEL, "device=cpu", "fit.precision=float32", "fit.epochs=4", "fit.batch_size=8", "fit.lr=5e-3",
+    "data.tokenizer=char", "model.dropout=0.0", "head.dropout=0.0",
+]  # fmt: skip
+
+
+def texts(count: int, classes: int = 3, seed: int = 0) -> list[tuple[str, str]]:
+    """(text, label), all texts different."""
+    draw, found = random.Random(seed), {}
+    names = list(TOPICS)[:classes]
+    while len(found) < count:
+        name = names[len(found) % classes]
+        words = draw.choices(TOPICS[name], k=draw.randint(1, 3)) + draw.choices(COMMON, k=draw.randint(1, 4))
+        draw.shuffle(words)
+        found.setdefault(" ".join(words), name)
+    return list(found.items())
+
+
+def write_table(
+    path: Path, rows: list[tuple[str, object]], columns: tuple[str, str] = ("text", "label")
+) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+def config(folder: Path, *words: str, count: int = 90, classes: int = 3) -> ClassifyConfig:
+    """Trains on `folder/texts.csv`, which is written, into `folder/run`."""
+    if not (folder / "texts.csv").exists():
+        write_table(folder / "texts.csv", texts(count, classes))
+    return read_config(None, [f"data.path={folder / 'texts.csv'}", f"out={folder / 'run'}", *WORDS, *words])
+
+
+def quiet(_: str) -> None:
+    pass

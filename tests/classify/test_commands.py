@@ -1,0 +1,166 @@
+"""`ffn classify`: what it prints, how it exits, and one line for each mistake."""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ffn.classify import load_classifier
+from ffn.cli import main
+from tests.classify.samples import WORDS, texts, write_table
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classify")
+    table = write_table(folder / "texts.csv", texts(90))
+    words = [*WORDS, "fit.epochs=1", f"out={folder / 'run'}"]
+    assert main(["classify", "train", str(table), *words]) == 0
+    return folder / "run"
+
+
+def test_train_takes_data_a_config_keys_and_from(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "c.toml").write_text("train = 'head'\n[fit]\nepochs = 2\n")
+    data, out = str(run.parent / "texts.csv"), tmp_path / "out"
+    command = [
+        "classify",
+        "train",
+        data,
+        str(tmp_path / "c.toml"),
+        "--from",
+        str(run),
+        f"out={out}",
+        "device=cpu",
+    ]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "epoch 2/2" in shown
+    assert f"use it       ffn classify predict {out} TEXT" in shown
+    assert "base = " in (out / "config.toml").read_text()
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"ffn: out={out}: there is something already")
+
+
+def test_predict_prints_json_lines(run: Path, capsys) -> None:
+    assert main(["classify", "predict", str(run), "some bread", "wäve"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in lines] == ["some bread", "wäve"]
+    found = load_classifier(run).predict(["some bread", "wäve"])
+    for line, row in zip(lines, found.tolist(), strict=True):
+        assert list(line["probabilities"]) == ["food", "music", "sea"]
+        assert list(line["probabilities"].values()) == pytest.approx(row)
+        assert line["probability"] == max(line["probabilities"].values())
+        assert line["probabilities"][line["label"]] == line["probability"]
+
+
+def test_predict_prints_a_table(run: Path, capsys) -> None:
+    assert main(["classify", "predict", str(run), "some bread\x1b[31m", "--table"]) == 0
+    label, share, text = capsys.readouterr().out.rstrip("\n").split(None, 2)
+    assert label in ("food", "music", "sea")
+    assert 1 / 3 <= float(share) <= 1
+    assert text == "some bread\N{REPLACEMENT CHARACTER}[31m"
+
+
+def test_predict_reads_files_and_standard_input(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    words = ["some bread", "a, wave", "drum"]
+
+    def predicted(*arguments: str) -> list[str]:
+        assert main(["classify", "predict", str(run), *arguments]) == 0
+        return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+    (tmp_path / "t.txt").write_text("\n".join(words) + "\n")
+    assert predicted(str(tmp_path / "t.txt")) == words
+    write_table(tmp_path / "t.csv", [(word, "?") for word in words])
+    assert predicted(str(tmp_path / "t.csv")) == words
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\r\n".join(words)))
+    assert predicted("-") == words
+
+
+def test_texts_that_are_cut_are_counted(run: Path, capsys) -> None:
+    main(["classify", "predict", str(run), "bread " * 20, "a"])
+    assert capsys.readouterr().err == "warning: 1 of 2 texts are cut to 12 tokens\n"
+
+
+def test_predict_answers_in_chunks_before_it_fails(run: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("ffn.classify.commands.AT_ONCE", 2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n\nc\n"))
+    assert main(["classify", "predict", str(run), "-"]) == 2
+    shown = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in shown.out.splitlines()] == ["a", "b"]
+    assert shown.err.endswith("ffn: standard input:3: an empty text\n")
+
+
+def test_eval_shows_a_table_and_writes_predictions(run: Path, tmp_path: Path, capsys) -> None:
+    data = write_table(tmp_path / "new.csv", texts(12, seed=3), ("words", "topic"))
+    file = tmp_path / "p.csv"
+    command = ["classify", "eval", str(run), str(data), "data.text=words", "data.label=topic"]
+    assert main([*command, "--predictions", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("food", "music", "sea", "macro", "accuracy", "true \\ predicted"))
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    right = sum(row["label"] == row["predicted"] for row in rows)
+    assert f"{right / 12:.4f}" in shown
+
+
+def test_numbers(tmp_path: Path, capsys) -> None:
+    table = write_table(tmp_path / "texts.csv", [(text, len(text)) for text, _ in texts(40)])
+    words = [*WORDS, "fit.loss=mse", "fit.epochs=1", f"out={tmp_path / 'run'}"]
+    assert main(["classify", "train", str(table), *words]) == 0
+    capsys.readouterr()
+    run = str(tmp_path / "run")
+    assert main(["classify", "predict", run, "abc"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["text", "value"]
+    assert main(["classify", "predict", run, "abc", "--table"]) == 0
+    assert float(capsys.readouterr().out.split()[0])
+    assert main(["classify", "eval", run, str(tmp_path / "texts.csv")]) == 0
+    assert "mse" in capsys.readouterr().out
+
+
+def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    words = ["data.tokenizer=word", "head.pooling=first", "head.transform=tanh", "fit.epochs=1"]
+    table = write_table(tmp_path / "texts.csv", texts(60))
+    assert main(["classify", "train", str(table), *WORDS, *words, f"out={tmp_path / 'run'}"]) == 0
+    out = tmp_path / "hf"
+    assert main(["classify", "export", str(tmp_path / "run"), str(out)]) == 0
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(out / "tokenizer.json"), pad_token="[PAD]"
+    )
+    said = ["some bread", "a wave on the sea and the storm"]
+    batch = tokenizer(said, return_tensors="pt", padding=True)
+    found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.softmax(-1)
+    expected = load_classifier(tmp_path / "run").predict(said)
+    assert found.double().tolist() == [pytest.approx(row, abs=1e-6) for row in expected.tolist()]
+    assert list(model.config.id2label.values()) == ["food", "music", "sea"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "a.csv", "b.csv"], "a.csv b.csv: wants one DATA; put a pattern in quotes"),
+        (["train", "a.csv", "x.toml", "y.toml"], "x.toml y.toml: wants one config"),
+        (["train", "fit.epochs=1"], "data.path: missing; name a file or folder of labelled text"),
+        (["train", "/nowhere.csv"], "/nowhere.csv: no such file"),
+        (["train", "/nowhere.csv", "epoch=1"], "epoch: no such key; did you mean fit.epochs?"),
+        (["predict", "/nowhere", "a"], "/nowhere: not the folder of a classifier, it has no classifier.json"),
+        (["predict", "RUN", "a", " "], "text:2: an empty text"),
+        (["eval", "RUN", "a=b"], "a: no such key"),
+        (["eval", "RUN", "data.label=x"], "eval wants the folder of a classifier, DATA, and then keys"),
+        (["eval", "RUN", "NEW"], "NEW:3: unknown label 'see'"),
+        (["export", "RUN", "OUT"], "bert: its classifier in transformers has pooling='first'"),
+    ],
+)
+def test_mistakes_are_one_line(command: list[str], message: str, run: Path, tmp_path: Path, capsys) -> None:
+    new = write_table(tmp_path / "new.csv", [("a", "sea"), ("b", "see")])
+    places = {"RUN": str(run), "NEW": str(new), "OUT": str(tmp_path / "out")}
+    assert main(["classify", *(places.get(word, word) for word in command)]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"ffn: {message.replace('NEW', str(new))}")
+    assert line.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["new.csv"]

@@ -1,0 +1,110 @@
+"""Losses against their formulas, predictions from scores, and class weights from words."""
+
+import math
+
+import pytest
+import torch
+
+from ffn.classify.objective import METRICS, Objective, better, parse_class_weights
+
+F64 = torch.float64
+TARGETS = torch.tensor([0, 2, 1, 2, 0])
+WEIGHTS = torch.tensor([0.5, 1.0, 3.0])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_cross_entropy(smoothing: float, weights: torch.Tensor | None) -> None:
+    scores = torch.randn(5, 3, dtype=F64)
+    objective = Objective("cross_entropy", ("a", "b", "c"), weights, smoothing)
+    weight = torch.ones(3, dtype=F64) if weights is None else weights.double()
+    logs = scores - scores.exp().sum(1, keepdim=True).log()
+    wanted = (1 - smoothing) * torch.eye(3, dtype=F64)[TARGETS] + smoothing / 3
+    expected = -(wanted * weight * logs).sum() / weight[TARGETS].sum()
+    torch.testing.assert_close(objective.loss(scores, TARGETS), expected)
+    torch.testing.assert_close(objective.predictions(scores), logs.exp())
+    assert objective.num_scores == 3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, WEIGHTS[:2]])
+def test_binary_cross_entropy(smoothing: float, weights: torch.Tensor | None) -> None:
+    scores, targets = torch.randn(5, 1, dtype=F64), TARGETS.clamp(max=1)
+    objective = Objective("binary_cross_entropy", ("no", "yes"), weights, smoothing)
+    weight = torch.ones(2, dtype=F64) if weights is None else weights.double()
+    p = 1 / (1 + (-scores[:, 0]).exp())
+    wanted = targets * (1 - smoothing) + smoothing / 2
+    loss = -(wanted * p.log() * weight[1] + (1 - wanted) * (1 - p).log() * weight[0])
+    torch.testing.assert_close(objective.loss(scores, targets), loss.sum() / weight[targets].sum())
+    torch.testing.assert_close(objective.predictions(scores), torch.stack([1 - p, p], 1))
+    assert objective.num_scores == 1
+    with pytest.raises(ValueError, match=r"^fit.loss=binary_cross_entropy: wants two classes; got 3;"):
+        Objective("binary_cross_entropy", ("a", "b", "c"))
+
+
+def test_squared_error_in_the_units_of_the_labels() -> None:
+    scores, targets = torch.randn(5, 1, dtype=F64), torch.randn(5, dtype=F64) * 30 + 100
+    objective = Objective("mse", center=100.0, scale=30.0)
+    values = 100.0 + 30.0 * scores[:, 0]
+    torch.testing.assert_close(objective.predictions(scores), values)
+    expected = ((values - targets) ** 2).mean()
+    torch.testing.assert_close(objective.loss(scores, targets) * 900.0, expected)
+    found = objective.scores(targets, values).values
+    assert math.isclose(found["mse"], expected.item())
+    assert torch.equal(objective.wrongness(targets, values), (values - targets) ** 2)
+
+
+def test_half_precision_scores_are_judged_in_float32() -> None:
+    loss = Objective("cross_entropy", ("a", "b")).loss(
+        torch.zeros(2, 2, dtype=torch.bfloat16), TARGETS[:2] // 2
+    )
+    assert loss.dtype == torch.float32
+
+
+def test_metrics_are_those_of_the_loss() -> None:
+    scores = torch.randn(4, 2, dtype=F64)
+    objective = Objective("cross_entropy", ("a", "b"))
+    found = objective.scores(torch.tensor([0, 1, 1, 0]), objective.predictions(scores))
+    assert {"loss", *found.values} == set(METRICS["cross_entropy"])
+    assert better("accuracy", 0.5, None)
+    assert better("accuracy", 0.5, 0.4)
+    assert not better("accuracy", 0.5, 0.5)
+    assert better("loss", 0.4, 0.5)
+    assert better("mse", 0.4, 0.5)
+    assert not better("r2", 0.4, 0.5)
+
+
+def test_wrongness_is_what_the_right_class_lacks() -> None:
+    predictions = torch.tensor([[0.9, 0.1], [0.3, 0.7]], dtype=F64)
+    wrong = Objective("cross_entropy", ("a", "b")).wrongness(torch.tensor([1, 1]), predictions)
+    torch.testing.assert_close(wrong, torch.tensor([0.9, 0.3], dtype=F64))
+
+
+def test_class_weights_from_words() -> None:
+    classes = ("a", "b:c", "d")
+    assert parse_class_weights("none", classes, TARGETS) is None
+    balanced = parse_class_weights("balanced", classes, TARGETS)
+    torch.testing.assert_close(balanced, torch.tensor([5 / 6, 5 / 3, 5 / 6]))
+    given = parse_class_weights("d:3, a:0.5,b:c:1", classes, TARGETS)
+    torch.testing.assert_close(given, torch.tensor([0.5, 1.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("a:1", r"^fit.class_weights: no weight for b$"),
+        ("a:1,c:1", r"^fit.class_weights: 'c:1': wants class:weight, of a, b$"),
+        ("a:1,b:x", r"^fit.class_weights: 'b:x': wants"),
+        ("a:1,b:0", r"^fit.class_weights: 'b:0': wants"),
+        ("a:1,b:nan", r"^fit.class_weights: 'b:nan': wants"),
+        ("often", r"^fit.class_weights: 'often': wants"),
+    ],
+)
+def test_wrong_class_weights(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_class_weights(words, ("a", "b"), TARGETS.clamp(max=1))
+
+
+def test_numbers_have_no_class_weights() -> None:
+    with pytest.raises(ValueError, match=r"^fit.class_weights=balanced: numbers have no classes"):
+        parse_class_weights("balanced", (), TARGETS)
