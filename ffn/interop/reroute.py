@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from ffn.interop import source
-from ffn.interop.probe import Inner, run
+from ffn.interop.probe import Inner
 from ffn.interop.source import Chain
+from ffn.interop.standin import run
 from ffn.interop.weights import is_plain_input, plain_projection, split_packed
 from ffn.ops.feed_forward import feed_forward
 

@@ -21,10 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import nn
 
+from ffn.interop.statements import Place, calls_of, is_closed, is_simple, is_text
 from ffn.interop.syntax import function_of, is_what_runs, tree_of, written
 
 X = "_ffn_x"  # the block's input, in the functions made here
@@ -47,18 +48,6 @@ class Chain:
     holds: bool = False
     sequence: tuple[str, ...] = ()
     facts: tuple[tuple[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A chain found: its statements body[start:stop + 1], all that call a first product lie up to `read`;
-    their argument."""
-
-    body: list[ast.stmt]
-    start: int
-    read: int
-    stop: int
-    argument: ast.expr
 
 
 def find_chains(module: nn.Module, products: set[str], holders: set[str]) -> list[Chain]:
@@ -86,7 +75,7 @@ def _chains(cls: type, blank: Chain, products: set[str], holders: set[str]) -> I
     if tree is None:
         return
     for body in _bodies(tree):
-        calls = [name for statement in body for name, _ in _calls(statement, products | holders)]
+        calls = [name for statement in body for name, _ in calls_of(statement, products | holders)]
         for end, last in enumerate(calls):
             for count in (2, 1):
                 first = tuple(calls[max(end - count, 0) : end])
@@ -101,11 +90,11 @@ def inner(cls: type, chain: Chain) -> FunctionType:
     """f(self, x): what the method does from x to the call of the last product, which is its last act."""
     tree, place = _found(cls, chain)
     run = place.body[place.start : place.stop + 1]
-    ((_, call),) = _calls(run[-1], {chain.last})
+    ((_, call),) = calls_of(run[-1], {chain.last})
     call.args[1:] = [ast.Constant(None) for _ in call.args[1:]]
     statements = [*run[:-1], ast.Expr(call)]
     for statement in statements:
-        for _, first in _calls(statement, set(chain.first)):
+        for _, first in calls_of(statement, set(chain.first)):
             first.args = [ast.Name(X, ast.Load())]
     if isinstance(place.argument, ast.Name):
         statements = [*ast.parse(f"{place.argument.id} = {X}").body, *statements]
@@ -118,7 +107,7 @@ def rewrite(cls: type, chain: Chain) -> FunctionType:
     """The method with its chain replaced by `self._ffn_reroute(x)`, or by that and the rest of `last`."""
     tree, place = _found(cls, chain)
     statement = place.body[place.stop]
-    ((_, call),) = _calls(statement, {chain.last})
+    ((_, call),) = calls_of(statement, {chain.last})
     rerouted = ast.Call(_attribute(REROUTE), [place.argument], [])
     if chain.holds:
         call.args = [call.func, rerouted, *call.args[1:]]
@@ -141,18 +130,18 @@ def _tail(forward: FunctionType, product: str) -> FunctionType | None:
     if tree is None or len(tree.args.args) < 2 or not is_what_runs(forward):
         return None
     given = tree.args.args[1].arg
-    found = [(statement, call) for statement in tree.body for _, call in _calls(statement, {product})]
+    found = [(statement, call) for statement in tree.body for _, call in calls_of(statement, {product})]
     if len(found) != 1:
         return None
     statement, call = found[0]
     before = tree.body[: tree.body.index(statement)]
-    if not all(map(_is_text, before)) or [ast.unparse(a) for a in call.args] != [given]:
+    if not all(map(is_text, before)) or [ast.unparse(a) for a in call.args] != [given]:
         return None
     _replace(statement, call, call.args[0])
     return function_of(forward, tree)
 
 
-def _found(cls: type, chain: Chain) -> tuple[ast.FunctionDef, _Place]:
+def _found(cls: type, chain: Chain) -> tuple[ast.FunctionDef, Place]:
     tree = copy.deepcopy(_tree(cls, chain.method, chain.sequence, chain.facts))
     place = tree and _locate(tree, chain)
     if tree is None or place is None:
@@ -238,42 +227,24 @@ def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
                 yield statements
 
 
-def _calls(node: ast.AST, names: set[str]) -> Iterator[tuple[str, ast.Call]]:
-    """The calls self.NAME(...), the innermost first, as they are evaluated."""
-    for child in ast.iter_child_nodes(node):
-        yield from _calls(child, names)
-    if isinstance(node, ast.Call) and (name := _child(node.func)) in names:
-        assert name is not None
-        yield name, node
-
-
-def _child(function: ast.expr) -> str | None:
-    match function:
-        case ast.Attribute(value=ast.Name(id="self"), attr=name):
-            return name
-        case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id="self"), ast.Constant(value=str(name))]):
-            return name
-    return None
-
-
-def _locate(tree: ast.FunctionDef, chain: Chain) -> _Place | None:
+def _locate(tree: ast.FunctionDef, chain: Chain) -> Place | None:
     """The place of the chain, if its statements can be taken out without loss."""
     for body in _bodies(tree):
-        stops = [i for i, s in enumerate(body) if _simple(s) and any(_calls(s, {chain.last}))]
+        stops = [i for i, s in enumerate(body) if is_simple(s) and any(calls_of(s, {chain.last}))]
         for stop in stops:
             place = _place(body, stop, chain)
-            if place is not None and _is_closed(tree, place, chain):
+            if place is not None and is_closed(tree, place, set(chain.first), chain.last):
                 return place
     return None
 
 
-def _place(body: list[ast.stmt], stop: int, chain: Chain) -> _Place | None:
-    last = [call for _, call in _calls(body[stop], {chain.last})]
+def _place(body: list[ast.stmt], stop: int, chain: Chain) -> Place | None:
+    last = [call for _, call in calls_of(body[stop], {chain.last})]
     if len(last) != 1 or not last[0].args:
         return None
     firsts: dict[str, tuple[int, ast.Call]] = {}
     for index in range(stop, -1, -1):
-        for name, call in _calls(body[index], set(chain.first)):
+        for name, call in calls_of(body[index], set(chain.first)):
             firsts.setdefault(name, (index, call))
         if len(firsts) == len(chain.first):
             break
@@ -282,98 +253,14 @@ def _place(body: list[ast.stmt], stop: int, chain: Chain) -> _Place | None:
     start, read = min(i for i, _ in firsts.values()), max(i for i, _ in firsts.values())
     if any(call not in ast.walk(last[0]) for index, call in firsts.values() if index == stop):
         return None
-    calls = [call for s in body[start : stop + 1] for _, call in _calls(s, set(chain.first))]
+    calls = [call for s in body[start : stop + 1] for _, call in calls_of(s, set(chain.first))]
     arguments = {ast.dump(call.args[0]) for call in calls if len(call.args) == 1 and not call.keywords}
     if len(calls) != len(chain.first) or len(arguments) != 1 or any(len(call.args) != 1 for call in calls):
         return None
     argument = calls[0].args[0]
     if len(calls) > 1 and not isinstance(argument, ast.Name):
         return None
-    return _Place(body, start, read, stop, copy.deepcopy(argument))
-
-
-def _is_closed(tree: ast.FunctionDef, place: _Place, chain: Chain) -> bool:
-    """Whether the run reads nothing but self, the kind of x and globals, and nobody reads what it assigns."""
-    run, final = place.body[place.start : place.stop], place.body[place.stop]
-    ((_, call),) = _calls(final, {chain.last})
-    x = place.argument.id if isinstance(place.argument, ast.Name) else None
-    local = {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)} | _stored(tree)
-    if not all(map(_movable, run)) or not all(_is_foreseen(node, local) for node in (*run, call)):
-        return False
-    skip = {id(n) for s in (*run, call) for _, c in _calls(s, set(chain.first)) for n in ast.walk(c.args[0])}
-    skip |= {id(n.value) for s in (*run, call) for n in ast.walk(s) if _is_kind(n) and _name(n.value) == x}
-    known = {"self"}
-    for node in (*run, call.args[0]):
-        if (_loaded(node, skip) & local) - known:
-            return False
-        known |= _stored(node) if not isinstance(node, ast.If) else set()
-    if any(x in _stored(s) for s in place.body[place.start : place.read]):
-        return False  # the products read different values
-    assigned = {name for statement in run for name in _stored(statement)}
-    outside = {id(node) for s in (*run, call.args[0]) for node in ast.walk(s)}
-    replaced = {t.id for t in getattr(final, "targets", []) if isinstance(t, ast.Name)}
-    later = _loaded(tree, outside, after=place.body[place.start].lineno)
-    return not (assigned & _loaded(final, outside)) and not ((assigned - replaced) & later)
-
-
-def _is_foreseen(node: ast.AST, local: set[str]) -> bool:
-    """Whether its branches hang only on self and dtypes, which are probed, and not on what a call brings."""
-    for test in (n.test for n in ast.walk(node) if isinstance(n, ast.If | ast.IfExp)):
-        dtypes = {id(n.value) for n in ast.walk(test) if isinstance(n, ast.Attribute) and n.attr == "dtype"}
-        called = {_name(n.func) for n in ast.walk(test) if isinstance(n, ast.Call)}
-        if _loaded(test, dtypes) & (local - {"self"}) or called - {"isinstance", "hasattr", "getattr"}:
-            return False
-    return True
-
-
-def _is_kind(node: ast.AST) -> TypeGuard[ast.Attribute]:
-    return isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape")
-
-
-def _name(node: ast.AST) -> str | None:
-    return node.id if isinstance(node, ast.Name) else None
-
-
-def _simple(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Assign | ast.AnnAssign | ast.Return | ast.Expr)
-
-
-def _movable(statement: ast.stmt) -> bool:
-    """Whether leaving it out is noticed only through the names it assigns."""
-    if _is_text(statement):
-        return True
-    if isinstance(statement, ast.If):
-        return all(_movable(s) for s in (*statement.body, *statement.orelse))
-    targets = {ast.Assign: "targets", ast.AnnAssign: "target", ast.AugAssign: "target"}.get(type(statement))
-    if targets is None:
-        return False
-    found: Any = getattr(statement, targets)
-    nodes = [n for target in (found if isinstance(found, list) else [found]) for n in ast.walk(target)]
-    return all(isinstance(n, ast.Name | ast.Tuple | ast.List | ast.expr_context) for n in nodes)
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    return text or isinstance(statement, ast.Pass)
-
-
-def _stored(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-
-
-def _loaded(node: ast.AST, skip: set[int], after: int = 0) -> set[str]:
-    """Names read in node, but for the nodes whose ids are in `skip`, from line `after` on or in a loop."""
-    nodes = list(ast.walk(node))
-    repeated = ast.For | ast.While | ast.Lambda | ast.FunctionDef
-    looped = any(isinstance(n, repeated) and n is not node for n in nodes)
-    updated = {id(n.target) for n in nodes if isinstance(n, ast.AugAssign)}
-    return {
-        n.id
-        for n in nodes
-        if isinstance(n, ast.Name) and id(n) not in skip
-        if not isinstance(n.ctx, ast.Store) or id(n) in updated
-        if looped or n.lineno >= after
-    }
+    return Place(body, start, read, stop, copy.deepcopy(argument))
 
 
 def _attribute(name: str) -> ast.Attribute:

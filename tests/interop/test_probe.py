@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn import activations
-from ffn.interop import probe
 from ffn.interop.probe import Inner, identify, sizes
+from ffn.interop.standin import StandIn
 from ffn.interop.weights import PACKINGS
 
 F64 = torch.float64
@@ -441,7 +441,7 @@ def test_sizes_of_products() -> None:
 
 
 def test_a_stand_in_is_its_module_to_those_who_ask() -> None:
-    stand_in = probe.StandIn(nn.Sequential(nn.GELU(), nn.ReLU()), {}, {})
+    stand_in = StandIn(nn.Sequential(nn.GELU(), nn.ReLU()), {}, {})
     assert isinstance(stand_in, nn.Sequential)
     assert [type(step) for step in stand_in] == [nn.GELU, nn.ReLU]
     assert torch.equal(stand_in(torch.ones(2)), F.gelu(torch.ones(2)))

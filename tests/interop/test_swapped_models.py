@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 import ffn
 from ffn.interop.reroute import Rerouted
+from tests.conftest import ROOT
 from tests.interop.same import F64, assert_same
 
 transformers = pytest.importorskip("transformers", reason="these are its models")
@@ -88,7 +91,7 @@ def outcome(model: nn.Module, given: dict[str, Tensor], seed: int = 0) -> dict[s
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
-    """The same but for rounding; what is nothing else (the gradient of a key's bias) has no size of its own."""
+    """The same but for rounding; what is nothing else (the gradient of a key's bias) has no size."""
     floor = 1e-6 * max(float(value.abs().max()) for value in expected.values())
     assert list(found) == list(expected)
     for n, wanted in expected.items():
@@ -167,6 +170,33 @@ def test_unswap_leaves_no_trace(name: str) -> None:
         assert vars(m).keys() == attributes.keys()
         assert all(vars(m)[key] is value for key, value in attributes.items())
         assert repr(m) == text
+
+
+def test_a_pickle_is_read_in_a_process_that_never_swapped(tmp_path) -> None:
+    _, model, given = pair("bert")
+    torch.save((model, given, logits(model, given)), tmp_path / "model.pt")
+    code = """if 1:
+        import sys, torch
+        model, given, expected = torch.load(sys.argv[1], weights_only=False)
+        assert torch.equal(model(**given).logits, expected)
+        block = model.bert.encoder.layer[0]
+        from ffn.interop.reroute import reason_not_to
+        assert reason_not_to(block, block._ffn_plan) is None
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_class_that_holds_the_last_product_may_be_patched(monkeypatch) -> None:
+    from transformers.models.bert.modeling_bert import BertOutput
+
+    old, new, given = pair("bert")
+    written = BertOutput.forward
+    monkeypatch.setattr(BertOutput, "forward", lambda self, h, x: 2 * written(self, h, x))
+    assert_near(outcome(new, given), outcome(old, given))
+    monkeypatch.undo()
+    assert_near(outcome(new, given), outcome(old, given))
 
 
 @pytest.mark.parametrize("name", DECODERS)

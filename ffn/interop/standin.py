@@ -1,0 +1,91 @@
+"""A module's own code run with functions in place of its products, and all that it reads noted."""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Caught(Exception):
+    """Carries what reached the last product."""
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.value = value
+
+
+class StandIn:
+    """A module to its own code, but for the products: those are functions given here, by path.
+
+    What the code reads of it is noted in `seen`, also in its methods and in its children's own code; it may
+    not write.
+    """
+
+    def __init__(self, module: nn.Module, products: dict[str, Any], seen: dict[str, Any], path: str = ""):
+        self.__dict__["_stand_in"] = (module, products, seen, path)
+
+    @property
+    def __class__(self):
+        return type(self.__dict__["_stand_in"][0])
+
+    def __getattr__(self, name: str):
+        module, products, seen, path = self.__dict__["_stand_in"]
+        if name in products:
+            return products[name]
+        below = {k[len(name) + 1 :]: v for k, v in products.items() if k.startswith(name + ".")}
+        value: Any = getattr(module, name)
+        if isinstance(value, MethodType) and value.__self__ is module:
+            return MethodType(value.__func__, self)
+        if not below:
+            seen[path + name] = value
+        if below or (isinstance(value, nn.Module) and not is_leaf(value)):
+            return StandIn(value, below, seen, f"{path}{name}.")  # type: ignore[arg-type]
+        return value
+
+    def __setattr__(self, name: str, value):
+        raise TypeError(f"it writes {name}")
+
+    def __iter__(self):
+        return iter([getattr(self, name) for name in self.__dict__["_stand_in"][0]._modules])
+
+    def __call__(self, *args, **kwargs):
+        kind = self.__class__
+        if kind.__call__ is not nn.Module.__call__:
+            raise TypeError(f"{kind.__name__} is called in a way of its own")
+        return kind.forward(self, *args, **kwargs)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether it is one of torch's own, which do what their attributes say and nothing else."""
+    return type(module).__module__.startswith("torch.nn.") and not module._modules
+
+
+class Product:
+    """Stands for a Linear: calls `function`; all else is the Linear's, but for the dtype of its weight."""
+
+    def __init__(self, linear: nn.Module, function: Callable[[Tensor], Tensor], dtype: torch.dtype):
+        self._linear, self._function = linear, function
+        self.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str):
+        return getattr(self._linear, name)
+
+    def __call__(self, x: Tensor, *_):
+        return self._function(x)
+
+
+def run(module: nn.Module, chain: Callable, x: Tensor, products: dict[str, Callable], last: str, seen=None):
+    """What reaches the last product when chain(module, x) runs with functions in place of `products`."""
+
+    def catch(h: Tensor):
+        raise Caught(h)
+
+    functions = products | {last: catch}
+    given = {path: Product(module.get_submodule(path), f, x.dtype) for path, f in functions.items()}
+    try:
+        chain(StandIn(module, given, {} if seen is None else seen), x)
+    except Caught as caught:
+        return caught.value
+    raise ValueError("the last product was not reached")
