@@ -155,13 +155,13 @@ class ClassifyConfig:
 
     out: str = "runs/classify"
     device: str = "auto"
-    base: str = ""  # what --from names: a folder that `ffn.load` reads
+    base: str | None = None  # what --from names: a folder that `ffn.load` reads
     train: str = "all"
     data: DataConfig = field(default_factory=DataConfig)
     model: TransformerConfig = field(default_factory=_default_model)  # vocab_size: of the tokenizer, at most
     head: HeadConfig = field(default_factory=HeadConfig)
     fit: FitConfig = field(default_factory=FitConfig)
-    lora: AdapterConfig = field(default_factory=AdapterConfig)  # with train=lora
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # with train=lora
 
     def __post_init__(self) -> None:
         check_choice(self.train)

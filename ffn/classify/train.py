@@ -102,7 +102,7 @@ class Training:
         elif config.train != "head" and len(config.fit.seeds) > 1:
             backbone = copy.deepcopy(backbone)
         if config.train == "lora":
-            add_adapters(backbone, config.lora)
+            add_adapters(backbone, config.adapter)
         return Classifier(
             backbone,
             self.objective.num_scores,

@@ -68,9 +68,9 @@ def test_the_same_configuration_gives_the_same_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["head", "ffn", "last:1", "all", "lora"])
 def test_from_a_pretrained_model(what: str, base: Path, tmp_path: Path) -> None:
-    words = [f"base={base}", f"train={what}", "fit.epochs=2", "fit.lr=1e-2", "fit.metric=loss", "lora.rank=2"]
+    words = [f"base={base}", f"train={what}", "fit.epochs=2", "fit.lr=1e-2", "fit.metric=loss"]
     said: list[str] = []
-    summary = train(config(tmp_path, *words, "fit.patience=0"), said.append)
+    summary = train(config(tmp_path, *words, "adapter.rank=2", "fit.patience=0"), said.append)
     before, after = ffn.load(base).state_dict(), ffn.load(tmp_path / "run").state_dict()
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     inside = ["blocks.0.feed_forward.", "blocks.1.feed_forward."]
