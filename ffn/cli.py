@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add = command("train", _train, "train, or go on where the same command was interrupted")
     words = "a TOML file, then keys such as train.steps=100"
     add("words", nargs="*", metavar="CONFIG key=value", help=words)
+    base = "start from this model: a run, a checkpoint, a folder of Hugging Face; the same as base=PATH"
+    add("--from", dest="base", metavar="PATH", help=base)
 
     add = command("generate", _generate, "continue a prompt with a trained model")
     add("run", help="the folder of a run")
@@ -120,7 +122,8 @@ def _config(words: Sequence[str]) -> recipe.TrainConfig:
 
 def _train(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
-    summary = train(_config(arguments.words), lambda text: print(text, flush=True))
+    words = arguments.words + ([f"base={arguments.base}"] if arguments.base else [])
+    summary = train(_config(words), lambda text: print(text, flush=True))
     return 130 if summary["stopped"] == "interrupted" else 0
 
 

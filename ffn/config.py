@@ -137,7 +137,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 
 
 def _parse_word(text: str, hint: Any) -> Any:
-    if hint is str or str in typing.get_args(hint) or typing.get_origin(hint) is Literal:
+    origin = typing.get_origin(hint)
+    if hint is str or origin is Literal or (origin is not tuple and str in typing.get_args(hint)):
         return str(text)
     try:
         return tomllib.loads(f"value = {text}")["value"]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ffn.adapters import AdapterConfig
 from ffn.atomic import write_file
+from ffn.base import check_base, open_base
 from ffn.checkpoint import list_checkpoints, newest_checkpoint
 from ffn.config import apply_overrides, flatten, from_toml, to_toml
 from ffn.data import Corpus, DataConfig, open_corpus, prepare
 from ffn.device import Precision
+from ffn.freeze import check_choice
 from ffn.optim import Schedule, ScheduledOptimizer, lr_factor
 from ffn.tokenizer import Tokenizer
 from ffn.transformer import Transformer, TransformerConfig
@@ -24,11 +28,15 @@ WHERE = ("out", "device")  # say where a run takes place, and do not change what
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How to train. A step sees `accumulate` batches of `batch_size` windows of model.max_seq_len tokens."""
+    """How to train. A step sees `accumulate` batches of `batch_size` windows."""
 
     steps: int = 400
     batch_size: int = 24
+    window: int = 0  # tokens of a training window; 0 for as many as the model reads at most
     accumulate: int = 1
+    only: str = "all"  # what trains: head, ffn, last:K, lora or all; see ffn.freeze
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # with only=lora
+    frozen_dropout: bool = False  # whether what is frozen before the first part that trains drops values
     optimizer: Literal["adamw", "muon"] = "muon"
     lr: float = 3e-3  # of AdamW: everything, or with muon what is not a matrix of a block
     muon_lr: float = 0.02
@@ -57,7 +65,11 @@ class LoopConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "keep", "eval_every", "checkpoint_every", "log_every")
         rates = ("lr", "muon_lr", "weight_decay", "l1", "clip", "sample_temperature")
-        for name in (*counts, *rates, "warmup", "patience", "eval_batches", "sample_tokens"):
+        try:
+            check_choice(self.only)
+        except ValueError as error:
+            raise ValueError(f"only: {error}") from None
+        for name in (*counts, *rates, "window", "warmup", "patience", "eval_batches", "sample_tokens"):
             least = 1 if name in counts else 0
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: wants {least} or more; got {getattr(self, name)}")
@@ -105,14 +117,23 @@ class TrainConfig:
 
     out: str = "runs/stdlib"
     device: str = "auto"
+    base: str | None = None  # what `ffn.load` reads, to start from; model and data.tokenizer are then its own
     data: DataConfig = field(default_factory=DataConfig)
     model: TransformerConfig = field(default_factory=_default_model)  # its vocab_size is the tokenizer's
     train: LoopConfig = field(default_factory=LoopConfig)
 
 
 def read_config(file: str | Path | None, words: Iterable[str] = ()) -> TrainConfig:
-    """The defaults, then a TOML file, then words such as `train.steps=100`; ValueError says what is wrong."""
-    config = TrainConfig()
+    """The defaults, then a TOML file, then words such as `train.steps=100`; ValueError says what is wrong.
+
+    With a base the defaults of model and tokenizer are the base's; the config in a run's folder says all.
+    """
+    words, config = list(words), TrainConfig()
+    path = _base_in(file, words)
+    if path is not None and not (file is not None and _is_written_by_a_run(Path(file))):
+        base = open_base(path)
+        data = DataConfig(tokenizer=str(base.tokenizer or ""))
+        config = TrainConfig(out="runs/tuned", data=data, model=base.config)
     if file is not None:
         try:
             config = from_toml(TrainConfig, Path(file).read_text("utf-8"), base=config)
@@ -123,9 +144,26 @@ def read_config(file: str | Path | None, words: Iterable[str] = ()) -> TrainConf
     return apply_overrides(config, words)
 
 
+def _base_in(file: str | Path | None, words: Iterable[str]) -> str | None:
+    """The base that is named there, before anything else of it is read or found wrong."""
+    try:
+        named = tomllib.loads(Path(file).read_text("utf-8")).get("base") if file is not None else None
+    except (OSError, ValueError):
+        return None
+    for word in words:
+        key, _, value = word.partition("=")
+        named = value if key.strip() == "base" else named
+    return None if named in (None, "none") else str(named)
+
+
 def _resolve(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """With the tokenizer's vocabulary; ValueError where the model was given another one."""
+    """With the tokenizer's vocabulary; ValueError where the model was given another one.
+
+    A base may know more entries than its tokenizer has.
+    """
     size = tokenizer.vocab_size
+    if config.base is not None and size <= config.model.vocab_size:
+        return config
     if config.model.vocab_size not in (size, _default_model().vocab_size):
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer} has {size} "
@@ -152,6 +190,12 @@ def open_run(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConf
             "train.sample_tokens: wants 0 with model.causal=false, which generates nothing; "
             f"got {config.train.sample_tokens}"
         )
+    if config.train.window > config.model.max_seq_len:
+        raise ValueError(
+            f"train.window={config.train.window}: the model reads {config.model.max_seq_len} tokens at most"
+        )
+    if config.base is not None:
+        check_base(open_base(config.base, say), config.model, config.data.tokenizer)
     run = Path(config.out)
     file = run / "config.toml"
     goes_on = file.exists() and bool(list_checkpoints(run))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS = ("step", "tokens", "lr", "train_loss", "val_loss", "grad_norm")
+BASE_METRICS = (*METRICS, "base_val_loss")  # of a run whose base still has the text it was trained on
 TIMING = ("step", "train_seconds", "tokens_per_second")
 SAMPLES = "samples.txt"
 
@@ -22,9 +23,11 @@ SAMPLES = "samples.txt"
 class Log:
     """The growing files of a run. `sizes` says how long they are now; given back, they go on from there."""
 
-    def __init__(self, run: Path, sizes: Mapping[str, int] | None = None) -> None:
-        self._files = {}
-        for name, columns in {"metrics.csv": METRICS, "timing.csv": TIMING, SAMPLES: ()}.items():
+    def __init__(
+        self, run: Path, sizes: Mapping[str, int] | None = None, metrics: tuple[str, ...] = METRICS
+    ) -> None:
+        self._files, self._metrics = {}, metrics
+        for name, columns in {"metrics.csv": metrics, "timing.csv": TIMING, SAMPLES: ()}.items():
             path = run / name
             if sizes is None:
                 path.write_text(",".join(columns) + "\n" if columns else "", encoding="utf-8")
@@ -33,8 +36,8 @@ class Log:
             self._files[name] = path.open("a", encoding="utf-8", newline="")
 
     def metrics(self, **values: Any) -> None:
-        """Append a row to metrics.csv; floats are written so that they read back the same."""
-        self._row("metrics.csv", METRICS, values)
+        """Append a row to metrics.csv, of the columns that this log has; floats read back the same."""
+        self._row("metrics.csv", self._metrics, values)
 
     def timing(self, **values: Any) -> None:
         """Append a row to timing.csv."""
@@ -81,9 +84,18 @@ class Screen:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             self._bar.update()
 
-    def line(self, step: int, loss: float, val_loss: float | None, speed: float, left: float) -> None:
+    def line(
+        self,
+        step: int,
+        loss: float,
+        val_loss: float | None,
+        speed: float,
+        left: float,
+        base_loss: float | None = None,
+    ) -> None:
         """A line of numbers; with a bar only what was evaluated."""
         val = "" if val_loss is None else f"  val {val_loss:.4f}"
+        val += "" if base_loss is None else f"  base's text {base_loss:.4f}"
         if self._bar is None:
             self.say(
                 f"step {step}/{self._steps}  loss {loss:.4f}{val}  {speed:,.0f} tokens/s  {clock(left)} left"
@@ -134,8 +146,9 @@ def draw_loss(run: Path) -> str:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token")
-    for column, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+    curves = [("train_loss", "training", "-"), ("val_loss", "validation", "o-")]
+    for column, label, style in [*curves, ("base_val_loss", "validation, the base's text", "s--")]:
+        points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
     if rows:
@@ -153,8 +166,12 @@ def closing_lines(run: Path, summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["best_val_loss"] is not None:
         best = f"{summary['best_val_loss']:.4f} nats a token, by {summary['best_checkpoint']}"
         yield f"validation   {best}, the best"
+    if (now := summary.get("base_val_loss")) is not None:
+        yield f"base's text  {now:.4f} nats a token, {summary['base_val_loss_before']:.4f} before"
     yield draw_loss(run)
     yield f"saved        {run}: checkpoints, metrics.csv, samples.txt, config.toml, summary.json"
+    if "adapters" in summary:
+        yield f"adapters     {run / summary['adapters']}, for ffn.adapters.load_adapters"
     yield f"generate     ffn generate {run}"
     if summary["stopped"] == "interrupted":
         yield "go on        with the same command"

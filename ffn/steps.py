@@ -20,14 +20,18 @@ def evaluate(
     batch_size: int = 32,
     limit: int = 0,
     precision: Precision = "float32",
+    window: int = 0,
 ) -> float:
-    """Mean nats a token over full windows of `tokens`: all of them, or `limit` batches evenly spread."""
+    """Mean nats a token over full windows of `tokens`: all of them, or `limit` batches evenly spread.
+
+    window: tokens of each; 0 for as many as the model reads at most.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: want 1 or more")
-    device = next(model.parameters()).device
+    device, window = next(model.parameters()).device, window or model.config.max_seq_len
     total, count = 0.0, 0
     with evaluating(model):
-        for inputs, targets in validation_batches(tokens, model.config.max_seq_len, batch_size, limit):
+        for inputs, targets in validation_batches(tokens, window, batch_size, limit):
             counted = int((targets != IGNORED).sum())
             with autocast(device, precision):
                 loss = model.loss(inputs.to(device), targets.to(device))

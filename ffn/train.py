@@ -13,12 +13,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +24,18 @@ import torch
 from torch import nn
 
 from ffn import checkpoint
+from ffn.adapters import save_adapters
 from ffn.atomic import exclusive, write_file
 from ffn.batches import Batches, derive_seed
 from ffn.data import Corpus
 from ffn.device import Precision, autocast, choose_device, choose_precision
 from ffn.generate import generate
+from ffn.interrupts import interrupts
 from ffn.recipe import TrainConfig, fingerprint, open_run
-from ffn.report import Log, Screen, closing_lines
+from ffn.report import BASE_METRICS, METRICS, Log, Screen, closing_lines
+from ffn.start import start
 from ffn.steps import accumulate_gradients, evaluate, evaluating
 from ffn.tokenizer import encode_prompt
-from ffn.transformer import Transformer
 
 Say = Callable[[str], None]
 
@@ -52,6 +51,9 @@ class Progress:
     best: str | None = None  # the name of the checkpoint
     stale: int = 0  # evaluations since the best
     stopped: str = ""  # "", "finished" or "early"
+    val_before: float | None = None  # of a base, before the first step
+    base_loss: float | None = None  # on the base's own validation text
+    base_before: float | None = None
 
 
 def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
         trainer = Trainer(config, corpus, device, precision, say)
         trainer.start()
         stack.callback(trainer.log.close)
-        interrupted = stack.enter_context(_interrupts())
+        interrupted = stack.enter_context(interrupts())
         trainer.loop(interrupted)
         return trainer.finish()
 
@@ -89,23 +91,25 @@ class Trainer:
         self.precision: Precision = precision
         self.run, self.say, self.at = Path(config.out), say, Progress()
         self.last: Path | None = None  # the last good checkpoint
-        window = config.model.max_seq_len
+        window = loop.window or config.model.max_seq_len
         self.batches = Batches(corpus.train, window, loop.batch_size, derive_seed(loop.seed, "data"))
         first = int(corpus.train[0])
         self.prompt_text, prompt = encode_prompt(corpus.tokenizer, loop.sample_prompt, first, say)
-        self.prompt = prompt[: max(1, window - 1)]
+        self.prompt = prompt[: max(1, config.model.max_seq_len - 1)]
         self.tokens_per_step = loop.batch_size * loop.accumulate * window
         torch.manual_seed(loop.seed)
-        self.model = Transformer(config.model, device=device)
+        begun = start(config, device, say)
+        self.model, self.base_corpus = begun.model, begun.base_corpus
+        self.identity = {
+            "config": fingerprint(config),
+            "data": corpus.fingerprint,
+        }  # what checkpoints agree with
+        if begun.base_fingerprint is not None:
+            self.identity["base"] = begun.base_fingerprint
         self.optimizer = loop.build_optimizer(self.model)
         if loop.compile:
             for block in self.model.blocks:
                 block.compile()
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What a checkpoint of this run has to agree with."""
-        return {"config": fingerprint(self.config), "data": self.corpus.fingerprint}
 
     def start(self) -> None:
         """Begin, or go on from the last good checkpoint."""
@@ -124,7 +128,19 @@ class Trainer:
             raise ValueError(
                 f"no checkpoint in {self.run} is good; to start anew give another folder: out=..."
             )
-        self.log = Log(self.run, sizes)
+        self.log = Log(self.run, sizes, BASE_METRICS if self.base_corpus else METRICS)
+        if newest is None and self.config.base is not None:
+            self._measure_base()
+
+    def _measure_base(self) -> None:
+        """The losses before the first step, as step 0 in metrics.csv."""
+        at = self.at
+        at.val_before = self._loss_of(self.corpus)
+        at.base_before = self._loss_of(self.base_corpus) if self.base_corpus else None
+        known = f", {at.base_before:.4f} on the base's text" if at.base_before is not None else ""
+        self.say(f"before       {at.val_before:.4f} nats a token{known}")
+        losses = {"val_loss": at.val_before, "base_val_loss": at.base_before}
+        self.log.metrics(step=0, tokens=0, lr=None, train_loss=None, grad_norm=None, **losses)
 
     def loop(self, interrupted: Callable[[], bool]) -> None:
         """Step until the end, an early stop, or an interruption."""
@@ -144,7 +160,8 @@ class Trainer:
                 if evaluated or at.step % loop.log_every == 0:
                     self._log(loss, norm, speed, evaluated)
                     left = (loop.steps - at.step) * at.train_seconds / at.step
-                    screen.line(at.step, loss, at.val_loss if evaluated else None, speed, left)
+                    losses = (at.val_loss, at.base_loss) if evaluated else (None, None)
+                    screen.line(at.step, loss, losses[0], speed, left, losses[1])
                 if evaluated and loop.sample_tokens:
                     text = self._sample()
                     self.log.sample(at.step, text)
@@ -189,13 +206,8 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Validation loss and early stopping; whether the loss is the best so far."""
         loop, at = self.config.train, self.at
-        at.val_loss = evaluate(
-            self.model,
-            self.corpus.val,
-            batch_size=loop.batch_size,
-            limit=loop.eval_batches,
-            precision=self.precision,
-        )
+        at.val_loss = self._loss_of(self.corpus)
+        at.base_loss = self._loss_of(self.base_corpus) if self.base_corpus else None
         self._finite(at.step, "validation loss", at.val_loss)
         improved = at.best_loss is None or at.val_loss < at.best_loss
         if improved:
@@ -206,6 +218,17 @@ class Trainer:
         elif loop.patience and at.stale >= loop.patience:
             at.stopped = "early"
         return improved
+
+    def _loss_of(self, corpus: Corpus) -> float:
+        loop = self.config.train
+        return evaluate(
+            self.model,
+            corpus.val,
+            batch_size=loop.batch_size,
+            limit=loop.eval_batches,
+            precision=self.precision,
+            window=loop.window,
+        )
 
     def _sample(self) -> str:
         loop, window = self.config.train, self.config.model.max_seq_len
@@ -228,6 +251,7 @@ class Trainer:
             lr=factor * (loop.muon_lr if loop.optimizer == "muon" else loop.lr),
             train_loss=loss,
             val_loss=at.val_loss if evaluated else None,
+            base_val_loss=at.base_loss if evaluated else None,
             grad_norm=norm,
         )
         self.log.timing(step=at.step, train_seconds=at.train_seconds, tokens_per_second=speed)
@@ -265,33 +289,14 @@ class Trainer:
             "parameters": self.model.num_parameters(),
             **self._environment(),
         }
+        if self.config.base is not None:
+            summary["val_loss_before"] = at.val_before
+        if self.base_corpus:
+            summary |= {"base_val_loss_before": at.base_before, "base_val_loss": at.base_loss}
+        if self.config.train.only == "lora":
+            summary["adapters"] = save_adapters(run, checkpoint.load(run)).name  # of the best checkpoint
         self.log.sizes()
         write_file(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         for line in closing_lines(run, summary):
             self.say(line)
         return summary
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C or SIGTERM only makes the function say True; a second one acts as usual."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield lambda: False
-        return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-        os.write(
-            2, b"\nstopping after this step; once more stops at once\n"
-        )  # print may be what it interrupts
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

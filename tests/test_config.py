@@ -129,3 +129,15 @@ def test_a_mapping_speaks_of_its_keys_by_the_given_prefix() -> None:
 def test_what_is_not_toml_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^not TOML: Invalid value"):
         from_toml(Whole, "out = ")
+
+
+@dataclass(frozen=True)
+class Named:
+    names: tuple[str, ...] = ()
+
+
+def test_a_list_of_strings_is_a_word_too() -> None:
+    assert apply_overrides(Named(), ['names=["a", "b c"]']) == Named(("a", "b c"))
+    assert from_toml(Named, to_toml(Named(("x",)))) == Named(("x",))
+    with pytest.raises(ValueError, match=r"^names: wants a list; got 'a'$"):
+        apply_overrides(Named(), ["names=a"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ffn.report import Log, Screen, clock, draw_loss, printable
+from ffn.report import BASE_METRICS, Log, Screen, clock, draw_loss, printable
 
 ROW = {"tokens": 5, "lr": 0.1, "train_loss": 1 / 3, "val_loss": None, "grad_norm": 1e-9}
 
@@ -52,6 +52,27 @@ def test_the_loss_is_drawn_or_a_line_says_why_not(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     forbid(monkeypatch, "matplotlib")
     assert draw_loss(tmp_path) == "no loss.png: that wants matplotlib, pip install 'ffn[app]'"
+
+
+def test_a_base_has_a_column_a_curve_and_a_place_on_the_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    log = Log(tmp_path, metrics=BASE_METRICS)
+    log.metrics(step=0, **{**ROW, "val_loss": 3.0}, base_val_loss=1.0)
+    log.metrics(step=9, **{**ROW, "val_loss": 2.0}, base_val_loss=1.5)
+    log.close()
+    header, row, _ = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert header.endswith(",grad_norm,base_val_loss")
+    assert row.endswith(",1.0")
+    said: list[str] = []
+    Screen(said.append, 9, 0).line(9, 1.25, 2.0, 3000.0, 0.0, 1.5)
+    assert said == ["step 9/9  loss 1.2500  val 2.0000  base's text 1.5000  3,000 tokens/s  0:00 left"]
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn: list[tuple] = []
+    monkeypatch.setattr(axes, "plot", lambda axes, x, y, style, label, **_: drawn.append((label, x, y)))
+    monkeypatch.setattr(axes, "legend", lambda axes: None)
+    draw_loss(tmp_path)
+    assert ("validation", (0, 9), (3.0, 2.0)) in drawn
+    assert ("validation, the base's text", (0, 9), (1.0, 1.5)) in drawn
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, package: str) -> None:

@@ -1,5 +1,7 @@
 """Between two updates: accumulation is one large batch, evaluation is the mean over every token."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,13 @@ def test_two_batches_of_four_are_one_of_eight() -> None:
     assert parts == pytest.approx(whole, abs=1e-14)
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, atol=1e-14, rtol=1e-12)
+
+
+def test_a_shorter_window_is_that_of_a_shorter_model() -> None:
+    model, short = Transformer(CONFIG), Transformer(dataclasses.replace(CONFIG, max_seq_len=4))
+    short.load_state_dict(model.state_dict())
+    tokens = torch.randint(11, (40,))
+    assert evaluate(model, tokens, window=4) == evaluate(short, tokens) != evaluate(model, tokens)
 
 
 @pytest.mark.parametrize("batch_size", [0, -3])

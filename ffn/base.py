@@ -1,0 +1,80 @@
+"""The base of a fine-tuning run: the model it starts from, its tokenizer, and the text it knew."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ffn import checkpoint
+from ffn.adapters import merge_adapters
+from ffn.checkpoint import Report
+from ffn.data import Corpus, open_corpus
+from ffn.interop.hf.config import TRAINING
+from ffn.transformer import Transformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of it before its weights are read.
+
+    file: what `ffn.load` reads. run: the run of ours that it is of, if it is. tokenizer: its tokenizer.json,
+    if there is one.
+    """
+
+    path: str
+    file: Path
+    config: TransformerConfig
+    run: Path | None
+    tokenizer: Path | None
+
+
+def open_base(path: str, report: Report = warnings.warn) -> Base:
+    """Find the model in a path that `ffn.load` reads; ValueError says what is absent, damaged or foreign."""
+    file = checkpoint.find_model(path, report)
+    folder = file if file.is_dir() else file.parent
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
+    places = [folder if place is None else place for place in (run, folder)]
+    tokenizers = (place / "tokenizer.json" for place in places)
+    tokenizer = next((found for found in tokenizers if found.is_file()), None)
+    return Base(path, file, checkpoint.inspect(file)[0], run, tokenizer)
+
+
+def check_base(base: Base, model: TransformerConfig, tokenizer: str) -> None:
+    """Raise ValueError unless a run with this model and this data.tokenizer can start from the base."""
+    there, here = dataclasses.asdict(base.config), dataclasses.asdict(model)
+    if other := [key for key in here if here[key] != there[key] and key not in TRAINING]:
+        said = ", ".join(f"model.{key}={here[key]} where it has {there[key]}" for key in other)
+        keys = ", ".join(f"model.{key}" for key in TRAINING)
+        raise ValueError(f"base={base.path} keeps its shape: {said}; leave that out, {keys} may change")
+    if base.config.head == "none":
+        raise ValueError(f"base={base.path} has no head, so that nothing tells the next token; want one with")
+    if not tokenizer:
+        raise ValueError(
+            f"base={base.path} has no tokenizer.json; say what it was trained with: data.tokenizer="
+        )
+    if base.tokenizer is not None and tokenizer != str(base.tokenizer):
+        raise ValueError(
+            f"data.tokenizer={tokenizer}: base={base.path} has its own, {base.tokenizer}; leave that out"
+        )
+
+
+def build_from(base: Base, config: TransformerConfig, device: torch.device) -> Transformer:
+    """The base's weights in float32, its adapters merged, in a model of this config."""
+    loaded = checkpoint.load(base.file, device, torch.float32)
+    merge_adapters(loaded)
+    model = Transformer(config, device="meta")
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.origin = loaded.origin
+    return model
+
+
+def known_text(base: Base) -> Corpus | None:
+    """The text that the base was trained on, where its run still has it."""
+    corpus = open_corpus(base.run) if base.run is not None else None
+    if corpus is None or corpus.fingerprint != checkpoint.read_state(base.file.parent)["data"]:
+        return None
+    return corpus
