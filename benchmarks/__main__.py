@@ -6,7 +6,7 @@ import sys
 import benchmarks
 
 SUITES = ("quick", "ffn", "gpu")
-PROGRAMS = ("decoder", "shakespeare", "loading", "coverage", "tune", "readme", "compare")
+PROGRAMS = ("decoder", "shakespeare", "classification", "loading", "coverage", "tune", "readme", "compare")
 
 
 def main(argv: list[str]) -> int:

