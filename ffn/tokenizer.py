@@ -139,7 +139,7 @@ class HFTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def frame(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the file puts before and behind a text of its own, as a classifier reads it."""
+        """The special tokens that the file puts before and behind a text, as a classifier reads it."""
         found = self._tokenizer.encode("a")
         special = found.special_tokens_mask
         first = special.index(0) if 0 in special else len(special)

@@ -20,7 +20,7 @@ settings.load_profile("ffn")
 
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if WORKER:  # one thread each, here and in the processes that tests start: two that contend are slower than one
+if WORKER:  # one thread each, here and in the processes that tests start: contending threads are slower
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
