@@ -14,8 +14,8 @@ from tests.classify.samples import texts
 
 BERT = TransformerConfig(
     vocab_size=60, dim=16, num_layers=2, num_heads=2, hidden_dim=24, max_seq_len=512, causal=False,
-    head="none", norm="layernorm", norm_position="post", activation="gelu", bias=True, attention_bias=True, norm_eps=1e-12,
-    position="learned", embedding_norm=True, num_token_types=2,
+    head="none", norm="layernorm", norm_position="post", norm_eps=1e-12, activation="gelu", bias=True,
+    attention_bias=True, position="learned", embedding_norm=True, num_token_types=2,
 )  # fmt: skip
 
 
