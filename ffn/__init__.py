@@ -12,8 +12,9 @@ The tree, in the order data flows through it:
     generate        sampling with a key/value cache
     tokenizer data  text in, tokens on disk out; batches makes them (B, T)
     optim train     the loop; checkpoint saves it, recipe and config describe it, report shows it
+    classify        texts sorted into classes: a head on a model, its training, the folder it leaves
     interop         swap: the block in models written elsewhere; checkpoints and classes of other libraries
-    cli             ffn train | generate | eval | info | doctor
+    cli             ffn train | generate | eval | classify | info | doctor
 
 The letters of shapes, everywhere: B batch, T time, S keys seen, N = B T tokens, D model width, H hidden
 width, O output width, Q query heads, G key/value heads, C head channels, V vocabulary.
