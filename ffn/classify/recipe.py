@@ -173,7 +173,7 @@ class ClassifyConfig:
             return self.fit.lr
         if not self.base:
             return 1e-3
-        return {"head": 1e-2, "lora": 1e-3}.get(self.train, 1e-4)
+        return {"head": 5e-3, "lora": 1e-3}.get(self.train, 1e-4)
 
 
 def read_config(file: str | Path | None = None, words: Iterable[str] = ()) -> ClassifyConfig:
