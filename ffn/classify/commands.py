@@ -36,7 +36,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         return added.add_argument
 
     add = command("train", _train, "train on labelled text, from scratch or from a pretrained model")
-    add("words", nargs="+", metavar="DATA CONFIG key=value", help=f"{DATA}; a TOML file; fit.epochs=3")
+    add("words", nargs="*", metavar="DATA CONFIG key=value", help=f"{DATA}; a TOML file; fit.epochs=3")
     base = "a pretrained model: a run, a model's folder, or one of Hugging Face"
     add("--from", dest="base", nargs="+", default=[], metavar=("PATH", "key=value"), help=base)
 

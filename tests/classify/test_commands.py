@@ -40,6 +40,9 @@ def test_train_takes_data_a_config_keys_and_from(run: Path, tmp_path: Path, caps
     assert "epoch 2/2" in shown
     assert f"use it       ffn classify predict {out} TEXT" in shown
     assert "base = " in (out / "config.toml").read_text()
+    other = ["classify", "train", "--from", str(run), data, "train=head", "fit.epochs=1", f"out={out}2"]
+    assert main([*other, "device=cpu"]) == 0
+    capsys.readouterr()
     assert main(command) == 2
     assert capsys.readouterr().err.startswith(f"ffn: out={out}: there is something already")
 
