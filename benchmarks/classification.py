@@ -73,6 +73,7 @@ def config_of(job: dict):
         file = ROOT / "configs" / "titles.toml"
         words += [f"data.path={folder / 'thucnews-dev.txt'}", "data.format=tab", "fit.precision=float32"]
         words += ["data.val_fraction=0.02", f"data.tokenizer={job['what']}"]
+        words += ["model.vocab_size=5000"] if job["what"] == "bpe" else []
     if job["what"].endswith("uncached"):
         words += ["fit.cache=false"]
     if job["epochs"]:
