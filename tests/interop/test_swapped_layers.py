@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:enable_nested_tensor is True:UserWarning"),
 ]
 
-ACTIVATIONS = ["relu", "gelu", F.silu, nn.GELU("tanh")]
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": F.silu, "GELU": nn.GELU("tanh")}
 OPTIONS = [{}, {"norm_first": True}, {"batch_first": False}, {"bias": False}]
 SIZES = {"d_model": 8, "nhead": 2, "dim_feedforward": 20, "dropout": 0.0}
 
@@ -51,7 +51,7 @@ def rows() -> Tensor:
 PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_an_encoder_layer_in_both_modes(activation, options: dict) -> None:
     old, new = pair(layer(activation=activation, **options), 1)
@@ -122,7 +122,9 @@ def test_a_nested_tensor_goes_where_it_went() -> None:
         assert_same({"y": new(rows())}, {"y": old(rows())})
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS[:-1], ids=str)  # a module is lost where it is copied
+@pytest.mark.parametrize(
+    "activation", [*ACTIVATIONS.values()][:-1], ids=[*ACTIVATIONS][:-1]
+)  # a module is lost where it is copied
 def test_a_decoder_layer(activation) -> None:
     old, new = pair(layer(nn.TransformerDecoderLayer, activation=activation), 1)
     memory = rows().flip(0)
