@@ -98,12 +98,10 @@ def parts_of(job: dict):
 
 def run_ffn(job: dict) -> dict:
     """`ffn classify train` on these parts."""
-    from ffn import classify  # noqa: F401 - the module below, which its function hides, is loaded by it
+    from ffn.classify import train
 
-    trainer = sys.modules["ffn.classify.train"]
     config, parts = parts_of(job)
-    trainer.read_parts = lambda *_: parts
-    summary = trainer.train(config, lambda text: print(text, file=sys.stderr, flush=True))
+    summary = train(config, lambda text: print(text, file=sys.stderr, flush=True), parts)
     members = summary["members"]
     seconds, epochs = (sum(member[key] for member in members) for key in ("train_seconds", "epochs"))
     return {

@@ -41,8 +41,10 @@ from ffn.transformer import Transformer
 Say = Callable[[str], None]
 
 
-def train(config: ClassifyConfig, say: Say = print) -> dict[str, Any]:
+def train(config: ClassifyConfig, say: Say = print, parts: Parts | None = None) -> dict[str, Any]:
     """Train, evaluate, and write the folder `config.out`; returns what metrics.json holds.
+
+    parts: train, validation and test, where they are not to be read from `config.data`.
 
     Raises ValueError for a configuration or data that will not do, FloatingPointError when the loss is no
     longer finite, OSError when nothing can be written. Ctrl-C ends training with the best epoch so far.
@@ -52,7 +54,7 @@ def train(config: ClassifyConfig, say: Say = print) -> dict[str, Any]:
     precision, why_precision = choose_precision(config.fit.precision, device)
     say(f"device       {device} ({why})")
     say(f"precision    {precision} ({why_precision})")
-    parts = read_parts(config, say)
+    parts = read_parts(config, say) if parts is None else parts
     config, backbone, tokenizer = _backbone(config, parts, device)
     model = config.model if backbone is None else backbone.config
     encode = TextEncoder(tokenizer, model.max_seq_len, _pad(backbone))
