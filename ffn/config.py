@@ -17,6 +17,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 Config = TypeVar("Config")
@@ -63,6 +64,18 @@ def from_toml(cls: type[Config], text: str, base: Config | None = None) -> Confi
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"not TOML: {error}") from None
     return from_dict(cls, mapping, base=base)
+
+
+def read_config(config: Config, file: str | Path | None, words: Iterable[str]) -> Config:
+    """`config` with what a TOML file says, then words such as `train.steps=100`; errors name the file."""
+    if file is not None:
+        try:
+            config = from_toml(type(config), Path(file).read_text("utf-8"), base=config)
+        except OSError as error:
+            raise ValueError(f"{file}: cannot read this config: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    return apply_overrides(config, words)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

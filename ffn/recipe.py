@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ffn import config as config_file
 from ffn.adapters import AdapterConfig
 from ffn.atomic import write_file
 from ffn.base import check_base, open_base
 from ffn.checkpoint import list_checkpoints, newest_checkpoint
-from ffn.config import apply_overrides, flatten, from_toml, to_toml
+from ffn.config import flatten, from_toml, to_toml
 from ffn.data import Corpus, DataConfig, open_corpus, prepare
 from ffn.device import Precision
 from ffn.freeze import check_choice
@@ -134,14 +135,7 @@ def read_config(file: str | Path | None, words: Iterable[str] = ()) -> TrainConf
         base = open_base(path)
         data = DataConfig(tokenizer=str(base.tokenizer or ""))
         config = TrainConfig(out="runs/tuned", data=data, model=base.config)
-    if file is not None:
-        try:
-            config = from_toml(TrainConfig, Path(file).read_text("utf-8"), base=config)
-        except OSError as error:
-            raise ValueError(f"{file}: cannot read this config: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-    return apply_overrides(config, words)
+    return config_file.read_config(config, file, words)
 
 
 def _base_in(file: str | Path | None, words: Iterable[str]) -> str | None:

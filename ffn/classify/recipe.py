@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ffn import config as config_file
 from ffn.adapters import AdapterConfig
 from ffn.classify.objective import METRICS, Loss
-from ffn.config import apply_overrides, from_toml
 from ffn.device import Precision
 from ffn.freeze import check_choice
 from ffn.nn.classifier import Pooling, Transform
@@ -178,12 +178,4 @@ class ClassifyConfig:
 
 def read_config(file: str | Path | None = None, words: Iterable[str] = ()) -> ClassifyConfig:
     """The defaults, then a TOML file, then words such as `fit.epochs=3`; ValueError says what is wrong."""
-    config = ClassifyConfig()
-    if file is not None:
-        try:
-            config = from_toml(ClassifyConfig, Path(file).read_text("utf-8"), base=config)
-        except OSError as error:
-            raise ValueError(f"{file}: cannot read this config: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-    return apply_overrides(config, words)
+    return config_file.read_config(ClassifyConfig(), file, words)

@@ -61,9 +61,8 @@ class Rerouted:
     """What a rerouted module's class has before the class it had."""
 
     def __reduce_ex__(self, protocol):
-        _, (_, *rest), *state = super().__reduce_ex__(
-            max(protocol, 2)
-        )  # copyreg.__newobj__, (class, ...), state
+        made = super().__reduce_ex__(max(protocol, 2))  # copyreg.__newobj__, (class, ...), state
+        _, (_, *rest), *state = made
         return (_revive, (*type(self)._ffn_origin, *rest), *state)  # type: ignore[attr-defined]
 
     def _ffn_reroute(self: Any, x: Tensor) -> Tensor:
