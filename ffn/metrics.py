@@ -46,7 +46,7 @@ def confusion_matrix(true: Tensor, predicted: Tensor, num_classes: int) -> Tenso
 
 def accuracy(matrix: Tensor) -> float:
     """The share of rows whose class was predicted, from a confusion matrix; ValueError where it is empty."""
-    return float(matrix.diagonal().sum() / _total(matrix))
+    return int(matrix.diagonal().sum()) / _total(matrix)
 
 
 def precision_recall_f1(matrix: Tensor) -> Tensor:

@@ -294,3 +294,9 @@ def test_scores_of_numbers() -> None:
     assert scores.to_dict() == {"rows": 3, "mse": pytest.approx(4 / 3), "r2": -1.0}
     assert set(score_numbers(torch.ones(1), torch.ones(1)).values) == {"mse"}
     assert "1e-06" in score_numbers(torch.zeros(2), torch.full((2,), 1e-3)).table()
+
+
+def test_shares_are_exact_in_double_precision():
+    matrix = torch.tensor([[2, 1], [0, 0]])
+    assert accuracy(matrix) == 2 / 3
+    assert averaged(matrix, "micro") == (2 / 3, 2 / 3, 2 / 3)
