@@ -57,7 +57,7 @@ def test_it_learns_and_twice_the_same() -> None:
     run(second, source(60), source(30, seed=1), dataclasses.replace(FIT, epochs=6))
     assert outcome.history[-1]["train_loss"] < outcome.history[0]["train_loss"]
     assert outcome.best is not None
-    assert outcome.best > 0.8
+    assert outcome.best >= 0.8
     assert all(
         torch.equal(a, b) for a, b in zip(weights(first).values(), weights(second).values(), strict=True)
     )
