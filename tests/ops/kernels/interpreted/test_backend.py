@@ -37,16 +37,20 @@ def check(name: str, dtype: torch.dtype, p: float, **options) -> None:
     check_on(draw(name, shape=(2, 18), widths=(24, 40, 16), dtype=dtype), name, p, **options)
 
 
-def largest(t: torch.Tensor) -> float:
-    return t.abs().max().item()
+def check_on(arguments: Arguments, name: str, p: float, **options) -> None:
+    check_together([arguments], name, p, **options)
 
 
-def typical(t: torch.Tensor) -> float:
-    return t.square().mean().sqrt().item()
+def check_together(calls: list[Arguments], name: str, p: float, **options) -> None:
+    """Of all calls the largest error is at most twice plain torch's, plus one ulp of the largest value."""
+    dtype = calls[0].x.dtype
+    for found in zip(*(compared(arguments, name, p, options) for arguments in calls), strict=True):
+        errors, allowed, values = zip(*found, strict=True)
+        assert max(errors) <= 2 * max(allowed) + torch.finfo(dtype).eps * max(values)
 
 
-def check_on(arguments: Arguments, name: str, p: float, size=largest, **options) -> None:
-    """At most twice plain torch's error in the same dtype, plus one ulp of the result, in that size."""
+def compared(arguments: Arguments, name: str, p: float, options: dict) -> list[tuple[float, float, float]]:
+    """For the output and each gradient: our largest error, plain torch's, and the largest value."""
     dtype, frozen = arguments.x.dtype, [t is not None and not t.requires_grad for t in arguments]
     dy = torch.randn(*arguments.x.shape[:-1], arguments.down.shape[0]).to(dtype)
     torch.manual_seed(5)
@@ -62,11 +66,18 @@ def check_on(arguments: Arguments, name: str, p: float, size=largest, **options)
         if still:
             t.requires_grad_(False)
     exact = results(lambda *a: reference.feed_forward(*a, **by_the_book, noise=wide), exactly, dy)
-    for got, theirs, oracle in zip(ours, plain, exact, strict=True):
-        assert got.dtype == dtype
-        if oracle.numel() > 0:
-            error, allowed = (size(t.double() - oracle) for t in (got, theirs))
-            assert error <= 2 * allowed + torch.finfo(dtype).eps * size(oracle)
+    assert all(got.dtype == dtype for got in ours)
+    return [
+        tuple(t.abs().max().item() for t in (got.double() - oracle, theirs.double() - oracle, oracle))
+        for got, theirs, oracle in zip(ours, plain, exact, strict=True)
+        if oracle.numel() > 0
+    ]
+
+
+def with_tokens(arguments: Arguments, index: int) -> Arguments:
+    """The same block with one of the tokens."""
+    x = arguments.x
+    return arguments._replace(x=x.detach()[index : index + 1].requires_grad_(x.requires_grad))
 
 
 def apart(t: torch.Tensor) -> torch.Tensor:
@@ -86,7 +97,7 @@ def test_any_block(data: st.DataObject) -> None:
     arguments = draw(
         name,
         bias=choose(st.booleans()),
-        shape=choose(st.sampled_from([(0,), (1,), (7,), (2, 18), (33,)])),
+        shape=choose(st.sampled_from([(0,), (8,), (7,), (2, 18), (33,)])),  # of the 8 each is alone
         widths=choose(st.sampled_from([(24, 40, 16), (16, 32, 16), (7, 21, 5)])),
         dtype=dtype,
     )
@@ -100,8 +111,10 @@ def test_any_block(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if fused:
             patch.setattr(tilings, "choose", lambda *case: FUSED)
-        # of any draw the largest error is a matter of luck, above all of one token's: the typical one is not
-        check_on(arguments, name, choose(st.sampled_from([0.0, 0.3])), size=typical, **options)
+        # one token's largest error is a matter of luck: eight of them, each in a call of its own, are judged
+        tokens = arguments.x.shape[0]
+        calls = [with_tokens(arguments, i) for i in range(8)] if tokens == 8 else [arguments]
+        check_together(calls, name, choose(st.sampled_from([0.0, 0.3])), **options)
 
 
 @pytest.mark.parametrize("name", NAMES)
