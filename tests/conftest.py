@@ -4,6 +4,7 @@ Helpers are imported, not injected: ``from tests.conftest import shared_data``.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def shared_data(name: str) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """Dynamo has forgotten all graphs: it compiles one piece of code a few times only, whoever asks."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from ffn.activations import TABLE
 from ffn.ops import feed_forward
 from tests.gpu.compare import DTYPES, FUSED, ODD, results, sample
+from tests.kept import kept_for_backward
 from tests.ops.kernels.interpreted.oracle import F64, factors, middle
-from tests.ops.test_rule import kept_for_backward
 
 F32, BF16, _ = DTYPES
 

@@ -9,7 +9,15 @@ from torch.nn import functional as F
 
 import ffn
 from ffn.interop.reroute import Rerouted, reason_not_to
-from tests.interop.same import F64
+from tests.interop.same import DYNAMOS_OWN, F64
+
+# Warnings of torch 2.13 about itself: jit, quantization and pruning are announced as leaving.
+TORCHS_OWN = [
+    DYNAMOS_OWN,
+    pytest.mark.filterwarnings(r"ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:.*torch.ao.quantization:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:torch.quantize_per_tensor:UserWarning"),
+]
 
 
 class Gated(nn.Module):

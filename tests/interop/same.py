@@ -2,10 +2,15 @@
 
 import inspect
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.kept import kept_for_backward
+
 F64 = torch.float64
+# Dynamo of torch 2.13 instantiates autograd contexts.
+DYNAMOS_OWN = pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning")
 
 
 def twin(original: nn.Module, block: nn.Module) -> None:
@@ -41,16 +46,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 def kept(block: nn.Module, x: Tensor) -> dict[torch.dtype, int]:
     """Elements of the storages that autograd saves, by dtype, without the parameters' own."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        block(x)
-    known = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    storages = {t.untyped_storage().data_ptr(): t for t in saved}
-    counts: dict[torch.dtype, int] = {}
-    for pointer, t in storages.items():
-        if pointer not in known:
-            counts[t.dtype] = counts.get(t.dtype, 0) + t.untyped_storage().nbytes() // t.itemsize
-    return counts
+    return kept_for_backward(lambda: block(x), block.parameters())
 
 
 def parameters_of(kind) -> list[tuple]:

@@ -12,24 +12,10 @@ from torch.nn import functional as F
 
 import ffn
 from ffn.interop.reroute import Rerouted
-from tests.interop.blocks import (
-    KINDS,
-    Gated,
-    Plain,
-    kinds,
-    pair,
-    rows,
-    swapped,
-)
+from tests.interop.blocks import KINDS, TORCHS_OWN, Gated, Plain, kinds, pair, rows, swapped
 from tests.interop.same import F64, assert_same, kept, outcome
 
-# Dynamo of torch 2.13 instantiates autograd contexts; jit, quantization and pruning are announced as leaving.
-pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:.*torch.jit:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:.*torch.ao.quantization:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:torch.quantize_per_tensor:UserWarning"),
-]
+pytestmark = TORCHS_OWN
 
 
 @kinds

@@ -9,11 +9,10 @@ from torch.nn import functional as F
 
 import ffn
 from ffn.interop.reroute import Rerouted
-from tests.interop.same import F64, assert_same, kept, outcome
+from tests.interop.same import DYNAMOS_OWN, F64, assert_same, kept, outcome
 
 pytestmark = [
-    # Dynamo of torch 2.13 instantiates autograd contexts.
-    pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning"),
+    DYNAMOS_OWN,
     # what torch's encoder makes of a padding mask in eval mode
     pytest.mark.filterwarnings(r"ignore:The PyTorch API of nested tensors:UserWarning"),
     # torch's encoder, that its nested tensors need an even number of heads and the like

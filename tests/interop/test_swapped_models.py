@@ -13,13 +13,12 @@ from torch import Tensor, nn
 import ffn
 from ffn.interop.reroute import Rerouted
 from tests.conftest import ROOT
-from tests.interop.same import F64, assert_same
+from tests.interop.same import DYNAMOS_OWN, F64, assert_same
 
 transformers = pytest.importorskip("transformers", reason="these are its models")
 
 pytestmark = [
-    # Dynamo of torch 2.13 instantiates autograd contexts.
-    pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning"),
+    DYNAMOS_OWN,
     # gradient_checkpointing_enable, by the name that all versions have, and by which peft asks
     pytest.mark.filterwarnings(r"ignore:.*gradient_checkpointing:FutureWarning"),
     # peft says of GPT-2's Conv1D that it keeps its weight the other way round

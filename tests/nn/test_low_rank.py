@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ffn.nn import FeedForward
 from ffn.nn.low_rank import LowRankLinear
-from tests.ops.test_rule import kept_for_backward
+from tests.kept import kept_for_backward
 
 F64 = torch.float64
 both = pytest.mark.parametrize("activation", ["gelu", "swiglu"])

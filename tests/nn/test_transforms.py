@@ -12,21 +12,16 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from ffn import ops
 from ffn.activations import TABLE
 from ffn.nn import FeedForward
+from tests.kept import kept_for_backward
 from tests.ops.samples import F64, NAMES, SAVES
 
 # Warnings of torch 2.13 about itself: Inductor and forward-mode differentiation still script functions, and
 # Dynamo instantiates autograd contexts.
 pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled"),
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def build(name: str = "gelu", dropout: float = 0.0, **options) -> FeedForward:
@@ -91,17 +86,7 @@ def test_a_second_length_makes_the_graph_dynamic_and_the_third_costs_nothing() -
 
 
 def kept(call: Callable, block: nn.Module, x: Tensor) -> dict[torch.dtype, int]:
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = call(x)
-    y.sum().backward()
-    known = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    storages = {t.untyped_storage().data_ptr(): t for t in saved}
-    counts: dict[torch.dtype, int] = {}
-    for pointer, t in storages.items():
-        if pointer not in known:
-            counts[t.dtype] = counts.get(t.dtype, 0) + t.untyped_storage().nbytes() // t.itemsize
-    return counts
+    return kept_for_backward(lambda: call(x), block.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ffn.activations import TABLE
 from ffn.ops.dropout import noise
 from ffn.ops.low_rank import Factors, adapted_feed_forward
-from tests.ops.test_rule import kept_for_backward
+from tests.kept import kept_for_backward
 
 F64 = torch.float64
 

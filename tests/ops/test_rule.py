@@ -10,26 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffn.activations import TABLE
 from ffn.ops import feed_forward
+from tests.kept import kept_for_backward
 from tests.ops.samples import NAMES, Arguments, draw, gradients, leaf
 
 SAVES = [{"save": "preact"}, {"save": "input"}, {"save": "input", "chunk_tokens": 2}]
 names = pytest.mark.parametrize("name", NAMES)
-
-
-def kept_for_backward(run: Callable[[], Tensor], parameters: list[Tensor]) -> dict[torch.dtype, int]:
-    """Elements of the unique storages that autograd saves, by dtype, without those of the parameters."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = run()
-    known = {t.untyped_storage().data_ptr() for t in parameters}
-    storages = {t.untyped_storage().data_ptr(): t for t in saved}
-    counts: dict[torch.dtype, int] = {}
-    for pointer, t in storages.items():
-        if pointer not in known:
-            elements = t.untyped_storage().nbytes() // t.itemsize
-            counts[t.dtype] = counts.get(t.dtype, 0) + elements
-    assert y.requires_grad
-    return counts
 
 
 @names

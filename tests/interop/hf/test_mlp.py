@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn.interop.hf import GPT2MLP, LlamaMLP
-from tests.interop.same import F64, assert_same, kept, outcome, parameters_of, twin
+from tests.interop.same import DYNAMOS_OWN, F64, assert_same, kept, outcome, parameters_of, twin
 
-# Dynamo of torch 2.13 instantiates autograd contexts.
-pytestmark = pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = DYNAMOS_OWN
 transformers = pytest.importorskip("transformers", reason="these blocks are built of its parts")
 
 from transformers.activations import ACT2CLS  # noqa: E402

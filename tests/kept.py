@@ -1,0 +1,22 @@
+"""What autograd keeps for backward, counted."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def kept_for_backward(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> dict[torch.dtype, int]:
+    """Elements of the unique storages that autograd saves, by dtype, without those of the parameters."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = run()
+    known = {t.untyped_storage().data_ptr(): t for t in parameters}
+    trained = [t for t in known.values() if t.requires_grad]
+    torch.autograd.grad(y.sum(), trained, allow_unused=True)  # what is kept is enough
+    storages = {t.untyped_storage().data_ptr(): t for t in saved}
+    counts: dict[torch.dtype, int] = {}
+    for pointer, t in storages.items():
+        if pointer not in known:
+            counts[t.dtype] = counts.get(t.dtype, 0) + t.untyped_storage().nbytes() // t.itemsize
+    return counts
