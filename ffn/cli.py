@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -70,12 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Callable[..., object]:
-        """Adds a command; returns what adds its arguments."""
-        added = commands.add_parser(name, help=summary)
-        added.set_defaults(command=run)
-        return added.add_argument
+    command = partial(_add_command, commands)
 
     add = command("train", _train, "train, or go on where the same command was interrupted")
     words = "a TOML file, then keys such as train.steps=100"
@@ -99,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto")
 
     classify = commands.add_parser("classify", help="train a classifier of texts, and use it")
-    add_commands(classify)
+    add_commands(partial(_add_command, classify.add_subparsers(required=True, metavar="COMMAND")))
 
     add = command("info", _info, "parameters, operations and kept memory of a model, part by part")
     what = "as for train; or the folder of a run, of a model (Hugging Face's too), or its config.json"
@@ -107,6 +103,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", _doctor, "versions, devices, and what would run")
     return parser
+
+
+def _add_command(
+    commands, name: str, run: Callable[[argparse.Namespace], int], summary: str
+) -> Callable[..., object]:
+    """Add a command to what `add_subparsers` gave; returns what adds its arguments."""
+    added = commands.add_parser(name, help=summary)
+    added.set_defaults(command=run)
+    return added.add_argument
 
 
 def _config(words: Sequence[str]) -> recipe.TrainConfig:

@@ -26,15 +26,8 @@ AT_ONCE = 512  # texts that are read before the first of them is answered
 DATA = "a table, JSON lines, text<TAB>label lines, a folder or 'pattern.*' of one file a class"
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Give `ffn classify` its commands; each sets `command`, which takes the arguments and returns a code."""
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Callable[..., object]:
-        added = commands.add_parser(name, help=summary)
-        added.set_defaults(command=run)
-        return added.add_argument
-
+def add_commands(command: Callable[..., Callable[..., object]]) -> None:
+    """Give `ffn classify` its commands: command(name, run, summary) adds one, returns its `add_argument`."""
     add = command("train", _train, "train on labelled text, from scratch or from a pretrained model")
     add("words", nargs="*", metavar="DATA CONFIG key=value", help=f"{DATA}; a TOML file; fit.epochs=3")
     base = "a pretrained model: a run, a model's folder, or one of Hugging Face"
