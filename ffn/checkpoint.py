@@ -28,6 +28,7 @@ from ffn import tokenizer
 from ffn.adapters import AdapterConfig, adapter_config, add_adapters
 from ffn.atomic import publish, remove_folder, sha256_file, temporary_name, write_file
 from ffn.config import from_toml, to_toml
+from ffn.device import random_state, set_random_state
 from ffn.interop.hf import folder as hf
 from ffn.interop.shards import Shards, has_shards, open_shards, write_tensors
 from ffn.optim import ScheduledOptimizer
@@ -145,7 +146,7 @@ def save_checkpoint(
         partial.mkdir()
         save_model(partial, model)
         tensors = {f"optimizer/{name}": tensor for name, tensor in optimizer.state_tensors().items()}
-        write_tensors(partial / OPTIMIZER, tensors | _random_state(), {})
+        write_tensors(partial / OPTIMIZER, tensors | random_state(), {})
         files = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
             for name in (MODEL, OPTIMIZER)
@@ -222,7 +223,7 @@ def restore(path: Path, model: nn.Module, optimizer: ScheduledOptimizer) -> None
         {n.removeprefix("optimizer/"): t for n, t in rest.items() if n.startswith("opt")}
     )
     _copy(tensors, _tensors(model))
-    _set_random_state(rest)
+    set_random_state(rest)
 
 
 def prune(run: Path, step: int, keep: int, best: str | None) -> None:
@@ -284,24 +285,6 @@ def _copy(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     shards = open_shards(path)
     return dict(shards), shards.metadata
-
-
-def _random_state() -> dict[str, Tensor]:
-    states = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states |= {f"random/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    if torch.backends.mps.is_available():
-        states["random/mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def _set_random_state(tensors: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random/cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"random/cuda{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random/cuda{i}"], i)
-    if torch.backends.mps.is_available() and "random/mps" in tensors:
-        torch.mps.set_rng_state(tensors["random/mps"])
 
 
 def _digest(content: Mapping[str, Any]) -> str:

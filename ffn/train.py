@@ -100,10 +100,7 @@ class Trainer:
         torch.manual_seed(loop.seed)
         begun = start(config, device, say)
         self.model, self.base_corpus = begun.model, begun.base_corpus
-        self.identity = {
-            "config": fingerprint(config),
-            "data": corpus.fingerprint,
-        }  # what checkpoints agree with
+        self.identity = {"config": fingerprint(config), "data": corpus.fingerprint}  # of all its checkpoints
         if begun.base_fingerprint is not None:
             self.identity["base"] = begun.base_fingerprint
         self.optimizer = loop.build_optimizer(self.model)
