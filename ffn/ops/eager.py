@@ -19,7 +19,7 @@ from ffn.ops.dropout import noise as noise
 
 # Multiply-adds from which oneDNN's set-up is repaid: in float32 by a faster product; in bfloat16, which
 # F.linear hands to oneDNN too, only by the saved pass over the output.
-_WORTH_ONEDNN = {torch.float32: 1 << 23, torch.bfloat16: 1 << 27}
+_WORTH_ONEDNN = {torch.float32: 1 << 23, torch.bfloat16: 1 << 28}
 
 
 # The terms that oneDNN may add up in a row in float32. Its rounding grows with their number and MKL's, which
