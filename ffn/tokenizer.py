@@ -151,6 +151,10 @@ class HFTokenizer:
         numbers = map(self._tokenizer.token_to_id, spellings)
         return next((number for number in numbers if number is not None), None)
 
+    def spelling(self, number: int) -> str | None:
+        """How a token is written, special ones too; None for a number that no token has."""
+        return self._tokenizer.id_to_token(number)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token numbers, special tokens left out."""
         return self._tokenizer.decode(list(ids))

@@ -63,10 +63,12 @@ class TextClassifier:
         return torch.stack(found).mean(0)
 
     def export(self, path: str | Path) -> None:
-        """Write it as a sequence-classification model of transformers; see `ffn.interop.hf.classifier`.
+        """Write it as a sequence-classification model of transformers, into a new folder, whole or absent.
 
-        Raises ValueError where there is no such form: of several members, and as `save_classifier_folder`.
+        Raises ValueError where there is no such form: of several members, and as `save_classifier_folder`
+        says; and where there is something in the folder.
         """
+        path = Path(path)
         if len(self.members) > 1:
             raise ValueError(
                 f"{len(self.members)} models are averaged here; transformers has no form for that"
@@ -77,14 +79,32 @@ class TextClassifier:
             "binary_cross_entropy": (self.classes[1:], "multi_label_classification"),  # of one label
             "mse": (("value",), "regression"),
         }[loss]
-        save_classifier_folder(
-            path,
-            self.members[0],
-            labels,
-            kind,
-            pad_token_id=self.encode.pad,
-            tokenizer=tokenizer if isinstance(tokenizer, HFTokenizer) else None,
-        )
+        check_new(path)
+        with new_folder(path) as folder:
+            save_classifier_folder(
+                folder,
+                self.members[0],
+                labels,
+                kind,
+                pad_token_id=self._padding(),
+                tokenizer=tokenizer if isinstance(tokenizer, HFTokenizer) else None,
+            )
+
+    def _padding(self) -> int | None:
+        """The padding of an export. transformers takes what stands before it for a decoder's last token: that
+        wants a token that ends no text, the tokenizer's own or, as is the custom, the end of a document."""
+        backbone, encode = self.members[0].backbone, self.encode
+        if not backbone.config.causal:
+            return encode.pad
+        origin = getattr(backbone, "origin", None) or {}
+        if (given := origin.get("pad_token_id")) is not None and given in encode.suffix:
+            raise ValueError(
+                f"token {given} ends each text and is the padding; transformers would not find the last one"
+            )
+        hf = encode.tokenizer if isinstance(encode.tokenizer, HFTokenizer) else None
+        own = hf.number("[PAD]", "<pad>") if hf else None
+        ends = (number for number in (given, own, origin.get("eos_token_id")) if isinstance(number, int))
+        return next((number for number in ends if number not in encode.suffix), None)
 
 
 def save_classifier(folder: Path, classifier: TextClassifier) -> None:

@@ -132,15 +132,20 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
     out = tmp_path / "hf"
     assert main(["classify", "export", str(tmp_path / "run"), str(out)]) == 0
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(out / "tokenizer.json"), pad_token="[PAD]"
-    )
-    said = ["some bread", "a wave on the sea and the storm"]
-    batch = tokenizer(said, return_tensors="pt", padding=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    said = ["some bread", "A wave on the sea, and the storm", "bread " * 20]
+    batch = tokenizer(said, return_tensors="pt", padding=True, truncation=True)
+    assert batch.keys() == {"input_ids", "attention_mask"}
     found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.softmax(-1)
     expected = load_classifier(tmp_path / "run").predict(said)
     assert found.double().tolist() == [pytest.approx(row, abs=1e-6) for row in expected.tolist()]
     assert list(model.config.id2label.values()) == ["food", "music", "sea"]
+    capsys.readouterr()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for there in (out, tmp_path / "run"):
+        assert main(["classify", "export", str(tmp_path / "run"), str(there)]) == 2
+        assert capsys.readouterr().err.startswith(f"ffn: out={there}: there is something already")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

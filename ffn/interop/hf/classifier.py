@@ -27,6 +27,8 @@ from ffn.nn.classifier import Classifier
 from ffn.tokenizer import HFTokenizer
 from ffn.transformer import Transformer
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
 
 class Form(NamedTuple):
     """Where the parts of our head lie, what they have to be, and the key of their dropout."""
@@ -62,7 +64,9 @@ def save_classifier_folder(
         labels: the name of each score. problem_type: as transformers calls it.
         architecture: transformers' model_type; left out, that of the backbone's origin, else the first that
             can say what its config says.
-        pad_token_id: of batches; a decoder finds each text's last token by it.
+        pad_token_id: of batches, where the backbone says none; a decoder finds each text's last token by it,
+            so that no text may end with it.
+        tokenizer: written beside the model, so that AutoTokenizer frames and cuts a text as it does.
 
     Raises:
         ValueError: the model has no such form there; one line says what it would be. OSError leaves what was
@@ -91,6 +95,7 @@ def save_classifier_folder(
     texts = {CONFIG: json.dumps(keys, indent=2, sort_keys=True) + "\n"}
     if tokenizer is not None:
         texts[TOKENIZER] = tokenizer.specification
+        texts[TOKENIZER_CONFIG] = _tokenizer_config(tokenizer, config.max_seq_len, keys["pad_token_id"])
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _head_tensors(model, form)
@@ -112,6 +117,18 @@ def save_classifier_folder(
 
 
 _CLASS = "ForSequenceClassification"
+
+
+def _tokenizer_config(tokenizer: HFTokenizer, window: int, pad: int | None) -> str:
+    """By it AutoTokenizer takes tokenizer.json as it stands, and adds no tokens that the model_type knows."""
+    keys: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": window,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    if pad is not None:
+        keys["pad_token"] = tokenizer.spelling(pad)
+    return json.dumps(keys, indent=2, sort_keys=True) + "\n"
 
 
 def _parts(config: Any, architecture: str) -> dict[str, list[tuple[str, Weight]]]:

@@ -68,6 +68,47 @@ def test_transformers_gives_the_same_scores(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+def decoder_of(tokenizer, **origin) -> TextClassifier:
+    """A Llama that sorts texts by their last token, in float64."""
+    config = TransformerConfig(
+        vocab_size=256, dim=16, num_layers=1, num_heads=2, hidden_dim=24, max_seq_len=32, head="none"
+    )
+    backbone = Transformer(config, dtype=torch.float64)
+    backbone.origin = {"model_type": "llama", **origin} if origin else None
+    model = tiny.randomize(Classifier(backbone, 2, "last").eval())
+    return TextClassifier([model], Objective("cross_entropy", ("a", "b")), TextEncoder(tokenizer, 32))
+
+
+@pytest.mark.parametrize(("origin", "pad"), [({}, None), ({"eos_token_id": 255}, 255)])
+def test_a_decoders_padding_ends_no_text(origin: dict[str, int], pad: int | None, tmp_path: Path) -> None:
+    """By it transformers finds the last token: of bytes 0 is one like any other."""
+    ours = decoder_of(ByteTokenizer(), **origin)
+    ours.export(tmp_path / "out")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert theirs.config.pad_token_id == pad
+    texts = ["good\0", "bad", "a\0\0"]
+    rows = ours.encode(texts)[0]
+    with torch.no_grad():
+        found = torch.cat([theirs(torch.tensor([row])).logits for row in rows]).softmax(-1)
+    torch.testing.assert_close(found, ours.predict(texts), rtol=0, atol=1e-6)  # their norms: float32
+    if pad is not None:
+        tokens = torch.tensor([[*row, *[pad] * (5 - len(row))] for row in rows])
+        with torch.no_grad():
+            found = theirs(tokens, attention_mask=tokens != pad).logits.softmax(-1)
+        torch.testing.assert_close(found, ours.predict(texts), rtol=0, atol=1e-6)  # their norms: float32
+
+
+def test_a_padding_that_ends_each_text_is_refused(tmp_path: Path) -> None:
+    ours = decoder_of(ByteTokenizer(), pad_token_id=7, eos_token_id=7)
+    ours.encode.suffix = [7]
+    with pytest.raises(ValueError, match=r"^token 7 ends each text and is the padding; transformers would"):
+        ours.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    ours.members[0].backbone.origin.pop("pad_token_id")  # type: ignore[attr-defined]
+    ours.export(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] is None
+
+
 def test_dropout_and_problem_are_said(tmp_path: Path) -> None:
     model = build("distilbert-bare", tmp_path / "theirs")
     save_classifier_folder(tmp_path / "out", model, LABELS, "regression")
