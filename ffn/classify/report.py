@@ -14,6 +14,7 @@ from ffn.labelled import Labelled
 from ffn.metrics import Scores
 from ffn.report import Screen, clock
 
+LONGEST_NAME = 40  # of a class that is still written beside the confusion matrix
 NO_PICTURES = "no pictures: they want matplotlib, pip install 'ffn[app]'"
 
 
@@ -114,13 +115,14 @@ def _draw_curves(figure, histories: Mapping[int, Outcome], metric: str) -> None:
 
 
 def _draw_confusion(figure, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    """Counts, coloured by their share of the row. Names that the font cannot draw are numbered."""
-    names = [name if name.isascii() else str(number) for number, name in enumerate(classes)]
+    """Counts, coloured by their share of the row. Names that the font cannot draw, or long, are numbered."""
+    plain = [name.isascii() and name.isprintable() and len(name) <= LONGEST_NAME for name in classes]
+    names = [classes[i] if ok else str(i) for i, ok in enumerate(plain)]
     shares = [[count / max(1, sum(row)) for count in row] for row in matrix]
     axes = figure.add_subplot(xlabel="predicted", ylabel="true")
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)  # a dollar is a dollar
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     if len(names) <= 30:
         for i, row in enumerate(matrix):
             for j, count in enumerate(row):

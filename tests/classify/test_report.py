@@ -91,3 +91,11 @@ def test_pictures_are_drawn_or_a_false_says_not(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in numbers.iterdir()] == ["curves.png"]
     forbid(monkeypatch, "matplotlib")
     assert not draw(tmp_path, OUTCOMES, "accuracy", scores)
+
+
+@pytest.mark.parametrize("name", ["$a_{$", "$x^", "a\nb", "\x07", "long " * 200])
+def test_a_class_of_any_name_is_drawn(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    objective = Objective("cross_entropy", (name, "$b$"))
+    assert draw(tmp_path, OUTCOMES, "accuracy", objective.scores(TARGETS, PREDICTIONS))
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
