@@ -144,12 +144,13 @@ def run_memory(job: dict) -> dict:
 
 
 def _our_classifier(base: str, what: str) -> nn.Module:
-    from ffn import classify  # noqa: F401
     from ffn.adapters import add_adapters
+    from ffn.classify import read_config
     from ffn.freeze import train_only
     from ffn.nn.classifier import Classifier
 
-    backbone, _ = sys.modules["ffn.classify.train"].load_backbone(base, torch.device("cpu"))
+    config = read_config(None, [f"base={base}"])
+    backbone, _ = sys.modules["ffn.classify.train"].load_backbone(config, torch.device("cpu"))
     if what == "lora":
         add_adapters(backbone)
     model = Classifier(backbone, 2, "mean", dropout=0.1).train()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +45,33 @@ def open_base(path: str, report: Report = warnings.warn) -> Base:
     return Base(path, file, checkpoint.inspect(file)[0], run, tokenizer)
 
 
+def named_base(file: str | Path | None, words: Iterable[str]) -> str | None:
+    """The base that a TOML file or words name, before anything else of them is read or found wrong."""
+    try:
+        named = tomllib.loads(Path(file).read_text("utf-8")).get("base") if file is not None else None
+    except (OSError, ValueError):
+        return None
+    for word in words:
+        key, _, value = word.partition("=")
+        named = value if key.strip() == "base" else named
+    return None if named in (None, "none") else str(named)
+
+
 def check_base(base: Base, model: TransformerConfig, tokenizer: str) -> None:
     """Raise ValueError unless a run with this model and this data.tokenizer can start from the base."""
-    there, here = dataclasses.asdict(base.config), dataclasses.asdict(model)
+    check_kept(base, base.config, model, tokenizer)
+    if base.config.head == "none":
+        raise ValueError(f"base={base.path} has no head, so that nothing tells the next token; want one with")
+
+
+def check_kept(base: Base, kept: TransformerConfig, model: TransformerConfig, tokenizer: str) -> None:
+    """Raise ValueError where a model asks for another shape than the kept one, or data.tokenizer for another
+    than the base has, or none where it has none."""
+    there, here = dataclasses.asdict(kept), dataclasses.asdict(model)
     if other := [key for key in here if here[key] != there[key] and key not in TRAINING]:
         said = ", ".join(f"model.{key}={here[key]} where it has {there[key]}" for key in other)
         keys = ", ".join(f"model.{key}" for key in TRAINING)
         raise ValueError(f"base={base.path} keeps its shape: {said}; leave that out, {keys} may change")
-    if base.config.head == "none":
-        raise ValueError(f"base={base.path} has no head, so that nothing tells the next token; want one with")
     if not tokenizer:
         raise ValueError(
             f"base={base.path} has no tokenizer.json; say what it was trained with: data.tokenizer="
@@ -63,9 +83,12 @@ def check_base(base: Base, model: TransformerConfig, tokenizer: str) -> None:
 
 
 def build_from(base: Base, config: TransformerConfig, device: torch.device) -> Transformer:
-    """The base's weights in float32, its adapters merged, in a model of this config."""
+    """The base's weights in float32, its adapters merged, in a model of this config; head="none" leaves that
+    out."""
     loaded = checkpoint.load(base.file, device, torch.float32)
     merge_adapters(loaded)
+    if config.head == "none":
+        loaded.head = None
     model = Transformer(config, device="meta")
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.origin = loaded.origin

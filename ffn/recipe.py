@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Literal
 from ffn import config as config_file
 from ffn.adapters import AdapterConfig
 from ffn.atomic import write_file
-from ffn.base import check_base, open_base
+from ffn.base import check_base, named_base, open_base
 from ffn.checkpoint import list_checkpoints, newest_checkpoint
 from ffn.config import flatten, from_toml, to_toml
 from ffn.data import Corpus, DataConfig, open_corpus, prepare
@@ -130,24 +129,12 @@ def read_config(file: str | Path | None, words: Iterable[str] = ()) -> TrainConf
     With a base the defaults of model and tokenizer are the base's; the config in a run's folder says all.
     """
     words, config = list(words), TrainConfig()
-    path = _base_in(file, words)
+    path = named_base(file, words)
     if path is not None and not (file is not None and _is_written_by_a_run(Path(file))):
         base = open_base(path)
         data = DataConfig(tokenizer=str(base.tokenizer or ""))
         config = TrainConfig(out="runs/tuned", data=data, model=base.config)
     return config_file.read_config(config, file, words)
-
-
-def _base_in(file: str | Path | None, words: Iterable[str]) -> str | None:
-    """The base that is named there, before anything else of it is read or found wrong."""
-    try:
-        named = tomllib.loads(Path(file).read_text("utf-8")).get("base") if file is not None else None
-    except (OSError, ValueError):
-        return None
-    for word in words:
-        key, _, value = word.partition("=")
-        named = value if key.strip() == "base" else named
-    return None if named in (None, "none") else str(named)
 
 
 def _resolve(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ffn.classify.parts import read_data
-from ffn.classify.recipe import ClassifyConfig, read_config
+from ffn.classify.recipe import DataConfig, read_config, read_data_config
 from ffn.classify.report import write_predictions
 from ffn.classify.result import TextClassifier, load_classifier
 from ffn.classify.train import train
@@ -66,11 +66,9 @@ def _train(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     base, more = arguments.base[:1], arguments.base[1:]  # argparse gives an option all words behind it
     data, file, keys = _sort_words([*arguments.words, *more])
-    config = read_config(file, keys)
+    config = read_config(file, [*keys, *(f"base={path}" for path in base)])
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
-    if base:
-        config = dataclasses.replace(config, base=base[0])
     summary = train(config, _say)
     return 130 if summary["members"][-1]["stopped"] == "interrupted" else 0
 
@@ -78,13 +76,13 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     classifier = _load(arguments)
     data, file, keys = _sort_words(arguments.words)
-    config = read_config(Path(arguments.folder) / "config.toml", keys)
+    config = read_data_config(arguments.folder, keys)
     if data is None or file is not None:
         raise ValueError(
             "eval wants the folder of a classifier, DATA, and then keys such as data.label=stars"
         )
     numbers = not classifier.classes
-    rows = read_data(config.data, data, _complain, numbers=numbers)
+    rows = read_data(config, data, _complain, numbers=numbers)
     if numbers:
         targets = torch.tensor(rows.labels, dtype=torch.float64)
     else:
@@ -98,8 +96,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     classifier = _load(arguments)
-    config = read_config(Path(arguments.folder) / "config.toml")
-    texts = _texts(arguments.texts, config)
+    texts = _texts(arguments.texts, read_data_config(arguments.folder))
     while chunk := list(islice(texts, AT_ONCE)):
         for text, found in zip(chunk, _predictions(classifier, chunk).tolist(), strict=True):
             print(_answer(classifier.classes, text, found, arguments.table), flush=True)
@@ -125,12 +122,12 @@ def _predictions(classifier: TextClassifier, texts: Iterable[str]) -> torch.Tens
     return classifier.predict_rows(rows)
 
 
-def _texts(words: list[str], config: ClassifyConfig) -> Iterator[str]:
+def _texts(words: list[str], config: DataConfig) -> Iterator[str]:
     """The texts that are given, in a file, or on standard input, a line each."""
     if words == ["-"]:
         yield from _checked(("standard input", n, line) for n, line in enumerate(sys.stdin, 1))
     elif len(words) == 1 and Path(words[0]).is_file():
-        yield from read_data(config.data, words[0], _complain, labels=False).texts
+        yield from read_data(config, words[0], _complain, labels=False).texts
     else:
         yield from _checked(("text", number, text) for number, text in enumerate(words, 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 from ffn import config as config_file
 from ffn.adapters import AdapterConfig
+from ffn.base import named_base, open_base
 from ffn.classify.objective import METRICS, Loss
 from ffn.device import Precision
 from ffn.freeze import check_choice
@@ -148,7 +150,8 @@ def _default_model() -> TransformerConfig:
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    """Everything a training is. Without `base` the model is built from `model`, and its tokenizer made.
+    """Everything a training is. Without `base` the model is built from `model`, and its tokenizer made; with
+    one `model` and `data.tokenizer` are its own, and the dropouts of `model` may be others.
 
     `train` says what trains of a pretrained model; see `ffn.freeze`. Adapters are merged at the end.
     """
@@ -177,5 +180,22 @@ class ClassifyConfig:
 
 
 def read_config(file: str | Path | None = None, words: Iterable[str] = ()) -> ClassifyConfig:
-    """The defaults, then a TOML file, then words such as `fit.epochs=3`; ValueError says what is wrong."""
-    return config_file.read_config(ClassifyConfig(), file, words)
+    """The defaults, then a TOML file, then words such as `fit.epochs=3`; ValueError says what is wrong.
+
+    With a base the defaults of model and tokenizer are the base's.
+    """
+    words, config = list(words), ClassifyConfig()
+    if (path := named_base(file, words)) is not None:
+        base = open_base(path)
+        data = DataConfig(tokenizer=str(base.tokenizer or ""))
+        config = ClassifyConfig(model=dataclasses.replace(base.config, head="none"), data=data)
+    return config_file.read_config(config, file, words)
+
+
+def read_data_config(folder: str | Path, words: Iterable[str] = ()) -> DataConfig:
+    """How a classifier's texts were read, then words such as `data.label=stars`; its base may be gone."""
+    words = list(words)
+    found = config_file.read_config(ClassifyConfig(), Path(folder) / "config.toml", words)
+    if other := [word for word in words if not word.startswith("data.")]:
+        raise ValueError(f"{other[0]}: nothing is trained here; wants keys of data, such as data.label=stars")
+    return found.data

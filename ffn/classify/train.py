@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ffn import checkpoint
 from ffn.adapters import add_adapters, merge_adapters
 from ffn.atomic import write_file
+from ffn.base import build_from, check_kept, open_base
 from ffn.classify.batches import TextEncoder
 from ffn.classify.loop import Outcome, Source, TokenSource, cache_features, fit
 from ffn.classify.objective import Objective
@@ -35,7 +35,7 @@ from ffn.device import Precision, choose_device, choose_precision
 from ffn.freeze import render_trained, train_only
 from ffn.metrics import Scores
 from ffn.nn.classifier import Classifier
-from ffn.tokenizer import Tokenizer
+from ffn.tokenizer import Tokenizer, load_tokenizer
 from ffn.transformer import Transformer
 
 Say = Callable[[str], None]
@@ -168,15 +168,17 @@ class Training:
         return dataclasses.replace(self.objective, center=0.0, scale=1.0)
 
 
-def load_backbone(path: str, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """A pretrained model without its own head, in float32 at least, and its tokenizer."""
-    model, tokenizer = checkpoint.load(path, device), checkpoint.load_tokenizer(path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} entries, the model {model.config.vocab_size}"
-        raise ValueError(f"{path}: the tokenizer has {sizes}; they do not belong together")
-    model.head, model.config = None, dataclasses.replace(model.config, head="none")
-    half = model.embedding.weight.dtype in (torch.bfloat16, torch.float16)
-    return (model.float() if half else model), tokenizer
+def load_backbone(config: ClassifyConfig, device: torch.device) -> tuple[Transformer, Tokenizer]:
+    """The model of `config.base` without its own head, in float32, its dropouts `config.model`'s; and its
+    tokenizer. ValueError where the two do not belong together, or the config asks for another shape."""
+    assert config.base is not None
+    base, tokenizer = open_base(config.base), config.data.tokenizer
+    check_kept(base, dataclasses.replace(base.config, head="none"), config.model, tokenizer)
+    found = load_tokenizer(tokenizer)
+    if found.vocab_size > config.model.vocab_size:
+        sizes = f"{found.vocab_size} entries, the model {config.model.vocab_size}"
+        raise ValueError(f"{config.base}: the tokenizer has {sizes}; they do not belong together")
+    return build_from(base, config.model, device), found
 
 
 def _backbone(
@@ -184,7 +186,7 @@ def _backbone(
 ) -> tuple[ClassifyConfig, Transformer | None, Tokenizer]:
     """The pretrained model (None from scratch), the tokenizer, and the config with its vocabulary."""
     if config.base:
-        backbone, tokenizer = load_backbone(config.base, device)
+        backbone, tokenizer = load_backbone(config, device)
         return config, backbone, tokenizer
     if config.train != "all":
         raise ValueError(f"train={config.train}: wants a pretrained model, base=PATH; or train=all")

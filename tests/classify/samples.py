@@ -48,10 +48,12 @@ def write_table(
 
 
 def config(folder: Path, *words: str, count: int = 90, classes: int = 3) -> ClassifyConfig:
-    """Trains on `folder/texts.csv`, which is written, into `folder/run`."""
+    """Trains on `folder/texts.csv`, which is written, into `folder/run`; a base keeps its model."""
     if not (folder / "texts.csv").exists():
         write_table(folder / "texts.csv", texts(count, classes))
-    return read_config(None, [f"data.path={folder / 'texts.csv'}", f"out={folder / 'run'}", *WORDS, *words])
+    pretrained = any(word.startswith("base=") for word in words)
+    common = [w for w in WORDS if not (pretrained and w.startswith(("model.", "data.tokenizer")))]
+    return read_config(None, [f"data.path={folder / 'texts.csv'}", f"out={folder / 'run'}", *common, *words])
 
 
 def quiet(_: str) -> None:

@@ -40,6 +40,13 @@ def test_train_takes_data_a_config_keys_and_from(run: Path, tmp_path: Path, caps
     assert "epoch 2/2" in shown
     assert f"use it       ffn classify predict {out} TEXT" in shown
     assert "base = " in (out / "config.toml").read_text()
+    run.rename(run.parent / "gone")
+    try:
+        assert main(["classify", "predict", str(out), "some bread"]) == 0, "its base is wanted no more"
+        assert main(["classify", "eval", str(out), data]) == 0
+    finally:
+        (run.parent / "gone").rename(run)
+    capsys.readouterr()
     other = ["classify", "train", "--from", str(run), data, "train=head", "fit.epochs=1", f"out={out}2"]
     assert main([*other, "device=cpu"]) == 0
     capsys.readouterr()
@@ -159,6 +166,7 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
         (["predict", "/nowhere", "a"], "/nowhere: not the folder of a classifier, it has no classifier.json"),
         (["predict", "RUN", "a", " "], "text:2: an empty text"),
         (["eval", "RUN", "a=b"], "a: no such key"),
+        (["eval", "RUN", "NEW", "fit.epochs=3"], "fit.epochs=3: nothing is trained here; wants keys of data"),
         (["eval", "RUN", "data.label=x"], "eval wants the folder of a classifier, DATA, and then keys"),
         (["eval", "RUN", "NEW"], "NEW:3: unknown label 'see'"),
         (["export", "RUN", "OUT"], "bert: its classifier in transformers has pooling='first'"),

@@ -1,6 +1,7 @@
 """Whole trainings, from scratch and from pretrained models: what is left behind, and that it is true."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 import ffn
-from ffn.classify import load_classifier, read_config, train
+from ffn.adapters import add_adapters
+from ffn.classify import ClassifyConfig, load_classifier, read_config, train
+from ffn.config import from_toml
 from ffn.tokenizer import ByteTokenizer
 from ffn.transformer import Transformer, TransformerConfig
 from tests.classify.samples import config, quiet, texts, write_table
@@ -85,6 +88,45 @@ def test_from_a_pretrained_model(what: str, base: Path, tmp_path: Path) -> None:
     total = sum(p.numel() for p in after.values()) + 3 * 16  # the last token is read, without a bias
     assert summary["parameters"] == total
     assert (summary["trained_parameters"] == total) == (what == "all")
+
+
+def test_a_base_keeps_its_shape_and_may_drop_otherwise(base: Path, tmp_path: Path) -> None:
+    train(config(tmp_path, f"base={base}", "model.dropout=0.25", "fit.epochs=1"), quiet)
+    expected = dataclasses.replace(PRETRAINED, head="none", dropout=0.25)
+    assert ffn.load(tmp_path / "run").config == expected
+    written = (tmp_path / "run" / "config.toml").read_text()
+    assert from_toml(ClassifyConfig, written).model == expected
+    for word, message in (
+        ("model.num_layers=3", r"^base=.* keeps its shape: model\.num_layers=3 where it has 2; leave that"),
+        ("data.tokenizer=char", r"^data\.tokenizer=char: base=.* has its own, .*; leave that out$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(tmp_path, f"base={base}", word, f"out={tmp_path / 'other'}"), quiet)
+    bare = tmp_path / "bare"
+    Transformer(PRETRAINED).save(bare)
+    with pytest.raises(
+        ValueError, match=r"^base=.*bare has no tokenizer\.json; say what it was trained with"
+    ):
+        train(config(tmp_path, f"base={bare}", f"out={tmp_path / 'other'}"), quiet)
+    words = [f"base={bare}", f"data.tokenizer={base / 'tokenizer.json'}", "fit.epochs=1"]
+    train(config(tmp_path, *words, f"out={tmp_path / 'other'}"), quiet)
+    assert load_classifier(tmp_path / "other").predict(["a wave"]).shape == (1, 3)
+
+
+@pytest.mark.parametrize("what", ["all", "lora"])
+def test_the_adapters_of_a_base_are_merged(what: str, base: Path, tmp_path: Path) -> None:
+    model = ffn.load(base)
+    add_adapters(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_B"):
+                p.normal_()
+    model.save(tmp_path / "adapted")
+    words = [f"base={tmp_path / 'adapted'}", f"data.tokenizer={base / 'tokenizer.json'}", f"train={what}"]
+    train(config(tmp_path, *words, "fit.epochs=1", "fit.lr=0"), quiet)
+    found, tokens = ffn.load(tmp_path / "run"), torch.arange(20)[None]
+    assert set(found.state_dict()) == set(ffn.load(base).state_dict())
+    torch.testing.assert_close(found.hidden(tokens), model.eval().hidden(tokens))
 
 
 def test_the_cache_changes_nothing_but_the_time(base: Path, tmp_path: Path) -> None:
