@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ffn.classify.parts import read_data
-from ffn.classify.recipe import DataConfig, read_config, read_data_config
+from ffn.classify.recipe import read_config, read_data_config
 from ffn.classify.report import write_predictions
 from ffn.classify.result import TextClassifier, load_classifier
 from ffn.classify.train import train
 from ffn.device import choose_device, keep_freed_memory
 from ffn.labelled import encode_labels
 from ffn.report import printable
+from ffn.rows import SUFFIXES, SURROGATE
 
 AT_ONCE = 512  # texts that are read before the first of them is answered
+FILES = (*SUFFIXES, ".txt")  # what ends so and has no blanks was meant as a file
 DATA = "a table, JSON lines, text<TAB>label lines, a folder or 'pattern.*' of one file a class"
 
 
@@ -41,7 +44,8 @@ def add_commands(command: Callable[..., Callable[..., object]]) -> None:
 
     add = command("predict", _predict, "the class of texts")
     add("folder", help="what train wrote")
-    add("texts", nargs="+", metavar="TEXT", help="texts; or one file of them; or - for standard input")
+    texts = "texts; or one file of them, and keys such as data.text=review; or - for standard input"
+    add("texts", nargs="+", metavar="TEXT", help=texts)
     add("--table", action="store_true", help="lines to read rather than JSON lines")
     add("--device", default="auto")
 
@@ -53,7 +57,7 @@ def add_commands(command: Callable[..., Callable[..., object]]) -> None:
 def _sort_words(words: Iterable[str]) -> tuple[str | None, str | None, list[str]]:
     """The data, the TOML file and the key=value among the words; ValueError for two of the first."""
     words = list(words)
-    keys = [word for word in words if "=" in word and not Path(word).exists()]
+    keys = [word for word in words if "=" in word and not os.path.exists(word)]  # noqa: PTH110 - as below
     files = [word for word in words if word not in keys and word.endswith(".toml")]
     data = [word for word in words if word not in keys and word not in files]
     for found, what in ((data, "DATA; put a pattern in quotes"), (files, "config")):
@@ -96,8 +100,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     classifier = _load(arguments)
-    texts = _texts(arguments.texts, read_data_config(arguments.folder))
-    while chunk := list(islice(texts, AT_ONCE)):
+    for chunk in _chunks(_texts(arguments.texts, arguments.folder)):
         for text, found in zip(chunk, _predictions(classifier, chunk).tolist(), strict=True):
             print(_answer(classifier.classes, text, found, arguments.table), flush=True)
     return 0
@@ -122,33 +125,67 @@ def _predictions(classifier: TextClassifier, texts: Iterable[str]) -> torch.Tens
     return classifier.predict_rows(rows)
 
 
-def _texts(words: list[str], config: DataConfig) -> Iterator[str]:
+def _texts(words: list[str], folder: str) -> Iterator[str]:
     """The texts that are given, in a file, or on standard input, a line each."""
+    first, rest = words[0], words[1:]
     if words == ["-"]:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         yield from _checked(("standard input", n, line) for n, line in enumerate(sys.stdin, 1))
-    elif len(words) == 1 and Path(words[0]).is_file():
-        yield from read_data(config, words[0], _complain, labels=False).texts
+    elif os.path.isfile(first):  # noqa: PTH113 - Path's raises where a text is too long for a name
+        if other := [word for word in rest if not word.startswith("data.")]:
+            raise ValueError(f"{other[0]}: behind the file {first} wants keys of data, as data.text=review")
+        yield from read_data(read_data_config(folder, rest), first, _complain, labels=False).texts
+    elif not rest and len(first.split()) == 1 and _looks_like_a_file(first):
+        raise ValueError(f"{first}: no such file; to take it as a text give it on standard input, as -")
     else:
         yield from _checked(("text", number, text) for number, text in enumerate(words, 1))
+
+
+def _looks_like_a_file(word: str) -> bool:
+    return os.path.isdir(word) or word.lower().endswith(FILES)  # noqa: PTH112 - as above
 
 
 def _checked(texts: Iterable[tuple[str, int, str]]) -> Iterator[str]:
     for source, number, text in texts:
         if not text.strip():
             raise ValueError(f"{source}:{number}: an empty text")
+        if SURROGATE.search(text):
+            raise ValueError(f"{source}:{number}: not utf-8; a file of another encoding is read as a file")
         yield text.rstrip("\r\n")
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """So many at a time, one where a person types; what stood before a mistake is answered before it."""
+    at_once, chunk = 1 if sys.stdin.isatty() else AT_ONCE, []
+    try:
+        for text in texts:
+            chunk.append(text)
+            if len(chunk) == at_once:
+                yield chunk
+                chunk = []
+    except ValueError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
 
 
 def _answer(classes: tuple[str, ...], text: str, found: Any, table: bool) -> str:
     """One line: what was predicted (a number, or a probability a class) of a text."""
     if not classes:
-        return f"{found:12.6g}  {printable(text)}" if table else _json(text=text, value=found)
+        return f"{found:12.6g}  {_one_line(text)}" if table else _json(text=text, value=found)
     best = max(range(len(classes)), key=lambda i: found[i])
     if table:
         width = max(map(len, classes))
-        return f"{classes[best]:{width}}  {found[best]:.4f}  {printable(text)}"
+        return f"{classes[best]:{width}}  {found[best]:.4f}  {_one_line(text)}"
     named = dict(zip(classes, found, strict=True))
     return _json(text=text, label=classes[best], probability=found[best], probabilities=named)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())
 
 
 def _json(**values: object) -> str:

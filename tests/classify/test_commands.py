@@ -66,6 +66,12 @@ def test_predict_prints_json_lines(run: Path, capsys) -> None:
         assert line["probabilities"][line["label"]] == line["probability"]
 
 
+def test_a_text_may_be_longer_than_a_files_name(run: Path, capsys) -> None:
+    text = "some bread " * 500
+    assert main(["classify", "predict", str(run), text]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == text
+
+
 def test_predict_prints_a_table(run: Path, capsys) -> None:
     assert main(["classify", "predict", str(run), "some bread\x1b[31m", "--table"]) == 0
     label, share, text = capsys.readouterr().out.rstrip("\n").split(None, 2)
@@ -85,6 +91,8 @@ def test_predict_reads_files_and_standard_input(run: Path, tmp_path: Path, monke
     assert predicted(str(tmp_path / "t.txt")) == words
     write_table(tmp_path / "t.csv", [(word, "?") for word in words])
     assert predicted(str(tmp_path / "t.csv")) == words
+    write_table(tmp_path / "r.csv", [(word, "?") for word in words], ("review", "id"))
+    assert predicted(str(tmp_path / "r.csv"), "data.text=review") == words
     monkeypatch.setattr(sys, "stdin", io.StringIO("\r\n".join(words)))
     assert predicted("-") == words
 
@@ -101,6 +109,33 @@ def test_predict_answers_in_chunks_before_it_fails(run: Path, monkeypatch, capsy
     shown = capsys.readouterr()
     assert [json.loads(line)["text"] for line in shown.out.splitlines()] == ["a", "b"]
     assert shown.err.endswith("ffn: standard input:3: an empty text\n")
+
+
+def test_predict_answers_what_stood_before_a_mistake(run: Path, monkeypatch, capsys) -> None:
+    for said, mistake in (("a\nb\n\n", "an empty text"), ("a\nb\n\udcff\n", "not utf-8; a file of another")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        assert main(["classify", "predict", str(run), "-"]) == 2
+        shown = capsys.readouterr()
+        assert [json.loads(line)["text"] for line in shown.out.splitlines()] == ["a", "b"]
+        assert shown.err.startswith(f"ffn: standard input:3: {mistake}")
+
+
+def test_bytes_on_standard_input(run: Path, monkeypatch, capsys) -> None:
+    """Of whatever locale: UTF-8, a byte order mark dropped."""
+    for locale in ("utf-8", "ascii"):
+        lines = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfwave\r\nw\xc3\xa4ve\n\xff\n"), encoding=locale)
+        monkeypatch.setattr(sys, "stdin", lines)
+        assert main(["classify", "predict", str(run), "-"]) == 2
+        shown = capsys.readouterr()
+        assert [json.loads(line)["text"] for line in shown.out.splitlines()] == ["wave", "wäve"]
+        assert shown.err.startswith("ffn: standard input:3: not utf-8")
+
+
+def test_a_text_of_lines_is_a_line_of_the_table(run: Path, capsys) -> None:
+    assert main(["classify", "predict", str(run), "some\nbread\tand", "a wave", "--table"]) == 0
+    assert [line.split(None, 2)[2] for line in capsys.readouterr().out.splitlines()] == [
+        "some bread and", "a wave",
+    ]  # fmt: skip
 
 
 def test_eval_shows_a_table_and_writes_predictions(run: Path, tmp_path: Path, capsys) -> None:
@@ -165,6 +200,11 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
         (["train", "/nowhere.csv", "epoch=1"], "epoch: no such key; did you mean fit.epochs?"),
         (["predict", "/nowhere", "a"], "/nowhere: not the folder of a classifier, it has no classifier.json"),
         (["predict", "RUN", "a", " "], "text:2: an empty text"),
+        (["predict", "RUN", "a\udcff"], "text:1: not utf-8"),
+        (["predict", "RUN", "/nowhere.csv"], "/nowhere.csv: no such file; to take it as a text"),
+        (["predict", "RUN", "RUN"], "RUN: no such file; to take it as a text"),
+        (["predict", "RUN", "NEW", "a wave"], "a wave: behind the file NEW wants keys of data"),
+        (["predict", "RUN", "NEW", "data.text=txt"], "NEW:1: no 'txt'; there are 'text', 'label'; did you"),
         (["eval", "RUN", "a=b"], "a: no such key"),
         (["eval", "RUN", "NEW", "fit.epochs=3"], "fit.epochs=3: nothing is trained here; wants keys of data"),
         (["eval", "RUN", "data.label=x"], "eval wants the folder of a classifier, DATA, and then keys"),
@@ -177,6 +217,6 @@ def test_mistakes_are_one_line(command: list[str], message: str, run: Path, tmp_
     places = {"RUN": str(run), "NEW": str(new), "OUT": str(tmp_path / "out")}
     assert main(["classify", *(places.get(word, word) for word in command)]) == 2
     line = capsys.readouterr().err
-    assert line.startswith(f"ffn: {message.replace('NEW', str(new))}")
+    assert line.startswith(f"ffn: {message.replace('NEW', str(new)).replace('RUN', str(run))}")
     assert line.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["new.csv"]
