@@ -38,7 +38,7 @@ ALLOCATOR = "DefaultCPUAllocator"  # on the CPU torch says so, and raises a plai
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample shall not stop a run for want of a character
     try:
@@ -59,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             return 130
         return 1 if isinstance(error, OSError | FloatingPointError) else 2
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; words on both sides of an option are words, where argparse takes one side alone."""
+    parser = _parser()
+    arguments, more = parser.parse_known_args(argv)
+    if more and ("words" not in arguments or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        arguments.words += more
+    return arguments
 
 
 def _complain(line: str) -> None:

@@ -51,6 +51,14 @@ def test_train_generate_eval(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert per_token == per_byte
 
 
+def test_words_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["train", "out=x", "--nope"], ["generate", "a", "b"], ["doctor", "now"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        assert f"error: unrecognized arguments: {command[-1]}" in capsys.readouterr().err
+
+
 def test_generate_draws_as_asked(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     given: dict[str, object] = {}
 

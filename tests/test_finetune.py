@@ -266,4 +266,9 @@ def test_the_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "base's text  " in out
     assert main(["generate", str(tmp_path / "run"), "--tokens", "3", "--device", "cpu"]) == 0
     assert main(["eval", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["train", *words, f"--from={base}", "train.only=lora"]) == 0, (
+        "the same, and so it is finished"
+    )
+    assert "finished before" in capsys.readouterr().out
     assert main(["train", "--from", str(tmp_path / "absent"), *words]) == 2

@@ -34,7 +34,7 @@ def add_commands(command: Callable[..., Callable[..., object]]) -> None:
     add = command("train", _train, "train on labelled text, from scratch or from a pretrained model")
     add("words", nargs="*", metavar="DATA CONFIG key=value", help=f"{DATA}; a TOML file; fit.epochs=3")
     base = "a pretrained model: a run, a model's folder, or one of Hugging Face"
-    add("--from", dest="base", nargs="+", default=[], metavar=("PATH", "key=value"), help=base)
+    add("--from", dest="base", metavar="PATH", help=base)
 
     add = command("eval", _eval, "how good a trained classifier is on labelled text")
     add("folder", help="what train wrote")
@@ -68,9 +68,8 @@ def _sort_words(words: Iterable[str]) -> tuple[str | None, str | None, list[str]
 
 def _train(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
-    base, more = arguments.base[:1], arguments.base[1:]  # argparse gives an option all words behind it
-    data, file, keys = _sort_words([*arguments.words, *more])
-    config = read_config(file, [*keys, *(f"base={path}" for path in base)])
+    data, file, keys = _sort_words(arguments.words)
+    config = read_config(file, keys + ([f"base={arguments.base}"] if arguments.base else []))
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
     summary = train(config, _say)

@@ -49,6 +49,9 @@ def test_train_takes_data_a_config_keys_and_from(run: Path, tmp_path: Path, caps
     capsys.readouterr()
     other = ["classify", "train", "--from", str(run), data, "train=head", "fit.epochs=1", f"out={out}2"]
     assert main([*other, "device=cpu"]) == 0
+    around = ["classify", "train", data, "fit.epochs=1", f"--from={run}", "train=head", f"out={out}3"]
+    assert main([*around, "device=cpu"]) == 0
+    assert "base = " in Path(f"{out}3", "config.toml").read_text()
     capsys.readouterr()
     assert main(command) == 2
     assert capsys.readouterr().err.startswith(f"ffn: out={out}: there is something already")
