@@ -10,6 +10,7 @@ import difflib
 import glob
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -128,11 +129,15 @@ def _json_rows(file: Path, content: str, columns: list[str]) -> Iterator[tuple[i
         cells = [row[name] for name in columns]
         if not isinstance(cells[0], str):
             raise ValueError(f"{file}:{line}: {columns[0]}: wants a string; got {short(cells[0])}")
-        if cells[-1] is None or isinstance(cells[-1], dict | list):
+        if cells[-1] is None or isinstance(cells[-1], dict | list) or _is_nan(cells[-1]):
             raise ValueError(f"{file}:{line}: {columns[-1]}: wants a label; got {short(cells[-1])}")
         if broken := [cell for cell in cells if isinstance(cell, str) and SURROGATE.search(cell)]:
             raise ValueError(f"{file}:{line}: half of a surrogate pair, which is no text: {short(broken[0])}")
         yield line, [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
+
+
+def _is_nan(cell: object) -> bool:
+    return isinstance(cell, float) and math.isnan(cell)
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -153,7 +158,7 @@ def _table_rows(
     records = _records(file, csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True))
     line, header = next(records, (1, []))
     header = [name.strip() for name in header]
-    _check_names(file, line, header, columns)
+    _check_names(file, line, header, columns, "; without a header want format=tab" * (format == "tsv"))
     places = [header.index(name) for name in columns]
     for line, cells in records:
         if len(cells) != len(header):
@@ -179,11 +184,12 @@ def _records(file: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, lis
             yield line, cells
 
 
-def _check_names(file: Path, line: int, names: list[str], columns: list[str]) -> None:
+def _check_names(file: Path, line: int, names: list[str], columns: list[str], remedy: str = "") -> None:
     for column in columns:
         if column not in names:
             left = [name for name in names if name not in columns]
-            raise ValueError(f"{file}:{line}: no {short(column)}; there are {listing(names, column, left)}")
+            there = listing(names, column, left)
+            raise ValueError(f"{file}:{line}: no {short(column)}; there are {there}{remedy}")
         if names.count(column) > 1:
             raise ValueError(f"{file}:{line}: {short(column)} stands twice in the header")
 

@@ -242,6 +242,12 @@ WRONG = {
         '{"text": "x", "label": ["y"]}',
         "a.jsonl:1: label: wants a label; got ['y']",
     ),
+    "label NaN": ("a.jsonl", '{"text": "x", "label": NaN}', "a.jsonl:1: label: wants a label; got nan"),
+    "no header": (
+        "a.tsv",
+        "good\tpos\n",
+        "a.tsv:1: no 'text'; there are 'good', 'pos'; without a header want format=tab",
+    ),
     "half a pair": ("a.jsonl", '{"text": "x", "label": "\\ud800"}', "a.jsonl:1: half of a surrogate pair"),
     "deep": ("a.jsonl", '{"text":' * 100_000, "a.jsonl:1: not JSON"),
     "no tab": ("a.txt", "good\tpos\n\nbad neg\n", "a.txt:3: no tab; wants text<TAB>label"),

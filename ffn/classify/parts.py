@@ -67,6 +67,7 @@ def read_data(
         config.label if labels else None,
         format=None if config.format == "auto" else config.format,
         encoding=config.encoding,
+        quotes=config.quotes,
         numbers=numbers,
         skip_empty=config.skip_empty,
     )
@@ -98,6 +99,8 @@ def _targets(fit: FitConfig, rows: dict[str, Labelled]) -> tuple[dict[str, Tenso
         center, spread = float(found["train"].mean()), float(found["train"].std(correction=0))
         return found, Objective("mse", center=center, scale=spread or 1.0)
     numbers, classes = encode_labels(rows["train"])
+    if fit.metric == "roc_auc" and len(classes) != 2:
+        raise ValueError(f"fit.metric=roc_auc: wants two classes; got {len(classes)}; take f1_macro")
     found = {name: encode_labels(part, classes)[0] for name, part in rows.items()}
     objective = Objective(fit.loss, classes, label_smoothing=fit.label_smoothing)
     weights = parse_class_weights(fit.class_weights, classes, numbers)

@@ -33,6 +33,7 @@ class DataConfig:
     label: str = "label"
     format: Literal["auto", "csv", "tsv", "jsonl", "tab"] = "auto"
     encoding: str = "utf-8"
+    quotes: bool = True  # a quote that opens a cell of a table means one; false: it stands for itself
     skip_empty: bool = False  # leave rows without a text out, and say how many, rather than refuse them
     tokenizer: str = "word"  # from scratch: word, bpe, char, byte, or the path of a tokenizer.json
 
@@ -98,6 +99,12 @@ class FitConfig:
             raise ValueError(f"betas: wants two numbers in [0, 1); got {list(self.betas)}")
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise ValueError(f"seeds: wants one or more, each another; got {list(self.seeds)}")
+        if not all(-(2**63) <= seed < 2**63 for seed in self.seeds):
+            raise ValueError(f"seeds: wants whole numbers of 64 bits; got {list(self.seeds)}")
+        if self.loss == "mse":
+            for name, nothing in (("class_weights", "none"), ("label_smoothing", 0.0)):
+                if getattr(self, name) != nothing:
+                    raise ValueError(f"{name}: numbers have no classes; wants {nothing} with loss=mse")
         known = METRICS[self.loss]
         if self.metric not in ("auto", *known):
             raise ValueError(f"metric: wants auto or one of {', '.join(known)}; got {self.metric!r}")

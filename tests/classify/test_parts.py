@@ -88,6 +88,7 @@ Rows = list[tuple[str, object]]
         (lambda rows: [*rows, ("", "sea")], [], r"texts\.csv:92: an empty text"),
         (lambda rows: rows[:4], [], r"."),
         (lambda rows: rows, ["fit.loss=binary_cross_entropy"], r"^fit.loss=binary_cross_entropy: wants two"),
+        (lambda rows: rows, ["fit.metric=roc_auc"], r"^fit.metric=roc_auc: wants two classes; got 3; take"),
         (lambda rows: rows, ["fit.loss=mse"], r"texts\.csv:2: .*number"),
         (lambda rows: rows, ["fit.class_weights=sea:2"], r"^fit.class_weights: no weight for food, music$"),
         (
@@ -106,6 +107,16 @@ def test_wrong_input_is_one_line(
     with pytest.raises(ValueError, match=message) as caught:
         read_parts(config(tmp_path, *words), quiet)
     assert "\n" not in str(caught.value)
+
+
+def test_quotes_may_stand_for_themselves(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    file = tmp_path / "texts.csv"
+    file.write_text(file.read_text() + '"a wave,sea\n')
+    with pytest.raises(ValueError, match=r"texts\.csv:92: .*; quotes=false takes quotes as they stand$"):
+        read_parts(settings, quiet)
+    parts = read_parts(config(tmp_path, "data.quotes=false"), quiet)
+    assert '"a wave' in [text for rows in parts.rows.values() for text in rows.texts]
 
 
 def test_an_unknown_label_in_the_test_file_is_named_with_its_line(tmp_path: Path) -> None:

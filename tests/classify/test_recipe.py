@@ -39,6 +39,7 @@ def test_the_configs_that_come_with_it_are_read() -> None:
         ("fit.betas=[0.9]", r"^fit.betas: wants two numbers"),
         ("fit.seeds=[1, 1]", r"^fit.seeds: wants one or more, each another; got \[1, 1\]$"),
         ("fit.seeds=[]", r"^fit.seeds: wants one or more"),
+        ("fit.seeds=[9223372036854775808]", r"^fit.seeds: wants whole numbers of 64 bits; got \[92"),
         ("fit.metric=f1", r"^fit.metric: wants auto or one of loss, accuracy, precision_macro, "),
         ("fit.loss=hinge", r"^fit.loss: wants one of cross_entropy, binary_cross_entropy, mse; got 'hinge'"),
         ("data.val_fraction=1.0", r"^data.val_fraction: wants a share between 0 and 1; got 1.0$"),
@@ -49,6 +50,14 @@ def test_the_configs_that_come_with_it_are_read() -> None:
 def test_wrong_keys(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_config(None, [word])
+
+
+@pytest.mark.parametrize("word", ["class_weights=balanced", "label_smoothing=0.1"])
+def test_numbers_have_no_classes(word: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^fit.{word.partition('=')[0]}: numbers have no classes; wants"
+    ):
+        read_config(None, ["fit.loss=mse", f"fit.{word}"])
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
