@@ -73,7 +73,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
     summary = train(config, _say)
-    return 130 if summary["members"][-1]["stopped"] == "interrupted" else 0
+    return 130 if summary["stopped"] == "interrupted" else 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -84,6 +84,9 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise ValueError(
             "eval wants the folder of a classifier, DATA, and then keys such as data.label=stars"
         )
+    table = None if arguments.predictions is None else Path(arguments.predictions)
+    if table is not None and (not table.parent.is_dir() or table.resolve() == Path(data).resolve()):
+        raise ValueError(f"--predictions {table}: wants a file of its own in a folder that is there")
     numbers = not classifier.classes
     rows = read_data(config, data, _complain, numbers=numbers)
     if numbers:
@@ -92,8 +95,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         targets, _ = encode_labels(rows, classifier.classes)
     predictions = _predictions(classifier, rows.texts)
     print(classifier.objective.scores(targets, predictions).table())
-    if arguments.predictions is not None:
-        write_predictions(Path(arguments.predictions), rows, classifier.objective, targets, predictions)
+    if table is not None:
+        write_predictions(table, rows, classifier.objective, targets, predictions)
     return 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -140,12 +140,8 @@ def fit(
     seed: int,
     precision: Precision = "float32",
     watcher: Watcher | None = None,
-    set_training: Callable[[nn.Module], object] = nn.Module.train,
 ) -> Outcome:
     """Train what requires a gradient, and leave the model with the weights of its best epoch on `val`.
-
-    Args:
-        set_training: puts the model into training mode, but for what shall stay as it is.
 
     Ctrl-C ends it as well, and passes on only where no epoch is done yet. Raises FloatingPointError when the
     loss or the gradient is no longer finite, ValueError where there is nothing to train.
@@ -156,7 +152,7 @@ def fit(
     try:
         for epoch in range(1, config.epochs + 1):
             start = time.perf_counter()
-            set_training(model)
+            model.train()
             loss = loop.epoch(epoch)
             seconds = time.perf_counter() - start
             outcome.seconds += seconds

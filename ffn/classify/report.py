@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from ffn.atomic import write_file
 from ffn.classify.loop import Outcome
 from ffn.classify.objective import LOWER_IS_BETTER, Objective
 from ffn.labelled import Labelled
@@ -56,24 +58,25 @@ def write_history(path: Path, histories: Mapping[int, Outcome]) -> None:
 def write_predictions(
     path: Path, rows: Labelled, objective: Objective, targets: Tensor, predictions: Tensor
 ) -> None:
-    """predictions.csv: the rows with what was predicted, the worst mistakes first."""
+    """predictions.csv, whole or as it was: the rows with what was predicted, the worst mistakes first."""
     wrong = objective.wrongness(targets, predictions)
     order = wrong.argsort(descending=True, stable=True).tolist()
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    if objective.classes:
+        writer.writerow(["label", "predicted", "probability", "of_label", "text", "file", "line"])
+    else:
+        writer.writerow(["label", "predicted", "squared_error", "text", "file", "line"])
+    for row in order:
+        place = (rows.texts[row], *rows.where[row])
         if objective.classes:
-            writer.writerow(["label", "predicted", "probability", "of_label", "text", "file", "line"])
+            best = int(predictions[row].argmax())
+            likely, right = float(predictions[row, best]), 1.0 - float(wrong[row])
+            said = (objective.classes[best], f"{likely:.6f}", f"{right:.6f}")
         else:
-            writer.writerow(["label", "predicted", "squared_error", "text", "file", "line"])
-        for row in order:
-            place = (rows.texts[row], *rows.where[row])
-            if objective.classes:
-                best = int(predictions[row].argmax())
-                likely, right = float(predictions[row, best]), 1.0 - float(wrong[row])
-                said = (objective.classes[best], f"{likely:.6f}", f"{right:.6f}")
-            else:
-                said = (repr(float(predictions[row])), repr(float(wrong[row])))
-            writer.writerow([rows.labels[row], *said, *place])
+            said = (repr(float(predictions[row])), repr(float(wrong[row])))
+        writer.writerow([rows.labels[row], *said, *place])
+    write_file(path, file.getvalue())
 
 
 def draw(folder: Path, histories: Mapping[int, Outcome], metric: str, scores: Scores) -> bool:

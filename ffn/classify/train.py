@@ -66,8 +66,9 @@ def train(config: ClassifyConfig, say: Say = print, parts: Parts | None = None) 
         except KeyboardInterrupt:
             if not run.members:
                 raise
-            break
-        if run.outcomes[seed].stopped == "interrupted":
+            run.interrupted = True
+        if run.interrupted:
+            say(f"interrupted  with {len(run.members)} of {len(config.fit.seeds)} models")
             break
     classifier = TextClassifier(run.members, run.settle(), encode)
     return _finish(config, parts, run, classifier)
@@ -94,6 +95,7 @@ class Training:
         self.outcomes: dict[int, Outcome] = {}
         self.cache_seconds: float | None = None
         self.trained = 0  # parameters of one member, adapters counted
+        self.interrupted = False
 
     def _model(self, seed: int) -> Classifier:
         """A new classifier; on the pretrained backbone itself where no other member needs it as it was."""
@@ -138,6 +140,7 @@ class Training:
                 watcher=progress,
             )
         self.outcomes[seed] = outcome
+        self.interrupted = outcome.stopped == "interrupted"
         if config.train == "lora":
             merge_adapters(model)
         self.members.append(model)
@@ -148,9 +151,12 @@ class Training:
         """Run what stays frozen over all texts, once, where only the head trains and texts stay the same."""
         self.sources = dict(self.tokens)
         fitting = self.config.fit
-        same = not (fitting.word_dropout or fitting.frozen_dropout)  # in each epoch
-        if self.config.train != "head" or not fitting.cache or not same:
+        if self.config.train != "head" or not fitting.cache:
             return
+        for name in ("word_dropout", "frozen_dropout"):
+            if getattr(fitting, name):
+                self.say(f"not cached   fit.{name} makes the features others in each epoch")
+                return
         start = time.perf_counter()
         self.sources = {n: cache_features(model, s, self.precision) for n, s in self.tokens.items()}
         self.cache_seconds = time.perf_counter() - start
@@ -244,6 +250,7 @@ def _summary(
         for seed, o in run.outcomes.items()
     ]
     return {
+        "stopped": "interrupted" if run.interrupted else "finished",
         **{name: score.to_dict() for name, score in scores.items()},
         "rows": {name: len(rows) for name, rows in parts.rows.items()},
         "data": parts.counts,

@@ -212,6 +212,11 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
         (["eval", "RUN", "NEW", "fit.epochs=3"], "fit.epochs=3: nothing is trained here; wants keys of data"),
         (["eval", "RUN", "data.label=x"], "eval wants the folder of a classifier, DATA, and then keys"),
         (["eval", "RUN", "NEW"], "NEW:3: unknown label 'see'"),
+        (["eval", "RUN", "NEW", "--predictions", "NEW"], "--predictions NEW: wants a file of its own"),
+        (
+            ["eval", "RUN", "NEW", "--predictions", "OUT/p.csv"],
+            "--predictions OUT/p.csv: wants a file of its",
+        ),
         (["export", "RUN", "OUT"], "bert: its classifier in transformers has pooling='first'"),
     ],
 )

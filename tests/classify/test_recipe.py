@@ -54,9 +54,7 @@ def test_wrong_keys(word: str, message: str) -> None:
 
 @pytest.mark.parametrize("word", ["class_weights=balanced", "label_smoothing=0.1"])
 def test_numbers_have_no_classes(word: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^fit.{word.partition('=')[0]}: numbers have no classes; wants"
-    ):
+    with pytest.raises(ValueError, match=rf"^fit.{word.partition('=')[0]}: numbers have no classes; wants"):
         read_config(None, ["fit.loss=mse", f"fit.{word}"])
 
 

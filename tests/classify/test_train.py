@@ -138,6 +138,13 @@ def test_the_cache_changes_nothing_but_the_time(base: Path, tmp_path: Path) -> N
     assert heads[0] == heads[1]
 
 
+def test_what_keeps_features_from_the_cache_is_said(base: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    words = [f"base={base}", "train=head", "fit.epochs=1", "fit.word_dropout=0.1"]
+    assert train(config(tmp_path, *words), said.append)["cache_seconds"] is None
+    assert "not cached   fit.word_dropout makes the features others in each epoch" in said
+
+
 def test_an_ensemble_of_seeds(tmp_path: Path) -> None:
     words = ["fit.seeds=[1, 2, 3]", "fit.epochs=2", "fit.metric=loss"]
     summary = train(config(tmp_path, *words), quiet)
@@ -213,7 +220,10 @@ def test_ctrl_c_loses_no_member_that_is_done(
             train(settings, quiet)
         assert not (tmp_path / "run").exists()
         return
-    summary = train(settings, quiet)
+    said: list[str] = []
+    summary = train(settings, said.append)
+    assert summary["stopped"] == "interrupted"
+    assert "interrupted  with 1 of 2 models" in said
     assert [member["seed"] for member in summary["members"]] == [1]
     assert len(load_classifier(tmp_path / "run").members) == 1
 
