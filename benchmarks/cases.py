@@ -7,8 +7,9 @@ import torch
 
 from ffn import activations
 
+WARM = "warm-inference"  # time and again, so that weights which fit the cache are read from there
 DTYPES = ("float32", "bfloat16", "autocast")  # autocast: float32 weights and input under bfloat16 autocast
-WORKS = ("training", "inference")  # forward and backward; forward alone, without gradients
+WORKS = ("training", "inference", WARM)  # forward and backward; forward alone, without gradients; repeated
 BASELINE, CEILING = "torch", "ceiling"  # what all are compared with; the yardstick of the machine
 WRONG = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # relative errors that rounding never reaches
 EIGHT_BITS = {"torchao float8": 0.1, "ffn int8": 0.1}  # implementations whose rounding is larger
@@ -70,9 +71,13 @@ class Case:
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
     @property
+    def trains(self) -> bool:
+        return self.work == "training"
+
+    @property
     def flops(self) -> int:
         """Of the matrix products: two a weight and token in each, one product forward and two backward."""
-        return (6 if self.work == "training" else 2) * self.tokens * self.block.weights
+        return (6 if self.trains else 2) * self.tokens * self.block.weights
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if self.dtype == "autocast" else nullcontext()

@@ -70,7 +70,7 @@ def build_pinned(case: Case, weights: Weights, choose: Callable[..., "Tiling | N
 def build_packed(case: Case, weights: Weights, form: str) -> Contender:
     x = weights["up_proj.weight"]
     peers.require(x.device.type == "cpu", "runs on CPUs")
-    peers.require(case.work == "inference", "is for inference")
+    peers.require(not case.trains, "is for inference")
     peers.require(case.dtype != "autocast", "takes no part in autocast")
     from ffn import pack
 

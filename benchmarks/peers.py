@@ -190,7 +190,7 @@ def build_quack(case: Case, weights: Weights, tuned: bool) -> Contender:
     block = case.block
     act = named(block.activation, QUACK)
     require(not case.dropout, "has no dropout")
-    require(case.work == "inference" or not block.bias, "falls back to torch where a bias is trained")
+    require(not case.trains or not block.bias, "falls back to torch where a bias is trained")
     require(block.dim % 8 == block.hidden_dim % 8 == 0, "falls back to torch unless 8 divides the widths")
     from quack.mlp import MLP
 

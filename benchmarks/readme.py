@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import plots, report
-from benchmarks.cases import BLOCKS
+from benchmarks.cases import BLOCKS, WARM
 from benchmarks.report import RESULTS, arguments, lines_of, read
+from benchmarks.suites import SMALL
 from benchmarks.twins import SHAPES
 from ffn import atomic
 
@@ -84,6 +85,15 @@ def of_inference() -> list[str]:
     return lines_of(header, table)
 
 
+def of_warm_inference() -> list[str]:
+    forms = {"float32": ("ffn packed", "ffn int8"), "bfloat16": ("ffn packed",)}
+    cases = [(n, dtype, name) for dtype, names in forms.items() for name in names for n in (1, 16)]
+    header = ["in the cache, tokens", *["1", "16", "int8, 1", "int8, 16", "bf16, 1", "bf16, 16"]]
+    rows = newest("ffn", ("block", "tokens", "dtype", "implementation"), work=WARM)
+    table = [[f"{name}, {label(name)}", *ratios(rows.get((name, *case)) for case in cases)] for name in SMALL]
+    return lines_of(header, table)
+
+
 def of_the_training_step() -> list[str]:
     wanted = {"implementation": "ffn", "dtype": "float32", "work": "training step"}
     rows = newest("decoder", ("shape", "dropout"), **wanted)
@@ -118,7 +128,15 @@ def of_generation() -> list[str]:
     return lines_of(header, table)
 
 
-TABLES = (of_the_block, of_peers, of_inference, of_the_training_step, of_shakespeare, of_generation)
+TABLES = (
+    of_the_block,
+    of_peers,
+    of_inference,
+    of_warm_inference,
+    of_the_training_step,
+    of_shakespeare,
+    of_generation,
+)
 
 
 def rewritten(text: str) -> str:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from benchmarks.cases import BLOCKS, CEILING, EIGHT_BITS, Case
+from benchmarks.cases import BLOCKS, CEILING, EIGHT_BITS, WARM, Case
 from benchmarks.look import LIMIT, Picture, Pictures, Style, dot, legend, plain_ticks, sheet, short
 from benchmarks.rows import positive, split
 
@@ -12,7 +12,8 @@ def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
     """A figure a dtype; the bandwidth, which has no dtype, is the greatest of all rows."""
     ceilings = [row for row in rows if row["implementation"] == CEILING]
     bandwidth = max((row["gbs"] for row in ceilings if positive(row, "gbs")), default=None)
-    inside = [row for row in rows if row["block"] in BLOCKS and positive(row, "tflops")]
+    known = [row for row in rows if row["block"] in BLOCKS and positive(row, "tflops")]
+    inside = [row for row in known if row["work"] != WARM]  # which the memory's roof does not bind
     for dtype, some in split(inside, "dtype").items():
         # the roofs are of products in the case's dtype
         points = [row for row in some if row["implementation"] not in {CEILING, *EIGHT_BITS}]
@@ -30,7 +31,7 @@ def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
         for case, row in zip(cases, points, strict=True):
             style = styles[row["implementation"]]
             look = dot(style) | {"zorder": 4 if style.ours else 3}
-            if case.work == "inference":
+            if not case.trains:
                 look |= {"markerfacecolor": "white", "markeredgecolor": style.colour, "markeredgewidth": 1}
             panel.plot(intensity(case), row["tflops"] * scale, **look)
         panel.set_xlim(around([intensity(case) for case in cases], 30))

@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BASELINE, CEILING, EIGHT_BITS, WRONG, Case
+from benchmarks.cases import BASELINE, CEILING, EIGHT_BITS, WARM, WRONG, Case
 from benchmarks.implementations import Contender, Weights
 from benchmarks.plain import Plain, inference, set_up, training
 from benchmarks.report import reason
@@ -47,8 +47,8 @@ def textbook(case: Case, weights: Weights, x: Tensor, dy: Tensor) -> dict[str, T
     with x.device:
         plain = Plain(block.dim, block.hidden_dim, block.activation, 0.0, block.bias).double()
     plain.load_state_dict(weights)
-    x = x.detach().double().requires_grad_(case.work == "training")
-    if case.work == "inference":
+    x = x.detach().double().requires_grad_(case.trains)
+    if not case.trains:
         with torch.no_grad():
             return {"y": plain(x)}
     y = plain(x)
@@ -83,7 +83,7 @@ def prepare(
 ) -> tuple[Run, dict]:
     """(what to time, what the row says of it already)."""
     module, device = contender.module, x.device
-    if case.work == "inference":
+    if not case.trains:
         module.eval()
         run = output = partial(inference, case, contender, x)
         output()
@@ -268,7 +268,7 @@ def run_case(
             if run is not None:
                 runs[name] = run
     del exact
-    clock = clock_of(device, cold=case.tokens <= FEW)
+    clock = clock_of(device, cold=case.tokens <= FEW and case.work != WARM, warm=case.work == WARM)
     once = sum(clock(run) for run in runs.values())
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / once)))
     taken = measure(runs, rounds=rounds, warmup=2, clock=clock)

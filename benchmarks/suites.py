@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
-from benchmarks.cases import BASELINE, BLOCKS, Case
+from benchmarks.cases import BASELINE, BLOCKS, WARM, Case
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ GATED = (*OURS, "hf LlamaMLP", "x-transformers", "timm")
 COMPILED = ("torch.compile", "torch max-autotune")
 PACKED = (BASELINE, "ffn", "ffn packed", "ffn int8")
 ON_GPU = ("liger", "liger fused", "liger tiled", "ffn unfused", "ffn fused", "ffn eager")
+SMALL = ("small", "minilm", "bert-base", "gpt2", "qwen2.5-0.5b")  # whose weights a processor's cache may hold
 BOTH = ("float32", "bfloat16")
 
 
@@ -66,6 +67,7 @@ def ffn() -> list[Job]:
         Job(cases(of_kind(True), [512]), (*GATED, *COMPILED)),
         Job(cases(core, [2048]), OURS),
         Job(cases(two, [1, 16, 512], work="inference"), (*PACKED, *COMPILED), seconds=2.0),
+        Job(cases(SMALL, [1, 16], work=WARM), PACKED, seconds=2.0),
         Job(cases(others, [1, 16, 512], work="inference"), PACKED, seconds=1.0),
         Job(cases(BLOCKS, [2048], work="inference"), PACKED, seconds=1.0),
         Job(cases(["gpt2"], [1, 16, 128, 2048, 8192]), OURS, seconds=3.0),

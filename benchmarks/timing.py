@@ -49,10 +49,13 @@ class GpuClock:
         return start.elapsed_time(end) / 1e3
 
 
-def clock_of(device: torch.device, cold: bool = False) -> Callable[[Run], float]:
-    """The device's clock. On the CPU, if `cold`, the cache is filled with others' data before each call."""
+def clock_of(device: torch.device, cold: bool = False, warm: bool = False) -> Callable[[Run], float]:
+    """The device's clock. On the CPU, if `cold`, the cache is filled with others' data before each call; if
+    `warm`, it holds what the call before left there, and the mean of a few calls is taken."""
     if device.type == "cuda":
         return GpuClock(device)
+    if warm:
+        return lambda run: back_to_back(run, device)
     if not cold:
         return host_seconds
     buffer = torch.zeros(FLUSH_BYTES // 16, dtype=torch.float32)

@@ -48,11 +48,10 @@ class Bench:
         case = Case(**{**case, "block": Block(**case["block"])})
         build = partial(self.build, import_module(self.table).IMPLEMENTATIONS[name])
         weights, x, dy = set_up(case, self.device)
-        trains = case.work == "training"
-        work = partial(training, x=x, dy=dy) if trains else partial(inference, x=x)
+        work = partial(training, x=x, dy=dy) if case.trains else partial(inference, x=x)
         contender = build(replace(case, dropout=0.0), weights)
         found = {"y": work(case, contender)}
-        if trains:
+        if case.trains:
             found |= {"x": x.grad} | contender.gradients()
         torch.save({of: sample(tensor) for of, tensor in found.items()}, outputs)
         if case.dropout:
@@ -63,7 +62,7 @@ class Bench:
     def build(self, builder, case, weights: dict[str, Tensor]):
         with self.device:
             contender = builder(case, weights)
-        contender.module.train(case.work == "training")
+        contender.module.train(case.trains)
         return contender
 
     def seconds(self) -> float:

@@ -7,6 +7,7 @@ that of F.linear.
 """
 
 from ctypes import Array, c_char, sizeof
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Packed:
         given = [t for t in tensors if t is not None]
         self.tensors = tensors
         self.aliases = [t.detach() for t in given]  # so that no address is given to another
-        self.seen = [None if t is None else _glance(t) for t in tensors]
+        self.given, self.seen = given, _glance(given)
         self.ends = [end for t in self.aliases if joined or t.ndim == 2 for end in _ends(t)]
         self.bytes = [end.raw for end in self.ends]
         self.dtype, self.width = given[0].dtype, given[0].shape[1:]
@@ -82,9 +83,8 @@ class Packed:
         weight's first or last 64 bytes. It does not see a write past the counter (through `weight.data`,
         numpy or another process) that leaves both ends as they are.
         """
-        for tensor, kept, seen in zip(tensors, self.tensors, self.seen, strict=True):
-            if tensor is not kept or (tensor is not None and _glance(tensor) != seen):
-                return False
+        if not all(map(is_, tensors, self.tensors)) or _glance(self.given) != self.seen:
+            return False
         return [end.raw for end in self.ends] == self.bytes  # memory that is still there: its address holds
 
     def fit(self, x: Tensor) -> bool:
@@ -111,8 +111,12 @@ class Packed:
         return product.default(h, down, down_bias, *AS_IT_IS)
 
 
-def _glance(tensor: Tensor) -> tuple:
-    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+_facts = attrgetter("_version", "dtype", "shape")
+
+
+def _glance(tensors: list[Tensor]) -> list:
+    """What tells whether they have changed; asked at each call, so no line of Python runs for a tensor."""
+    return [*map(_facts, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)]
 
 
 def _ends(weight: Tensor) -> tuple[Array, Array]:
