@@ -21,8 +21,8 @@ class Job:
 
 
 OURS = (BASELINE, "ffn", "ffn save=input")
-PLAIN = (*OURS, "TransformerEncoderLayer", "hf GPT2MLP", "x-transformers", "timm")
-GATED = (*OURS, "hf LlamaMLP", "x-transformers", "timm")
+PLAIN = ("TransformerEncoderLayer", "hf GPT2MLP", "x-transformers", "timm")
+GATED = ("hf LlamaMLP", "x-transformers", "timm")
 COMPILED = ("torch.compile", "torch max-autotune")
 PACKED = (BASELINE, "ffn", "ffn packed", "ffn int8")
 ON_GPU = ("liger", "liger fused", "liger tiled", "ffn unfused", "ffn fused", "ffn eager")
@@ -49,7 +49,7 @@ def of_kind(gated: bool) -> list[str]:
 def quick() -> list[Job]:
     """Where the block stands, in under a minute on two cores."""
     return [
-        Job(cases(["gpt2"], [512]), PLAIN, seconds=2.0),
+        Job(cases(["gpt2"], [512]), (*OURS, *PLAIN), seconds=2.0),
         Job(cases(["qwen2.5-0.5b"], [512]), OURS, seconds=2.0),
         Job(cases(["gpt2"], [512], dropouts=[0.1]), OURS, seconds=2.0),
         Job(cases(["gpt2", "qwen2.5-0.5b"], [1], work="inference"), PACKED, seconds=1.0),
@@ -63,8 +63,8 @@ def ffn() -> list[Job]:
     return [
         Job(cases(core, [512, 2048], ("float32", "autocast", "bfloat16"), dropouts=[0.1]), OURS),
         Job(cases(core, [512, 2048], ["autocast"]), OURS),
-        Job(cases(of_kind(False), [512]), (*PLAIN, *COMPILED)),
-        Job(cases(of_kind(True), [512]), (*GATED, *COMPILED)),
+        Job(cases(of_kind(False), [512]), (*OURS, *PLAIN, *COMPILED)),
+        Job(cases(of_kind(True), [512]), (*OURS, *GATED, *COMPILED)),
         Job(cases(core, [2048]), OURS),
         Job(cases(two, [1, 16, 512], work="inference"), (*PACKED, *COMPILED), seconds=2.0),
         Job(cases(SMALL, [1, 16], work=WARM), PACKED, seconds=2.0),
@@ -85,8 +85,11 @@ def gpu() -> list[Job]:
     gated = ("llama-3-8b", "qwen2.5-0.5b", "tinyllama-1.1b")
     few = cases(["llama-3-8b"], [1, 4, 16], ["bfloat16"], "inference")
     compiled = (*OURS, "torch.compile", *ON_GPU)
-    jobs = [Job(at("gpt2"), compiled), *(Job(at(block), compiled) for block in gated[:2])]
-    jobs += [Job(at("gpt2", p=0.1), compiled), Job(at(gated[2]), compiled)]
+    jobs = [
+        Job(at("gpt2"), (*compiled, *PLAIN)),
+        *(Job(at(block), (*compiled, *GATED)) for block in gated[:2]),
+    ]
+    jobs += [Job(at("gpt2", p=0.1), (*compiled, *PLAIN)), Job(at(gated[2]), (*compiled, *GATED))]
     jobs += [Job(few, (BASELINE, "torch.compile", "liger", "ffn", "ffn eager"))]
     every = sum((at(block) for block in gated), ())
     jobs += [Job((*every, *few), (BASELINE, "ffn", "quack"), limit=100)]
