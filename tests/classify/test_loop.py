@@ -65,6 +65,20 @@ def test_it_learns_and_twice_the_same() -> None:
     assert not first.training
 
 
+def test_each_epoch_has_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, seen = source(40), []
+
+    def scores(model, index, generator):
+        seen.append(tuple(index))
+        return TokenSource.scores(train, model, index, generator)
+
+    monkeypatch.setattr(train, "scores", scores)
+    run(model_of(), train, source(16, seed=1), dataclasses.replace(FIT, epochs=2))
+    assert len(seen) == 10
+    assert sorted(row for index in seen[:5] for row in index) == list(range(40))
+    assert seen[:5] != seen[5:]
+
+
 @pytest.mark.parametrize("what", ["head", "ffn", "last:1"])
 def test_frozen_parts_are_the_same_to_the_bit(what: str) -> None:
     model = model_of(dropout=0.1)

@@ -1,0 +1,116 @@
+"""Every option of the recipe reaches the training: with it the weights come out otherwise than without."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffn.classify import load_classifier, train
+from ffn.tokenizer import ByteTokenizer
+from ffn.transformer import Transformer, TransformerConfig
+from tests.classify.samples import config, quiet, texts, write_table
+
+PRETRAINED = TransformerConfig(
+    vocab_size=256, dim=16, num_layers=2, num_heads=2, hidden_dim=24, max_seq_len=48, dropout=0.3
+)
+SCRATCH = [
+    "fit.lr=1e-3", "fit.batch_size=16", "fit.schedule=constant", "fit.warmup=0.5", "fit.betas=[0.5, 0.9]",
+    "fit.clip=1e-3", "fit.weight_decay=0.5", "fit.l1=0.1", "fit.layer_decay=0.5", "fit.optimizer=muon",
+    "fit.label_smoothing=0.3", "fit.class_weights=balanced", "fit.class_weights=food:3, music:1, sea:1",
+    "fit.word_dropout=0.3", "fit.seeds=[7]", "fit.precision=bfloat16", "head.dropout=0.5",
+    "head.transform=relu", "head.pooling=last", "model.dropout=0.3", "data.seed=7", "data.val_fraction=0.3",
+    "data.test_fraction=0.3", "data.tokenizer=byte",
+]  # fmt: skip
+TUNED = [
+    "fit.frozen_dropout=true", "model.dropout=0.1", "train=lora", "fit.muon_lr=0.1",
+]  # fmt: skip
+ADAPTED = [
+    "adapter.rank=2", "adapter.alpha=4", "adapter.dropout=0.3", 'adapter.targets=["attention"]',
+]  # fmt: skip
+
+
+def weights(folder: Path, *words: str) -> dict[str, torch.Tensor]:
+    """What a training of one epoch leaves."""
+    if not (folder / "texts.csv").exists():
+        many = [(text, name) for i, (text, name) in enumerate(texts(90)) if name != "sea" or i % 2]
+        write_table(folder / "texts.csv", many)
+    out = folder / str(len([*folder.iterdir()]))
+    train(config(folder, "fit.epochs=1", f"out={out}", *words), quiet)
+    return load_classifier(out).members[0].state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[train.__module__], "draw", lambda *_: True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wiring")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    Transformer(PRETRAINED).save(place)
+    ByteTokenizer().save(place / "tokenizer.json")
+    return f"base={place}"
+
+
+@pytest.fixture(scope="module")
+def scratch(folder: Path) -> dict[str, torch.Tensor]:
+    return weights(folder)
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path, base: str) -> dict[str, torch.Tensor]:
+    return weights(folder, base, "train=last:1", "fit.optimizer=muon")
+
+
+@pytest.fixture(scope="module")
+def adapted(folder: Path, base: str) -> dict[str, torch.Tensor]:
+    return weights(folder, base, "train=lora")
+
+
+def test_the_same_words_give_the_same_weights(folder: Path, base: str, scratch, tuned, adapted) -> None:
+    assert same(weights(folder), scratch)
+    assert same(weights(folder, base, "train=last:1", "fit.optimizer=muon"), tuned)
+    assert same(weights(folder, base, "train=lora"), adapted)
+
+
+@pytest.mark.parametrize("word", SCRATCH)
+def test_options_from_scratch(word: str, folder: Path, scratch) -> None:
+    assert not same(weights(folder, word), scratch)
+
+
+@pytest.mark.parametrize("word", TUNED)
+def test_options_of_a_pretrained_model(word: str, folder: Path, base: str, tuned) -> None:
+    assert not same(weights(folder, base, "train=last:1", "fit.optimizer=muon", word), tuned)
+
+
+@pytest.mark.parametrize("word", ADAPTED)
+def test_options_of_adapters(word: str, folder: Path, base: str, adapted) -> None:
+    assert not same(weights(folder, base, "train=lora", word), adapted)
+
+
+def test_the_seed_draws_the_first_weights(folder: Path) -> None:
+    """And not only the order of the texts: with a rate of 0 nothing else is to be seen."""
+    assert not same(
+        weights(folder, "fit.lr=0", "fit.seeds=[7]"), weights(folder, "fit.lr=0", "fit.seeds=[8]")
+    )
+
+
+@pytest.mark.parametrize("what", ["all", "last:1", "lora"])
+def test_each_of_an_ensemble_starts_from_the_base(what: str, folder: Path, base: str) -> None:
+    words = [base, f"train={what}"]
+    alone = [weights(folder, *words, f"fit.seeds=[{seed}]") for seed in (1, 2)]
+    out = folder / f"ensemble-{what[:4]}"
+    train(config(folder, *words, "fit.seeds=[1, 2]", "fit.epochs=1", f"out={out}"), quiet)
+    members = load_classifier(out).members
+    assert all(same(member.state_dict(), one) for member, one in zip(members, alone, strict=True))
