@@ -117,6 +117,7 @@ def save_classifier(folder: Path, classifier: TextClassifier) -> None:
         "pooling": first.pooling,
         "transform": first.head.transform,
         "bias": first.head.out_proj.bias is not None,
+        "dropout": first.head.dropout,
         "window": classifier.encode.window,
         "pad": classifier.encode.pad,
         "members": len(classifier.members),
@@ -188,7 +189,8 @@ def _member(folder: Path, number: int) -> Path:
 def _classifier(place: Path, backbone, facts: dict[str, Any]) -> Classifier:
     """The head on its backbone, checked before anything is copied."""
     num_scores = Objective(facts["loss"], tuple(facts["classes"])).num_scores
-    made = Classifier(backbone, num_scores, facts["pooling"], facts["transform"], bias=facts["bias"])
+    form = facts["pooling"], facts["transform"], facts["dropout"]
+    made = Classifier(backbone, num_scores, *form, bias=facts["bias"])
     shards, wanted = open_shards(place / HEAD), made.head.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     if {name: spec.shape for name, spec in shards.specs.items()} != shapes:
@@ -204,7 +206,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its format is {got}, this version reads {FORMAT}")
     kinds: dict[str, Any] = {
         "loss": str, "classes": list, "pooling": str, "transform": (str, type(None)), "bias": bool,
-        "window": int, "pad": int, "members": int, "origin": (dict, type(None)),
+        "dropout": (int, float), "window": int, "pad": int, "members": int, "origin": (dict, type(None)),
     }  # fmt: skip
     wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
     wrong = wrong or [name for name in ("window", "members") if facts[name] < 1]

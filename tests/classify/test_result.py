@@ -37,9 +37,10 @@ def text_classifier(members: int = 1, shared: bool = False, **options) -> TextCl
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "mse"])
 def test_what_is_saved_predicts_the_same(members: int, shared: bool, loss: str, tmp_path: Path) -> None:
-    saved = text_classifier(members, shared, loss=loss, transform="tanh")
+    saved = text_classifier(members, shared, loss=loss, transform="tanh", dropout=0.25)
     save_classifier(tmp_path, saved)
     again = load_classifier(tmp_path)
+    assert again.members[-1].head.dropout == 0.25, "an export says it"
     assert torch.equal(again.predict(TEXTS), saved.predict(TEXTS))
     assert again.classes == saved.classes
     assert (again.encode.window, again.encode.pad) == (12, 3)
