@@ -65,7 +65,8 @@ def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
     """The model of a run's folder (its best checkpoint, else its last), of a checkpoint, of `save`, or of a
-    folder of Hugging Face: config.json beside safetensors.
+    folder of Hugging Face: config.json beside safetensors. Of one that sorts texts it is the backbone, which
+    `ffn.classify.load_classifier` reads with its head.
 
     In eval mode, in `dtype` or else that it was saved in. ValueError says what is absent, damaged or foreign.
     """

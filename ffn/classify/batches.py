@@ -16,7 +16,7 @@ from torch import Tensor
 from ffn.classify.vocabulary import STRANGER
 from ffn.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 
-POOL = 50  # batches whose rows are sorted by length together
+POOL = 50  # batches at most whose rows are sorted by length together
 
 
 class TextEncoder:
@@ -74,16 +74,18 @@ def batches(
 ) -> list[list[int]]:
     """The numbers of the rows, batch by batch, each row once.
 
-    With a generator the rows are shuffled, sorted by length within pools of POOL batches, and the batches
-    shuffled: little padding, and other neighbours each epoch. Without one they are sorted by length.
+    With a generator the rows are shuffled, sorted by length within pools of POOL batches or half of them all,
+    and the batches shuffled: little padding, and other neighbours each epoch. Without one they are sorted by
+    length.
     """
     if generator is None:
         order = sorted(range(len(lengths)), key=lambda row: lengths[row])
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     order = torch.randperm(len(lengths), generator=generator).tolist()
+    pooled = batch_size * max(1, min(POOL, len(order) // batch_size // 2))
     found = []
-    for start in range(0, len(order), POOL * batch_size):
-        pool = sorted(order[start : start + POOL * batch_size], key=lambda row: lengths[row])
+    for start in range(0, len(order), pooled):
+        pool = sorted(order[start : start + pooled], key=lambda row: lengths[row])
         found += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
 

@@ -26,6 +26,7 @@ from ffn.rows import SUFFIXES, SURROGATE
 
 AT_ONCE = 512  # texts that are read before the first of them is answered
 FILES = (*SUFFIXES, ".txt")  # what ends so and has no blanks was meant as a file
+FOLDER = "what train wrote, or a sequence classification that transformers wrote"
 DATA = "a table, JSON lines, text<TAB>label lines, a folder or 'pattern.*' of one file a class"
 
 
@@ -37,13 +38,13 @@ def add_commands(command: Callable[..., Callable[..., object]]) -> None:
     add("--from", dest="base", metavar="PATH", help=base)
 
     add = command("eval", _eval, "how good a trained classifier is on labelled text")
-    add("folder", help="what train wrote")
+    add("folder", help=FOLDER)
     add("words", nargs="+", metavar="DATA key=value", help=f"{DATA}; keys such as data.label=stars")
     add("--predictions", metavar="FILE", help="write what was predicted, the worst mistakes first")
     add("--device", default="auto")
 
     add = command("predict", _predict, "the class of texts")
-    add("folder", help="what train wrote")
+    add("folder", help=FOLDER)
     texts = "texts; or one file of them, and keys such as data.text=review; or - for standard input"
     add("texts", nargs="+", metavar="TEXT", help=texts)
     add("--table", action="store_true", help="lines to read rather than JSON lines")

@@ -200,9 +200,10 @@ def read_config(file: str | Path | None = None, words: Iterable[str] = ()) -> Cl
 
 
 def read_data_config(folder: str | Path, words: Iterable[str] = ()) -> DataConfig:
-    """How a classifier's texts were read, then words such as `data.label=stars`; its base may be gone."""
-    words = list(words)
-    found = config_file.read_config(ClassifyConfig(), Path(folder) / "config.toml", words)
+    """How a classifier's texts were read, as far as its config.toml is there to tell, then words such as
+    `data.label=stars`; its base may be gone."""
+    words, file = list(words), Path(folder) / "config.toml"
+    found = config_file.read_config(ClassifyConfig(), file if file.exists() else None, words)
     if other := [word for word in words if not word.startswith("data.")]:
         raise ValueError(f"{other[0]}: nothing is trained here; wants keys of data, such as data.label=stars")
     return found.data

@@ -58,9 +58,13 @@ def write_history(path: Path, histories: Mapping[int, Outcome]) -> None:
 def write_predictions(
     path: Path, rows: Labelled, objective: Objective, targets: Tensor, predictions: Tensor
 ) -> None:
-    """predictions.csv, whole or as it was: the rows with what was predicted, the worst mistakes first."""
+    """predictions.csv, whole or as it was: the rows with what was predicted, the worst mistakes first, then
+    what was right, the least sure first."""
     wrong = objective.wrongness(targets, predictions)
     order = wrong.argsort(descending=True, stable=True).tolist()
+    if objective.classes:
+        right = predictions.argmax(-1) == targets
+        order.sort(key=right.tolist().__getitem__)
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
     if objective.classes:

@@ -29,11 +29,13 @@ from ffn.atomic import publish, temporary_name, write_file
 from ffn.classify.batches import TextEncoder
 from ffn.classify.loop import TokenSource, evaluate
 from ffn.classify.objective import METRICS, Objective
-from ffn.interop.hf.classifier import save_classifier_folder
+from ffn.interop.hf.classifier import load_classifier_folder, save_classifier_folder
+from ffn.interop.hf.folder import is_folder
 from ffn.interop.shards import open_shards, write_tensors
 from ffn.interop.untrusted import read_json, short
 from ffn.nn.classifier import Classifier
 from ffn.tokenizer import HFTokenizer, load_tokenizer
+from ffn.transformer import Transformer
 
 FORMAT = 1
 HEAD, FACTS, TOKENIZER = "head.safetensors", "classifier.json", "tokenizer.json"
@@ -134,13 +136,15 @@ def save_classifier(folder: Path, classifier: TextClassifier) -> None:
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> TextClassifier:
-    """The classifier in a folder that `ffn classify train` wrote, in eval mode.
+    """The classifier in a folder that `ffn classify train` wrote, or transformers: in eval mode.
 
     Raises:
         ValueError: one line: what is absent, damaged or does not fit.
     """
     folder = Path(path)
     if not (folder / FACTS).is_file():
+        if folder.is_dir() and is_folder(folder):
+            return _of_transformers(folder, device)
         raise ValueError(f"{folder}: not the folder of a classifier, it has no {FACTS}")
     facts = _read_facts(folder / FACTS)
     members: list[Classifier] = []
@@ -156,6 +160,26 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Tex
     if facts["window"] > config.max_seq_len or tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{folder}: {FACTS}, {TOKENIZER} and {checkpoint.MODEL} do not belong together")
     return TextClassifier(members, objective, TextEncoder(tokenizer, facts["window"], facts["pad"]))
+
+
+def _of_transformers(folder: Path, device: str | torch.device) -> TextClassifier:
+    """A sequence classification of theirs, with its tokenizer.json."""
+    model, labels, kind = load_classifier_folder(folder, device)
+    match kind, len(labels):
+        case "regression", 1:
+            objective = Objective("mse")
+        case "single_label_classification", count if count > 1:
+            objective = Objective("cross_entropy", labels)
+        case "multi_label_classification", 1:
+            objective = Objective("binary_cross_entropy", (f"not {labels[0]}", labels[0]))
+        case _:
+            raise ValueError(
+                f"{folder}: {len(labels)} scores of {short(kind)}: here a text has one label or value"
+            )
+    assert isinstance(model.backbone, Transformer)
+    pad = (model.backbone.origin or {}).get("pad_token_id")
+    encode = TextEncoder(load_tokenizer(folder / TOKENIZER), model.backbone.config.max_seq_len, pad)
+    return TextClassifier([model], objective, encode)
 
 
 @contextmanager

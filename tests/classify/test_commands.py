@@ -186,6 +186,15 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
     assert found.double().tolist() == [pytest.approx(row, abs=1e-6) for row in expected.tolist()]
     assert list(model.config.id2label.values()) == ["food", "music", "sea"]
     capsys.readouterr()
+    answers = []
+    for folder in (tmp_path / "run", out):
+        assert main(["classify", "predict", str(folder), *said]) == 0
+        assert main(["classify", "eval", str(folder), str(table)]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1], "what is transformers' is read here too"
+    assert main(["classify", "train", str(table), "--from", str(out), "train=head", "fit.epochs=1", "device=cpu",
+                 f"out={tmp_path / 'again'}"]) == 0  # fmt: skip
+    capsys.readouterr()
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     for there in (out, tmp_path / "run"):
         assert main(["classify", "export", str(tmp_path / "run"), str(there)]) == 2

@@ -71,6 +71,15 @@ def test_the_worst_mistakes_come_first(tmp_path: Path) -> None:
     assert [row["text"] for row in found] == ["b, c", "d\ne", "a"]
 
 
+def test_a_mistake_comes_before_what_is_right_and_unsure(tmp_path: Path) -> None:
+    three = torch.tensor([[0.4, 0.3, 0.3], [0.5, 0.45, 0.05], [0.9, 0.1, 0.0]], dtype=torch.float64)
+    objective, targets = Objective("cross_entropy", ("a", "b", "c")), torch.tensor([0, 1, 0])
+    write_predictions(tmp_path / "p.csv", rows("a", "b", "a"), objective, targets, three)
+    with (tmp_path / "p.csv").open(newline="") as file:
+        found = [(row["label"], row["predicted"], row["probability"]) for row in csv.DictReader(file)]
+    assert found == [("b", "a", "0.500000"), ("a", "a", "0.400000"), ("a", "a", "0.900000")]
+
+
 def test_of_numbers_the_furthest_come_first(tmp_path: Path) -> None:
     targets, values = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, 2.0, 1.0], dtype=torch.float64)
     write_predictions(tmp_path / "p.csv", rows(1.0, 2.0, 3.0), Objective("mse"), targets, values)

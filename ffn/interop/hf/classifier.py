@@ -1,4 +1,4 @@
-"""A Classifier as one of transformers' sequence-classification models, where it has that form: equal scores.
+"""A Classifier as one of transformers' sequence-classification models, and back: equal scores.
 
 model_type     what it does with the final hidden states
 bert           classifier(tanh(bert.pooler.dense(first token)))
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from ffn.interop.hf.config import FAMILIES, write_config
-from ffn.interop.hf.folder import CONFIG, TOKENIZER, TOKENS, fitting_architecture
+from ffn.interop.hf.folder import CONFIG, TOKENIZER, TOKENS, fitting_architecture, load_folder
 from ffn.interop.hf.names import TABLES
 from ffn.interop.hf.tables import Weight, weights
-from ffn.interop.shards import write_shards
+from ffn.interop.shards import open_shards, read_json, write_shards
+from ffn.interop.untrusted import short
 from ffn.nn.classifier import Classifier
 from ffn.tokenizer import HFTokenizer
 from ffn.transformer import Transformer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+MAX_LABELS = 100_000
 
 
 class Form(NamedTuple):
@@ -85,7 +87,7 @@ def save_classifier_folder(
     if keys.get("pad_token_id") is None:
         keys["pad_token_id"] = pad_token_id
     keys |= {
-        "architectures": [FAMILIES[architecture].classes["none"].removesuffix("Model") + _CLASS],
+        "architectures": [FAMILIES[architecture].sequence_class],
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},
         "problem_type": problem_type,
@@ -116,7 +118,65 @@ def save_classifier_folder(
     write_shards(folder, sizes, read, texts)
 
 
-_CLASS = "ForSequenceClassification"
+def load_classifier_folder(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[Classifier, tuple[str, ...], str]:
+    """(model in eval mode, the name of each score, problem_type) of a folder that transformers wrote.
+
+    Raises:
+        ValueError: one line: what `load_folder` refuses; another kind of model; a head that misfits.
+    """
+    folder = Path(path)
+    keys = read_json(folder / CONFIG)
+    backbone = load_folder(folder, device)
+    architecture = str(keys["model_type"])
+    form, wanted = FORMS.get(architecture, _DECODER), FAMILIES[architecture].sequence_class
+    if keys.get("architectures") != [wanted]:
+        raise ValueError(
+            f"{folder}: {CONFIG}: architectures={short(keys.get('architectures'))}: wants {wanted}"
+        )
+    try:
+        labels, kind = _labels(keys)
+        bias = form.dense is not None
+        model = Classifier(
+            backbone, len(labels), form.pooling, form.transform, _dropout(keys, form), bias=bias
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {CONFIG}: {error}") from None
+    shards, state = open_shards(folder), model.head.state_dict()
+    names = {ours: _their_name(ours, form) for ours in state}
+    for ours, theirs in names.items():
+        shape = tuple(state[ours].shape)
+        if theirs not in shards or shards.specs[theirs].shape != shape:
+            got = f"has the shape {shards.specs[theirs].shape}" if theirs in shards else "is missing"
+            raise ValueError(f"{folder}: {theirs} {got}; {CONFIG} wants {shape}")
+    model.head.load_state_dict({ours: shards[theirs] for ours, theirs in names.items()})
+    return model.eval(), labels, kind
+
+
+def _labels(keys: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """The names of the scores, and the problem_type: where none is said, the one transformers infers."""
+    named = keys.get("id2label")
+    if named is None:
+        count = keys.get("num_labels", 2)
+        known = isinstance(count, int) and 0 < count <= MAX_LABELS
+        named = {str(i): f"LABEL_{i}" for i in range(count)} if known else count
+    right = isinstance(named, dict) and named and named.keys() == {str(i) for i in range(len(named))}
+    names = tuple(named[str(i)] for i in range(len(named))) if right else ()
+    if not right or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
+        raise ValueError(f"id2label={short(named)}: wants a name of its own for each of 0, 1, ...")
+    inferred = "regression" if len(names) == 1 else "single_label_classification"
+    return names, keys.get("problem_type") or inferred
+
+
+def _dropout(keys: Mapping[str, Any], form: Form) -> float:
+    """Before the scores; where none is said, what transformers takes: of decoders none."""
+    found = keys.get(form.dropout)
+    if found is None and form.dense is not None:
+        found = 0.2 if form.dropout == "seq_classif_dropout" else keys.get("hidden_dropout_prob", 0.1)
+    if not isinstance(found, int | float | None):
+        raise ValueError(f"{form.dropout}={short(found)}: want a probability in [0, 1)")
+    return float(found or 0.0)
 
 
 def _tokenizer_config(tokenizer: HFTokenizer, window: int, pad: int | None) -> str:
@@ -140,12 +200,12 @@ def _parts(config: Any, architecture: str) -> dict[str, list[tuple[str, Weight]]
 
 
 def _head_tensors(model: Classifier, form: Form) -> dict[str, Tensor]:
-    names = {"out_proj": form.out_proj, "dense": form.dense}
-    found = {}
-    for name, tensor in model.head.state_dict().items():
-        part, _, kind = name.partition(".")
-        found[f"{names[part]}.{kind}"] = tensor
-    return found
+    return {_their_name(ours, form): tensor for ours, tensor in model.head.state_dict().items()}
+
+
+def _their_name(ours: str, form: Form) -> str:
+    part, _, kind = ours.partition(".")
+    return f"{form.out_proj if part == 'out_proj' else form.dense}.{kind}"
 
 
 def _check_form(model: Classifier, architecture: str, form: Form) -> None:

@@ -155,6 +155,7 @@ def _family(keys: Keys) -> Family:
 def _head(architectures: Any, family: Family) -> str:
     """Our head, from the class that was saved."""
     heads = {name: head for head, name in family.classes.items()} | dict(family.other_classes)
+    heads[family.sequence_class] = "none"
     if not architectures:
         return next(iter(family.classes))
     known = isinstance(architectures, list) and len(architectures) == 1 and isinstance(architectures[0], str)

@@ -33,3 +33,8 @@ class Family:
     other_classes: Mapping[str, str] = field(default_factory=dict)
     nullable: frozenset[str] = frozenset({"num_key_value_heads", "head_dim", "sliding_window"})
     divides: bool = False
+
+    @property
+    def sequence_class(self) -> str:
+        """Their class that gives scores of a text; what stands on its hidden states is `classifier`'s."""
+        return self.classes["none"].removesuffix("Model") + "ForSequenceClassification"

@@ -53,7 +53,7 @@ def _packed(members: tuple[str, ...], name: str, packing: str = "rows", transpos
 
 _QKV = tuple(f"blocks.*.attention.{name}_proj" for name in "qkv")
 _GATE_UP = ("blocks.*.feed_forward.gate_proj", "blocks.*.feed_forward.up_proj")
-_NONE = re.compile(r"rotary_emb\.inv_freq$")
+_UNUSED = re.compile(r"rotary_emb\.inv_freq$|^score\.weight$")
 
 _ENDS = {
     "embedding.token": "model.embed_tokens",
@@ -91,7 +91,7 @@ _SANDWICH_NORMS = {
 
 def _llama_like(*parts: Mapping[str, Row]) -> Table:
     rows = {ours: row for part in (_rows(_ENDS), *parts) for ours, row in part.items()}
-    return Table("model.", rows, {"lm_head.weight": "model.embed_tokens.weight"}, _NONE)
+    return Table("model.", rows, {"lm_head.weight": "model.embed_tokens.weight"}, _UNUSED)
 
 
 _PHI3 = _packed(_QKV, "model.layers.*.self_attn.qkv_proj") | _packed(  # the gate first
@@ -118,7 +118,7 @@ GPT2 = Table(
     )
     | _packed(_QKV, "transformer.h.*.attn.c_attn", transposed=True),
     {"lm_head.weight": "transformer.wte.weight"},
-    re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$"),
+    re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$|^score\.weight$"),
 )
 GPT_NEOX = Table(
     "gpt_neox.",
@@ -136,7 +136,7 @@ GPT_NEOX = Table(
     )
     | _packed(_QKV, "gpt_neox.layers.*.attention.query_key_value", packing="heads"),
     {"lm_head.weight": "gpt_neox.embed_in.weight"},
-    re.compile(r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"),
+    re.compile(r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|^score\.weight$"),
     {"embed_out.weight": "lm_head.weight"},
 )
 
@@ -175,14 +175,16 @@ BERT = _bert_like(
     )
     | {"head": Row("cls.predictions.decoder", tied_bias="cls.predictions.bias")},
     {"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
-    r"embeddings\.position_ids$|(^|\.)pooler\.dense\.(weight|bias)$|^cls\.(seq_relationship\..*|predictions\.bias)$",
+    r"embeddings\.position_ids$|(^|\.)pooler\.dense\.(weight|bias)$|^cls\.(seq_relationship\..*|predictions\.bias)$"
+    r"|^classifier\.(weight|bias)$",
 )
 ROBERTA = _bert_like(
     "roberta.",
     _rows({"head.transform.dense": "lm_head.dense", "head.transform.norm": "lm_head.layer_norm"})
     | {"head": Row("lm_head.decoder", tied_bias="lm_head.bias")},
     {"lm_head.decoder.weight": "", "lm_head.decoder.bias": "lm_head.bias"},
-    r"embeddings\.position_ids$|(^|\.)pooler\.dense\.(weight|bias)$|^lm_head\.bias$",
+    r"embeddings\.position_ids$|(^|\.)pooler\.dense\.(weight|bias)$|^lm_head\.bias$"
+    r"|^classifier\.(dense|out_proj)\.(weight|bias)$",
 )
 DISTILBERT = Table(
     "distilbert.",
@@ -205,7 +207,7 @@ DISTILBERT = Table(
         }
     ),
     {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
-    re.compile(r"embeddings\.position_ids$"),
+    re.compile(r"embeddings\.position_ids$|^(pre_)?classifier\.(weight|bias)$"),
     _TF,
 )
 

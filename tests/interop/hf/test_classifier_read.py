@@ -1,0 +1,159 @@
+"""Sequence classifications that transformers wrote: the same scores in float64, and ours come back whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ffn
+from ffn.classify.batches import TextEncoder
+from ffn.classify.objective import Objective
+from ffn.classify.result import TextClassifier, load_classifier
+from ffn.interop.hf.classifier import load_classifier_folder
+from ffn.nn.classifier import Classifier
+from ffn.tokenizer import ByteTokenizer
+from ffn.transformer import Transformer, TransformerConfig
+from tests.interop.hf.test_classifier import HEADS
+
+tiny = pytest.importorskip("tests.interop.hf.tiny")
+transformers = pytest.importorskip("transformers")
+
+CLASSES = ("no", "yes", "vielleicht")
+
+
+def written(folder: Path, name: str = "bert-bare", **options: Any) -> Any:
+    """Theirs, of three classes unless the options say otherwise, in float64; saved there."""
+    config = tiny.build_theirs(name).config
+    named = {} if "num_labels" in options else {"id2label": dict(enumerate(CLASSES))}
+    for key, value in ({"pad_token_id": 0} | named | options).items():
+        setattr(config, key, value)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    model = tiny.randomize(model).double().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_scores_are_theirs(name: str, tmp_path: Path) -> None:
+    theirs = written(tmp_path, name)
+    ours, labels, kind = load_classifier_folder(tmp_path)
+    assert (labels, kind) == (CLASSES, "single_label_classification")
+    assert not ours.training
+    tokens, mask = torch.randint(3, tiny.VOCAB, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+    mask[1, 6:] = mask[2, 1:] = 0
+    tokens[mask == 0] = 0
+    expected = tiny.output_of(theirs, tokens, attention_mask=mask)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens, attention_mask=mask), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert-bare", "roberta-bare", "distilbert-bare", "llama", "gpt2", "gpt_neox"]
+)
+def test_its_backbone_is_a_model_without_a_head(name: str, tmp_path: Path) -> None:
+    theirs = written(tmp_path, name)
+    backbone = ffn.load(tmp_path)
+    assert backbone.config.head == "none"
+    tokens = torch.randint(3, tiny.VOCAB, (2, 7))
+    expected = tiny.output_of(theirs.base_model, tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.hidden(tokens), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "dropout"),
+    [
+        ("bert-bare", {"classifier_dropout": 0.3}, 0.3),
+        ("bert-bare", {"classifier_dropout": None, "hidden_dropout_prob": 0.2}, 0.2),
+        ("distilbert-bare", {"seq_classif_dropout": 0.4}, 0.4),
+        ("llama", {}, 0.0),
+    ],
+)
+def test_the_dropout_is_theirs(name: str, said: dict, dropout: float, tmp_path: Path) -> None:
+    theirs = written(tmp_path, name, **said)
+    assert getattr(getattr(theirs, "dropout", None), "p", 0.0) == dropout
+    assert load_classifier_folder(tmp_path)[0].head.dropout == dropout
+
+
+BERT = TransformerConfig(
+    vocab_size=256, dim=16, num_layers=1, num_heads=2, hidden_dim=24, max_seq_len=32, causal=False,
+    head="none", norm="layernorm", norm_position="post", activation="gelu", bias=True, norm_eps=1e-12,
+    attention_bias=True, position="learned", embedding_norm=True, num_token_types=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objective", "classes"),
+    [
+        (Objective("cross_entropy", ("a", "b", "c")), ("a", "b", "c")),
+        (Objective("binary_cross_entropy", ("a", "b")), ("not b", "b")),  # theirs has no name for the other
+        (Objective("mse"), ()),
+    ],
+)
+def test_what_was_exported_predicts_the_same(objective: Objective, classes: tuple, tmp_path: Path) -> None:
+    backbone = Transformer(BERT, dtype=torch.float64)
+    model = tiny.randomize(Classifier(backbone, objective.num_scores, "first", "tanh", 0.25)).eval()
+    ours = TextClassifier([model], objective, TextEncoder(ByteTokenizer(), 32))
+    ours.export(tmp_path / "out")
+    ByteTokenizer().save(tmp_path / "out" / "tokenizer.json")  # theirs knows no bytes, so none was written
+    again = load_classifier(tmp_path / "out")
+    assert again.classes == classes
+    assert again.members[0].head.dropout == 0.25
+    texts = ["one text", "another, longer", "é"]
+    torch.testing.assert_close(again.predict(texts), ours.predict(texts), rtol=1e-12, atol=1e-12)
+
+
+def change(folder: Path, **keys: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"architectures": ["BertModel"]}, r"architectures=\['BertModel'\]: wants BertForSequenceClass"),
+        (
+            {"architectures": ["BertForTokenClassification"]},
+            r"architectures=.*: no such model here; want one of",
+        ),
+        (
+            {"id2label": {"0": "a", "1": "b"}},
+            r"classifier\.weight has the shape \(3, 15\); .* wants \(2, 15\)",
+        ),
+        (
+            {"id2label": {"0": "a", "2": "b"}},
+            r"id2label=.*: wants a name of its own for each of 0, 1, \.\.\.",
+        ),
+        ({"id2label": {"0": "a", "1": "a", "2": "b"}}, r"wants a name of its own"),
+        ({"id2label": ["a", "b", "c"]}, r"wants a name of its own"),
+        ({"id2label": None, "num_labels": 10**15}, r"wants a name of its own"),
+        ({"classifier_dropout": "much"}, r"classifier_dropout='much': want a probability"),
+        ({"classifier_dropout": 2}, r"dropout=2\.0: want a probability"),
+        ({"problem_type": "multi_label_classification"}, r"3 scores of 'multi_label_.*: here a text has one"),
+        ({"problem_type": ["regression"]}, r"3 scores of \['regression'\]: here"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(keys: dict, message: str, tmp_path: Path) -> None:
+    written(tmp_path)
+    change(tmp_path, **keys)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_classifier(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_is_absent_is_refused(tmp_path: Path) -> None:
+    model = written(tmp_path)
+    model.bert.save_pretrained(tmp_path)
+    change(tmp_path, architectures=["BertForSequenceClassification"], id2label=dict(enumerate(CLASSES)))
+    with pytest.raises(ValueError, match=r"out_proj|classifier\.weight is missing|pooler\.dense"):
+        load_classifier_folder(tmp_path)
+
+
+def test_where_none_are_named_they_have_numbers(tmp_path: Path) -> None:
+    written(tmp_path, "llama", num_labels=4)
+    change(tmp_path, id2label=None, label2id=None, num_labels=4)
+    assert load_classifier_folder(tmp_path)[1:] == (
+        ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"), "single_label_classification",
+    )  # fmt: skip
