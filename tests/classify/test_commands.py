@@ -192,8 +192,8 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
         assert main(["classify", "eval", str(folder), str(table)]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1], "what is transformers' is read here too"
-    assert main(["classify", "train", str(table), "--from", str(out), "train=head", "fit.epochs=1", "device=cpu",
-                 f"out={tmp_path / 'again'}"]) == 0  # fmt: skip
+    again = ["train=head", "fit.epochs=1", "device=cpu", f"out={tmp_path / 'again'}"]
+    assert main(["classify", "train", str(table), "--from", str(out), *again]) == 0
     capsys.readouterr()
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     for there in (out, tmp_path / "run"):

@@ -24,7 +24,7 @@ from ffn.interop.hf.names import TABLES
 from ffn.interop.hf.tables import Weight, weights
 from ffn.interop.shards import open_shards, read_json, write_shards
 from ffn.interop.untrusted import short
-from ffn.nn.classifier import Classifier
+from ffn.nn.classifier import Classifier, Pooling, Transform
 from ffn.tokenizer import HFTokenizer
 from ffn.transformer import Transformer
 
@@ -37,8 +37,8 @@ class Form(NamedTuple):
 
     out_proj: str
     dense: str | None
-    pooling: str
-    transform: str | None
+    pooling: Pooling
+    transform: Transform | None
     dropout: str
 
 
@@ -159,12 +159,14 @@ def _labels(keys: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
     named = keys.get("id2label")
     if named is None:
         count = keys.get("num_labels", 2)
-        known = isinstance(count, int) and 0 < count <= MAX_LABELS
-        named = {str(i): f"LABEL_{i}" for i in range(count)} if known else count
-    right = isinstance(named, dict) and named and named.keys() == {str(i) for i in range(len(named))}
-    names = tuple(named[str(i)] for i in range(len(named))) if right else ()
-    if not right or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
-        raise ValueError(f"id2label={short(named)}: wants a name of its own for each of 0, 1, ...")
+        if not isinstance(count, int) or not 0 < count <= MAX_LABELS:
+            raise ValueError(f"num_labels={short(count)}: wants a whole number, 1 to {MAX_LABELS:,}")
+        named = {str(number): f"LABEL_{number}" for number in range(count)}
+    elif not isinstance(named, dict) or named.keys() != {str(number) for number in range(len(named))}:
+        raise ValueError(f"id2label={short(named)}: wants a name for each of 0, 1, ...")
+    names = tuple(named[str(number)] for number in range(len(named)))
+    if not names or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
+        raise ValueError(f"id2label={short(named)}: wants names, and no two the same")
     inferred = "regression" if len(names) == 1 else "single_label_classification"
     return names, keys.get("problem_type") or inferred
 
