@@ -185,7 +185,7 @@ def test_synonyms() -> None:
 UNSUPPORTED = [
     ("mamba", {}, "model_type='mamba': no such architecture here; ffn reads llama, mistral"),
     (None, {}, "model_type=None: no such architecture"),
-    ("llama", {"architectures": ["LlamaForSequenceClassification"]},
+    ("llama", {"architectures": ["LlamaForTokenClassification"]},
      "architectures=.*: no such model here; want one of LlamaForCausalLM, LlamaModel"),
     ("llama", {"architectures": ["LlamaModel", "LlamaForCausalLM"]}, "architectures=.*: no such model"),
     ("llama", {"architectures": [{}]}, "architectures=.*: no such model"),
