@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import timing
-from benchmarks.cases import BLOCKS, Case
+from benchmarks.cases import BLOCKS, WARM, Case
 from benchmarks.implementations import IMPLEMENTATIONS, Contender
 from benchmarks.runner import run_case, yardstick
 
@@ -228,3 +228,11 @@ def test_beside_itself_a_block_is_neither_faster_nor_slower() -> None:
             _, low, high = timing.speedup(seconds["a"], seconds["b"], draws=300)
             held, runs = held + (low <= 1 <= high), runs + 1
     assert held >= 0.9 * runs
+
+
+def test_weights_in_the_cache_are_measured_on_cpus_alone() -> None:
+    builders = {"torch": IMPLEMENTATIONS["torch"]}
+    rows = run_case(replace(CASE, work=WARM), builders, torch.device("cuda"))
+    assert [(row["implementation"], row["note"]) for row in rows] == [
+        ("torch", "runs on CPUs"), ("ceiling", "runs on CPUs"),
+    ]  # fmt: skip
