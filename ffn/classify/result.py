@@ -177,8 +177,10 @@ def _of_transformers(folder: Path, device: str | torch.device) -> TextClassifier
                 f"{folder}: {len(labels)} scores of {short(kind)}: here a text has one label or value"
             )
     assert isinstance(model.backbone, Transformer)
-    pad = (model.backbone.origin or {}).get("pad_token_id")
-    encode = TextEncoder(load_tokenizer(folder / TOKENIZER), model.backbone.config.max_seq_len, pad)
+    config, pad = model.backbone.config, (model.backbone.origin or {}).get("pad_token_id")
+    encode = TextEncoder(load_tokenizer(folder / TOKENIZER), config.max_seq_len, pad)
+    while config.causal and encode.suffix[-1:] == [pad]:  # theirs reads the last token that is no padding
+        encode.suffix = encode.suffix[:-1]
     return TextClassifier([model], objective, encode)
 
 

@@ -146,10 +146,12 @@ def load_classifier_folder(
     shards, state = open_shards(folder), model.head.state_dict()
     names = {ours: _their_name(ours, form) for ours in state}
     for ours, theirs in names.items():
-        shape = tuple(state[ours].shape)
-        if theirs not in shards or shards.specs[theirs].shape != shape:
-            got = f"has the shape {shards.specs[theirs].shape}" if theirs in shards else "is missing"
+        shape, spec = tuple(state[ours].shape), shards.specs.get(theirs)
+        if spec is None or spec.shape != shape:
+            got = f"has the shape {spec.shape}" if spec else "is missing"
             raise ValueError(f"{folder}: {theirs} {got}; {CONFIG} wants {shape}")
+        if not spec.dtype.is_floating_point:
+            raise ValueError(f"{folder}: {theirs} is of {spec.dtype}; want floats")
     model.head.load_state_dict({ours: shards[theirs] for ours, theirs in names.items()})
     return model.eval(), labels, kind
 

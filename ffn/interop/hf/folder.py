@@ -131,6 +131,11 @@ def read_folder_config(path: str | Path) -> tuple[TransformerConfig, dict[str, A
         config = read_config(keys)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    pad = keys.get("pad_token_id")
+    if pad is not None and type(pad) is not int:
+        raise ValueError(f"{file}: pad_token_id={short(pad)}: want a token's number, or null")
+    if pad is not None and not 0 <= pad < config.vocab_size:  # as -1, which some write for none
+        del keys["pad_token_id"]
     return config, {key: keys[key] for key in ("model_type", *TOKENS) if key in keys}
 
 

@@ -12,6 +12,7 @@ from ffn.classify.batches import TextEncoder
 from ffn.classify.objective import Objective
 from ffn.classify.result import TextClassifier, load_classifier
 from ffn.interop.hf.classifier import load_classifier_folder
+from ffn.interop.shards import open_shards, write_tensors
 from ffn.nn.classifier import Classifier
 from ffn.tokenizer import ByteTokenizer
 from ffn.transformer import Transformer, TransformerConfig
@@ -132,6 +133,9 @@ def change(folder: Path, **keys: object) -> None:
         ({"classifier_dropout": 2}, r"dropout=2\.0: want a probability"),
         ({"problem_type": "multi_label_classification"}, r"3 scores of 'multi_label_.*: here a text has one"),
         ({"problem_type": ["regression"]}, r"3 scores of \['regression'\]: here"),
+        ({"pad_token_id": "x"}, r"pad_token_id='x': want a token's number, or null"),
+        ({"pad_token_id": True}, r"pad_token_id=True: want a token's number"),
+        ({"pad_token_id": [0]}, r"pad_token_id=\[0\]: want a token's number"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(keys: dict, message: str, tmp_path: Path) -> None:
@@ -148,6 +152,52 @@ def test_a_head_that_is_absent_is_refused(tmp_path: Path) -> None:
     change(tmp_path, architectures=["BertForSequenceClassification"], id2label=dict(enumerate(CLASSES)))
     with pytest.raises(ValueError, match=r"out_proj|classifier\.weight is missing|pooler\.dense"):
         load_classifier_folder(tmp_path)
+
+
+def test_a_head_of_whole_numbers_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    state = dict(open_shards(tmp_path))
+    state["classifier.weight"] = state["classifier.weight"].to(torch.int8)
+    write_tensors(tmp_path / "model.safetensors", state, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"classifier\.weight is of torch\.int8; want floats"):
+        load_classifier_folder(tmp_path)
+
+
+def save_framed(folder: Path) -> None:
+    """A tokenizer.json that puts token 1 before and token 2 behind a text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: number for number, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", *"abcdefgh"))}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    made.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("pad", [0, 2, None])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert-bare"])
+def test_texts_that_end_in_the_padding_score_as_theirs(name: str, pad: int | None, tmp_path: Path) -> None:
+    theirs = written(tmp_path, name, pad_token_id=pad)
+    save_framed(tmp_path)
+    texts = ["a b c", "d", "e f g h a b", "c " * 100]
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    rows = [fast(text, truncation=True, max_length=tiny.WINDOW)["input_ids"] for text in texts]
+    assert all(row[-1] == 2 for row in rows)
+    expected = torch.cat([tiny.output_of(theirs, torch.tensor([row])) for row in rows]).softmax(-1)
+    torch.testing.assert_close(load_classifier(tmp_path).predict(texts), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("pad", [-1, tiny.VOCAB])
+def test_padding_that_is_no_token_counts_as_none(pad: int, tmp_path: Path) -> None:
+    written(tmp_path, "llama")
+    save_framed(tmp_path)
+    texts = ["a b c", "d"]
+    expected = load_classifier(tmp_path).predict(texts)
+    change(tmp_path, pad_token_id=pad)
+    torch.testing.assert_close(load_classifier(tmp_path).predict(texts), expected, rtol=0, atol=0)
+    assert "pad_token_id" not in ffn.load(tmp_path).origin
 
 
 def test_where_none_are_named_they_have_numbers(tmp_path: Path) -> None:
