@@ -6,7 +6,11 @@ import csv
 import random
 from pathlib import Path
 
+import torch
+
 from ffn.classify.recipe import ClassifyConfig, read_config
+from ffn.tokenizer import ByteTokenizer
+from ffn.transformer import Transformer, TransformerConfig
 
 TOPICS = {
     "food": ["bread", "soup", "apple", "salt", "oven", "spoon"],
@@ -21,10 +25,21 @@ MODEL = [
     "model.hidden_dim=24",
     "model.max_seq_len=12",
 ]
+PRETRAINED = TransformerConfig(
+    vocab_size=256, dim=16, num_layers=2, num_heads=2, hidden_dim=24, max_seq_len=48, dropout=0.1
+)
 WORDS = [
     *MODEL, "device=cpu", "fit.precision=float32", "fit.epochs=4", "fit.batch_size=8", "fit.lr=5e-3",
     "data.tokenizer=char", "model.dropout=0.0", "head.dropout=0.0",
 ]  # fmt: skip
+
+
+def write_base(folder: Path, shape: TransformerConfig = PRETRAINED) -> Path:
+    """A decoder of bytes, with a tokenizer, as `ffn train` leaves one."""
+    torch.manual_seed(0)
+    Transformer(shape).save(folder)
+    ByteTokenizer().save(folder / "tokenizer.json")
+    return folder
 
 
 def texts(count: int, classes: int = 3, seed: int = 0) -> list[tuple[str, str]]:

@@ -14,24 +14,16 @@ from ffn.classify import ClassifyConfig, load_classifier, read_config, train
 from ffn.config import from_toml
 from ffn.tokenizer import ByteTokenizer
 from ffn.transformer import Transformer, TransformerConfig
-from tests.classify.samples import config, quiet, texts, write_table
+from tests.classify.samples import PRETRAINED, config, quiet, texts, write_base, write_table
 
 FILES = {"model.safetensors", "head.safetensors", "classifier.json", "tokenizer.json", "config.toml",
          "metrics.json", "metrics.csv", "predictions.csv"}  # fmt: skip
 PICTURES = {"curves.png", "confusion.png"}
-PRETRAINED = TransformerConfig(
-    vocab_size=256, dim=16, num_layers=2, num_heads=2, hidden_dim=24, max_seq_len=48, dropout=0.1
-)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder of bytes, with a tokenizer, as `ffn train` leaves one."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    Transformer(PRETRAINED).save(folder)
-    ByteTokenizer().save(folder / "tokenizer.json")
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def test_a_whole_training(tmp_path: Path) -> None:
@@ -54,8 +46,8 @@ def test_a_whole_training(tmp_path: Path) -> None:
     assert [classifier.classes[i] for i in found.argmax(1)] == [row["predicted"] for row in rows]
     right = sum(row["predicted"] == row["label"] for row in rows) / len(rows)
     assert right == pytest.approx(summary["test"]["accuracy"])
-    shares = [float(row["of_label"]) for row in rows]
-    assert shares == sorted(shares)
+    order = [(row["predicted"] == row["label"], float(row["of_label"])) for row in rows]
+    assert order == sorted(order), "mistakes first, the worst before all"
     assert isinstance(ffn.load(run), Transformer)
     assert read_config(run / "config.toml").model.vocab_size == classifier.encode.tokenizer.vocab_size
     with pytest.raises(ValueError, match=r"^out=.*run: there is something already"):

@@ -1,5 +1,6 @@
 """Every option of the recipe reaches the training: with it the weights come out otherwise than without."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -7,13 +8,8 @@ import pytest
 import torch
 
 from ffn.classify import load_classifier, train
-from ffn.tokenizer import ByteTokenizer
-from ffn.transformer import Transformer, TransformerConfig
-from tests.classify.samples import config, quiet, texts, write_table
+from tests.classify.samples import PRETRAINED, config, quiet, texts, write_base, write_table
 
-PRETRAINED = TransformerConfig(
-    vocab_size=256, dim=16, num_layers=2, num_heads=2, hidden_dim=24, max_seq_len=48, dropout=0.3
-)
 SCRATCH = [
     "fit.lr=1e-3", "fit.batch_size=16", "fit.schedule=constant", "fit.warmup=0.5", "fit.betas=[0.5, 0.9]",
     "fit.clip=1e-3", "fit.weight_decay=0.5", "fit.l1=0.1", "fit.layer_decay=0.5", "fit.optimizer=muon",
@@ -56,11 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    Transformer(PRETRAINED).save(place)
-    ByteTokenizer().save(place / "tokenizer.json")
-    return f"base={place}"
+    shape = dataclasses.replace(PRETRAINED, dropout=0.3)
+    return f"base={write_base(tmp_path_factory.mktemp('base'), shape)}"
 
 
 @pytest.fixture(scope="module")
