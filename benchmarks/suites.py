@@ -67,7 +67,7 @@ def ffn() -> list[Job]:
         Job(cases(of_kind(True), [512]), (*OURS, *GATED, *COMPILED)),
         Job(cases(core, [2048]), OURS),
         Job(cases(two, [1, 16, 512], work="inference"), (*PACKED, *COMPILED), seconds=2.0),
-        Job(cases(SMALL, [1, 16], work=WARM), PACKED, seconds=2.0),
+        Job(cases(SMALL, [1, 16], work=WARM), PACKED, seconds=6.0),
         Job(cases(others, [1, 16, 512], work="inference"), PACKED, seconds=1.0),
         Job(cases(BLOCKS, [2048], work="inference"), PACKED, seconds=1.0),
         Job(cases(["gpt2"], [1, 16, 128, 2048, 8192]), OURS, seconds=3.0),
