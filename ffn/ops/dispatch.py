@@ -99,21 +99,23 @@ def int8_in_fbgemm() -> bool:
     """Whether FBGEMM multiplies int8 here and its sums do not saturate; torch means to drop it one day."""
     values = torch.full((16, 64), 127, dtype=torch.int8)
     try:
-        laid_out = fbgemm_layout(values, torch.ones(16))
+        laid_out = fbgemm_layout(values, torch.ones(16), None)
         y = torch.ops.quantized.linear_dynamic.default(torch.ones(1, 64), laid_out, False)
     except (AttributeError, RuntimeError):
         return False
     return bool((y - 64 * 127).abs().max() < 1)
 
 
-def fbgemm_layout(values: torch.Tensor, scales: torch.Tensor) -> torch.ScriptObject:
-    """FBGEMM's layout of int8 values (out, in) and the unit of each row (out)."""
+def fbgemm_layout(
+    values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.ScriptObject:
+    """FBGEMM's layout of int8 values (out, in), the unit of each row (out) and a float32 bias (out)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, that such tensors will be dropped
         zeros = torch.zeros(len(values), dtype=torch.int64)
         quantized = torch._make_per_channel_quantized_tensor  # pyright: ignore[reportPrivateImportUsage]
         weight = quantized(values, scales.double(), zeros, 0)
-        return torch.ops.quantized.linear_prepack.default(weight, None)
+        return torch.ops.quantized.linear_prepack.default(weight, bias)
 
 
 def check_backend(backend: str) -> None:

@@ -41,8 +41,8 @@ class Packed:
     """Copies of weights that are used together, and what tells that one of them has changed since.
 
     Args:
-        tensors: weights (out, in) and biases (out), None among them; each as `why_not` wants it. Biases are
-            not copied.
+        tensors: weights (out, in) and then their biases (out), None among both; each as `why_not` wants it.
+            Biases are not copied.
         joined: whether to make one weight and one bias of them all, for one product; copies the biases too.
 
     `layouts` holds the copies in their places, `dtype` and `width` what an x (..., width) must have,
@@ -55,16 +55,19 @@ class Packed:
         given = [t for t in tensors if t is not None]
         self.tensors = tensors
         self.aliases = [t.detach() for t in given]  # so that no address is given to another
-        self.given, self.seen = given, _glance(given)
-        self.ends = [end for t in self.aliases if joined or t.ndim == 2 for end in _ends(t)]
+        self.given, self.copied = given, [t for t in given if joined or t.ndim == 2]
+        self.seen = _glance(self.given, self.copied)
+        self.ends = [end for t in self.copied for end in _ends(t)]
         self.bytes = [end.raw for end in self.ends]
         self.dtype, self.width = given[0].dtype, given[0].shape[1:]
         self.heights = [t.shape[0] for t in given if t.ndim == 2]
         if joined:
             weights, biases = ([t for t in self.aliases if t.ndim == ndim] for ndim in (2, 1))
             tensors = torch.cat(weights), torch.cat(biases) if biases else None
-        copy = self.copy
-        self.layouts: list[Any] = [copy(t.detach()) if t is not None and t.ndim == 2 else t for t in tensors]
+        plain = [None if t is None else t.detach() for t in tensors]
+        weights, biases = plain[: len(plain) // 2], plain[len(plain) // 2 :]
+        copies = [None if w is None else self.copy(w, b) for w, b in zip(weights, biases, strict=True)]
+        self.layouts: list[Any] = [*copies, *biases]
 
     @staticmethod
     def why_not(tensor: Tensor) -> str | None:
@@ -72,18 +75,18 @@ class Packed:
         return refusal(tensor, "oneDNN packs", dispatch.packs(tensor.dtype))
 
     @staticmethod
-    def copy(weight: Tensor) -> Any:
-        """The copy of a weight (out, in)."""
+    def copy(weight: Tensor, bias: Tensor | None) -> Any:
+        """The copy of a weight (out, in), whose product that bias (out) will be added to."""
         return torch.ops.mkldnn._reorder_linear_weight.default(weight, _TOKENS)
 
     def are_of(self, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether these are the copies of these tensors as they are now, as far as a glance can tell.
 
-        It sees another tensor, memory, shape or dtype, every write that torch counts, and any change of a
-        weight's first or last 64 bytes. It does not see a write past the counter (through `weight.data`,
-        numpy or another process) that leaves both ends as they are.
+        It sees another tensor or other memory and, of what was copied, another shape or dtype, every write
+        that torch counts, and any change of the first or last 64 bytes. It does not see a write past the
+        counter (through `weight.data`, numpy or another process) that leaves both ends as they are.
         """
-        if not all(map(is_, tensors, self.tensors)) or _glance(self.given) != self.seen:
+        if not all(map(is_, tensors, self.tensors)) or _glance(self.given, self.copied) != self.seen:
             return False
         return [end.raw for end in self.ends] == self.bytes  # memory that is still there: its address holds
 
@@ -114,9 +117,9 @@ class Packed:
 _facts = attrgetter("_version", "dtype", "shape")
 
 
-def _glance(tensors: list[Tensor]) -> list:
+def _glance(given: list[Tensor], copied: list[Tensor]) -> list:
     """What tells whether they have changed; asked at each call, so no line of Python runs for a tensor."""
-    return [*map(_facts, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)]
+    return [*map(Tensor.data_ptr, given), *map(_facts, copied), *map(Tensor.stride, copied)]
 
 
 def _ends(weight: Tensor) -> tuple[Array, Array]:

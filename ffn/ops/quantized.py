@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     values: Tensor  # oneDNN's
     scales: Tensor  # (out), of a unit of the weight times a unit of the input, over the token's s
     zeros: Tensor  # (out)
-    alone: Any  # FBGEMM's, or None where it is not to be had
+    alone: Any  # FBGEMM's, with the bias if that is float32; None where it is not to be had
 
 
 class Quantized(Packed):
@@ -49,11 +49,12 @@ class Quantized(Packed):
         return refusal(tensor, "int8 products take", dispatch.int8_in_onednn())
 
     @staticmethod
-    def copy(weight: Tensor) -> Rows:
+    def copy(weight: Tensor, bias: Tensor | None) -> Rows:
         largest = weight.abs().amax(1).float().clamp_min_(_TINY)
         values = weight.div(largest[:, None]).mul_(127).round_().to(torch.int8)
         zeros = torch.zeros(len(weight), dtype=torch.int64)
-        alone = dispatch.fbgemm_layout(values, largest / 127) if dispatch.int8_in_fbgemm() else None
+        within = bias if bias is not None and bias.dtype == torch.float32 else None
+        alone = dispatch.fbgemm_layout(values, largest / 127, within) if dispatch.int8_in_fbgemm() else None
         return Rows(torch.ops.onednn.qlinear_prepack.default(values, None), largest / 127**2, zeros, alone)
 
     def fit(self, x: Tensor) -> bool:
@@ -82,9 +83,13 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor | None]:
     A NaN or an infinity goes into the latter. Where FBGEMM will round: x itself in float32, and None.
     """
     x = x.float()
+    alone = x.ndim > 1 and x.numel() == x.shape[-1] and dispatch.int8_in_fbgemm()
+    if alone:  # a norm is quicker to find than the largest, and mostly enough to know
+        token = x.view(-1)
+        if _LEAST**2 * len(token) < token.dot(token).item() < _MOST:
+            return x, None
     largest = x.abs().amax(-1, keepdim=True)
-    alone = x.ndim > 1 and x.numel() == x.shape[-1]
-    if alone and dispatch.int8_in_fbgemm() and _LEAST < largest.item() < _MOST:
+    if alone and _LEAST < largest.item() < _MOST:
         return x, None
     steps = torch.addcmul(_CUT, x, largest.clamp_min(_TINY).reciprocal_().mul_(127))
     return steps.to(torch.uint8), largest
@@ -93,8 +98,8 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor | None]:
 def _product(values: Tensor, largest: Tensor | None, weight: Rows, bias: Tensor | None) -> Tensor:
     """x weight^T + bias, (..., out) in float32, of x rounded."""
     if largest is None:
-        y = torch.ops.quantized.linear_dynamic.default(values, weight.alone, False)
-        return y if bias is None else y.add_(bias)
+        y = torch.ops.quantized.linear_dynamic.default._op(values, weight.alone, False)  # spares a search
+        return y if bias is None or bias.dtype == torch.float32 else y.add_(bias)
     kind = 1.0, 0, torch.float32  # of the output
     product = torch.ops.onednn.qlinear_pointwise.default
     y = product(values, 1.0, _MIDDLE, *weight[:3], None, *kind, *AS_IT_IS)

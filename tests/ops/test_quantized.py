@@ -131,6 +131,30 @@ def test_joined_copies_are_those_of_each(form: type[Packed]) -> None:
     torch.testing.assert_close(unbiased.linear(x), torch.cat([form((w, None)).linear(x) for w in weights], 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_bias_is_read_and_not_copied(tokens: int, dtype: torch.dtype) -> None:
+    x, weight, bias = (
+        torch.randn(tokens, 8, dtype=dtype),
+        torch.randn(6, 8, dtype=dtype),
+        torch.zeros(6, dtype=dtype),
+    )
+    packed = Quantized((weight, bias))
+    before = packed.linear(x)
+    bias.data.fill_(16.0)  # past torch's counter
+    assert packed.are_of((weight, bias))
+    torch.testing.assert_close(packed.linear(x), before + 16.0)
+
+
+def test_a_token_of_small_and_of_large_values_is_as_exact() -> None:
+    x, weight = torch.randn(1, 64), torch.randn(6, 64)
+    sparse = torch.zeros(1, 64).index_fill_(1, torch.tensor([3]), 0.1)
+    packed = Quantized((weight, None))
+    for token in (x, x * 1e-3, x * 1e-20, x * 1e18, x * 1e30, sparse, sparse * 1e-3):
+        exact = token.double() @ weight.double().t()
+        assert (packed.linear(token) - exact).norm() <= 0.03 * exact.norm()
+
+
 def test_sums_fit_int32_or_are_refused() -> None:
     widest = (2**31 - 1) // (255 * 127)
     one = torch.ones(1, widest)
