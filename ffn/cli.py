@@ -240,7 +240,7 @@ def _sizes(shards: Shards) -> str:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    versions = ["ffn", "torch", "safetensors", "tokenizers", "tqdm", "matplotlib", "triton"]
+    versions = ["ffn", "torch", "einops", "safetensors", "tokenizers", "tqdm", "matplotlib", "triton"]
     print(f"python       {platform.python_version()} on {platform.platform()}")
     for name in versions:
         try:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -240,9 +241,9 @@ def attend_in_full(
     that keeps its mask. And for soft caps, which it knows nowhere.
     """
     B, Q, T, C = q_BQTC.shape
-    if k_BGSC.shape[1] != Q:
-        k_BGSC, v_BGSC = (t.repeat_interleave(Q // t.shape[1], 1) for t in (k_BGSC, v_BGSC))
-    q, k, v = (t.flatten(0, 1) for t in (q_BQTC, k_BGSC, v_BGSC))
+    group = Q // k_BGSC.shape[1]
+    q = rearrange(q_BQTC, "b q t c -> (b q) t c")
+    k, v = (repeat(t, "b g s c -> (b g group) s c", group=group) for t in (k_BGSC, v_BGSC))
     shift = q.new_zeros(())
     if mask is not None:
         shift = q.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
@@ -253,7 +254,7 @@ def attend_in_full(
     else:
         scores = torch.bmm(q, k.mT).mul(factor / softcap).tanh().mul(softcap) + shift
     weights = scores.softmax(-1)
-    return torch.bmm(ops.dropout(weights, p), v).unflatten(0, (B, Q))
+    return rearrange(torch.bmm(ops.dropout(weights, p), v), "(b q) t c -> b q t c", q=Q)
 
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:

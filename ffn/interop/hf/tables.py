@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from einops import rearrange
 from torch import Tensor
 
 from ffn.interop.hf.names import TABLES, Row, Table
@@ -155,4 +156,4 @@ def _of_columns(theirs: Tensor, start: int, length: int) -> Tensor:
 
 
 def _of_heads(theirs: Tensor, heads: int, index: int) -> Tensor:
-    return theirs.view(heads, 3, -1, *theirs.shape[1:])[:, index]
+    return rearrange(theirs, "(head three c) ... -> three head c ...", head=heads, three=3)[index]
