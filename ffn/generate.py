@@ -130,6 +130,8 @@ def _continue(
         raise TypeError(f"stop wants token ids or sequences of them; got {stop!r}; encode text first")
     if not model.config.causal:
         raise ValueError("generate wants a causal Transformer; this one has config.causal=False")
+    if model.head is None:
+        raise ValueError("generate wants a Transformer with a head; this one has config.head='none'")
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed}: want a whole number of 64 bits, or None")
     if not isinstance(max_new_tokens, int):

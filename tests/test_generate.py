@@ -280,6 +280,11 @@ def test_an_encoder_cannot_continue() -> None:
         generate(build(causal=False), [[1]], 8)
 
 
+def test_without_a_head_there_is_nothing_to_choose_from() -> None:
+    with pytest.raises(ValueError, match="generate wants a Transformer with a head"):
+        stream(build(head="none", tie_embeddings=False), [1], 8)
+
+
 def test_stream_checks_at_the_call() -> None:
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         stream(build(), [], 8)
