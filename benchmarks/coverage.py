@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import ffn
+from benchmarks.report import machine
 from ffn.atomic import write_file
 
 KINDS = {  # (name of transformers' list of types, its class)
@@ -272,13 +273,13 @@ def main(argv: list[str]) -> None:
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    rows = []
+    rows, facts = [], machine() | {"transformers": transformers.__version__}
     for kind in options.kind.split(","):
         types = getattr(modeling_auto, KINDS[kind][0])
         for model_type in options.only.split(",") if options.only else types:
             if model_type in types:
                 row = examine(kind, model_type)
-                rows.append(row)
+                rows.append(row | facts)
                 print(f"{kind:8} {model_type:28} {row['outcome']:8} {row['reason'][:120]}", flush=True)
     counts = Counter((row["kind"], row["outcome"]) for row in rows)
     print("\n".join(f"{kind} {outcome}: {count}" for (kind, outcome), count in counts.items()))

@@ -94,6 +94,28 @@ def of_warm_inference() -> list[str]:
     return lines_of(header, table)
 
 
+def of_reviews() -> list[str]:
+    title = (
+        "rt-polarity, 80/10/10 by class (`python -m benchmarks classification DIR --task reviews --epochs 3`)"
+    )
+    rows = [row for row in read(RESULTS / "classification.jsonl") if row["task"] == "reviews"]
+    found = {(row["implementation"], row["what"]): row for row in rows}
+    cached = f"MiniLM, the head alone, cached features ({found['ffn', 'head']['cache_s']:.0f} s to make)"
+    names = {("ffn", "head"): cached, ("ffn", "head uncached"): "MiniLM, the head alone, without the cache"}
+    names |= {("transformers", "head"): "the same by transformers", ("ffn", "all"): "MiniLM, everything"}
+    names |= {
+        ("transformers", "all"): "the same by transformers",
+        ("ffn", "scratch"): "from scratch, 3 epochs",
+    }
+    names |= {("scikit-learn", "TF-IDF of words"): "TF-IDF and logistic regression"}
+    table = []
+    for key, name in names.items():
+        seconds = [found[key].get("train_s"), found[key].get("epoch_s")]
+        words = ["-" if s is None else f"{s:.0f}" if s >= 10 else f"{s:.1f}" for s in seconds]
+        table.append([name, f"{found[key]['accuracy']:.1%}", *words])
+    return lines_of([title, "accuracy", "training, s", "an epoch, s"], table)
+
+
 def of_the_training_step() -> list[str]:
     wanted = {"implementation": "ffn", "dtype": "float32", "work": "training step"}
     rows = newest("decoder", ("shape", "dropout"), **wanted)
@@ -129,6 +151,7 @@ def of_generation() -> list[str]:
 
 
 TABLES = (
+    of_reviews,
     of_the_block,
     of_peers,
     of_inference,

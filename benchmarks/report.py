@@ -50,14 +50,30 @@ def version(package: str) -> str:
         return f"no {package}"
 
 
+def clocks() -> dict[str, float]:
+    """What the processor's cores and the GPU run at now, in MHz, where the machine tells."""
+    found: dict[str, float] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cores = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    if cores:
+        found["cpu_MHz"] = round(sum(cores) / len(cores))
+    if torch.cuda.is_available():
+        with suppress(Exception):  # NVIDIA's library of readings is absent, or does not answer
+            found["gpu_MHz"] = torch.cuda.clock_rate()
+    return found
+
+
 def machine() -> dict[str, object]:
     facts = {
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    facts |= clocks()
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         facts |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "gpu_bytes": gpu.total_memory}

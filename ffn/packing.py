@@ -4,6 +4,7 @@ A packed module keeps its parameters and children and gets a `forward` of its ow
 `ffn.ops.packed` and `ffn.ops.quantized` for the copies.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -44,10 +45,10 @@ def pack(model: M, form: str = "float") -> M:
 
     The copies, as large as the weights (int8: two bytes each), are made by the first call that wants them,
     and anew by the first one after a weight has changed or moved: state dicts, torch's optimizers, `.to()`
-    and in-place operations are seen. Not seen is a write past torch's counter (through `weight.data`, numpy
-    or another process) that leaves the first and the last 64 bytes of the weight alone: call `unpack` and
-    `pack` after such a one. Copies are in no state dict; a deep copy and a pickle of the model are packed and
-    make their own.
+    and in-place operations are seen. Not seen is a write past torch's counter (through `weight.data`, numpy,
+    another process, or a fused optimizer whose step is compiled) that leaves the first and the last 64 bytes
+    of the weight alone: call `unpack` and `pack` after such a one. Copies are in no state dict; a deep copy
+    and a pickle of the model are packed and make their own. A shallow copy goes on calling the original.
 
     Raises:
         ValueError: a weight that would be served is not float32 or bfloat16 on the CPU, oneDNN is missing or,
@@ -86,10 +87,10 @@ def unpack(model: M) -> M:
 
 @torch.no_grad()
 def packing_error(model: nn.Module, *inputs: Any) -> dict[str, float]:
-    """What packing changes, in eval mode: ||packed - plain|| / ||plain|| of the outputs, by module.
+    """What packing changes: ||packed - plain|| / ||plain|| of the outputs, by module; inf if only that is 0.
 
     Args:
-        inputs: of the model, whose output is a tensor.
+        inputs: of the model, whose output is a tensor. It is in eval mode meanwhile.
 
     Returns:
         under "" that of the whole model, then that of each packed module on what it meets in the plain model.
@@ -103,12 +104,17 @@ def packing_error(model: nn.Module, *inputs: Any) -> dict[str, float]:
     def compare(module: nn.Module, args: tuple, keywords: dict, plain: Tensor) -> None:
         errors[names[module]] = _relative(packed[module].forward(*args, **keywords), plain)
 
-    y = model(*inputs)
-    hooks = [module.register_forward_hook(compare, with_kwargs=True) for module in packed]
-    unpack(model)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    hooks = []
     try:
+        y = model(*inputs)
+        hooks += [module.register_forward_hook(compare, with_kwargs=True) for module in packed]
+        unpack(model)
         plain = model(*inputs)
     finally:
+        for module in training:
+            module.training = True
         for module, owner in packed.items():
             module.forward = owner.forward
         for hook in hooks:
@@ -117,8 +123,8 @@ def packing_error(model: nn.Module, *inputs: Any) -> dict[str, float]:
 
 
 def _relative(y: Tensor, plain: Tensor) -> float:
-    off = (y.double() - plain.double()).norm().item()
-    return off / plain.double().norm().item() if off else 0.0
+    off, norm = (y.double() - plain.double()).norm().item(), plain.double().norm().item()
+    return off / norm if norm else math.inf if off else 0.0
 
 
 def pack_where_possible(model: nn.Module, kind: type[Packed] = Packed) -> list[nn.Module]:

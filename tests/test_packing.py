@@ -139,6 +139,23 @@ def test_the_error_is_reported(form: str) -> None:
     assert packing_error(block, torch.zeros(3, 8)).keys() == {""}
 
 
+def test_the_error_is_that_of_eval_mode() -> None:
+    block = pack(FeedForward(8, 16, dropout=0.5, out_dropout=0.5), "int8")
+    assert packing_error(block, torch.randn(3, 8))[""] < 0.1
+    assert block.training
+    assert block.up_proj.training
+
+
+def test_an_error_beside_nothing_is_infinite() -> None:
+    linear = nn.Linear(8, 1, bias=False)
+    linear.weight.data = torch.tensor([[1.0, -2.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    x = torch.tensor([[3.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert packing_error(pack(linear, "int8"), x)[""] in (
+        0.0,
+        float("inf"),
+    )  # 0 where it rounds without an error
+
+
 @pytest.mark.parametrize("form", [INT8])
 def test_the_last_form_holds(form: str) -> None:
     block, plain, x = build(form=form)

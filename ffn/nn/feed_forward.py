@@ -27,7 +27,7 @@ def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
 
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_LINEAR_FORWARD = nn.Linear.forward  # as it was at import: a patch of the class must take effect too
+LINEAR_FORWARD = nn.Linear.forward  # as it was at import: a patch of the class must take effect too
 
 
 class FeedForward(nn.Module):
@@ -235,7 +235,7 @@ def plain_parameters(linear: nn.Module | None) -> tuple[Tensor, Tensor | None] |
     if type(linear) is not nn.Linear:
         return None
     forward = linear.forward  # torch.compile watches the attribute, and not __dict__, for a later change
-    if type(forward) is not MethodType or forward.__func__ is not _LINEAR_FORWARD:
+    if type(forward) is not MethodType or forward.__func__ is not LINEAR_FORWARD:
         return None
     if linear._forward_hooks or linear._forward_pre_hooks:
         return None

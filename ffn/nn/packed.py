@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ffn.activations import TABLE
 from ffn.nn.attention import Attention, LayerCache
-from ffn.nn.feed_forward import FeedForward, plain_parameters
+from ffn.nn.feed_forward import LINEAR_FORWARD, FeedForward, plain_parameters
 from ffn.nn.head import Head
 from ffn.nn.loss import cap
 from ffn.ops.feed_forward import fits
@@ -124,11 +124,13 @@ class PackedProduct(PackedForward):
 class PackedLinear(PackedProduct):
     module: nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         linear, packed = self.module, None
-        if type(linear) is nn.Linear and not _is_more_than_numbers():  # a parametrization changes the class
-            packed = self.copies(x, (linear._parameters.get("weight"), linear._parameters.get("bias")))
-        return type(linear).forward(linear, x) if packed is None else packed.linear(x)
+        # A parametrization changes the class.
+        plain = type(linear) is nn.Linear and nn.Linear.forward is LINEAR_FORWARD
+        if plain and not _is_more_than_numbers():
+            packed = self.copies(input, (linear._parameters.get("weight"), linear._parameters.get("bias")))
+        return type(linear).forward(linear, input) if packed is None else packed.linear(input)
 
 
 class PackedAttention(PackedProduct):

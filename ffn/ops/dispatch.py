@@ -15,6 +15,7 @@ from ffn.ops.library import constant_in_graphs
 
 BACKENDS = ("auto", "eager", "triton", "reference")
 OLDEST = (8, 0)  # compute capability that the kernels are written for
+_PLAIN: dict = {"dtype": torch.float32, "device": "cpu"}  # of a probe, whatever the caller's defaults are
 MODULES = {"eager": eager, "traced": traced}  # whose functions the rule calls
 
 
@@ -43,7 +44,7 @@ def _cpu_vendor() -> str:
 
 @cache
 def _has_onednn_linear() -> bool:
-    x = torch.ones(1, 1)
+    x = torch.ones(1, 1, **_PLAIN)
     try:
         return bool(torch.ops.mkldnn._linear_pointwise.default(x, x, None, "none", [], "") == 1)
     except (AttributeError, RuntimeError):  # a private op of torch, absent from some builds
@@ -83,8 +84,9 @@ def int8_in_onednn() -> bool:
     """Whether oneDNN multiplies int8 here by instructions made for it, whose sums do not saturate (VNNI)."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
-    x, weight = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
-    one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int64)
+    x = torch.full((1, 64), 255, dtype=torch.uint8, device="cpu")
+    weight = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
+    one, zero = torch.ones(16, **_PLAIN), torch.zeros(16, dtype=torch.int64, device="cpu")
     try:
         laid_out = torch.ops.onednn.qlinear_prepack.default(weight, None)
         product = torch.ops.onednn.qlinear_pointwise.default
@@ -97,10 +99,10 @@ def int8_in_onednn() -> bool:
 @cache
 def int8_in_fbgemm() -> bool:
     """Whether FBGEMM multiplies int8 here and its sums do not saturate; torch means to drop it one day."""
-    values = torch.full((16, 64), 127, dtype=torch.int8)
+    values = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
     try:
-        laid_out = fbgemm_layout(values, torch.ones(16), None)
-        y = torch.ops.quantized.linear_dynamic.default(torch.ones(1, 64), laid_out, False)
+        laid_out = fbgemm_layout(values, torch.ones(16, **_PLAIN), None)
+        y = torch.ops.quantized.linear_dynamic.default(torch.ones(1, 64, **_PLAIN), laid_out, False)
     except (AttributeError, RuntimeError):
         return False
     return bool((y - 64 * 127).abs().max() < 1)
@@ -112,7 +114,7 @@ def fbgemm_layout(
     """FBGEMM's layout of int8 values (out, in), the unit of each row (out) and a float32 bias (out)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, that such tensors will be dropped
-        zeros = torch.zeros(len(values), dtype=torch.int64)
+        zeros = torch.zeros(len(values), dtype=torch.int64, device="cpu")
         quantized = torch._make_per_channel_quantized_tensor  # pyright: ignore[reportPrivateImportUsage]
         weight = quantized(values, scales.double(), zeros, 0)
         return torch.ops.quantized.linear_prepack.default(weight, bias)

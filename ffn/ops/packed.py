@@ -55,9 +55,8 @@ class Packed:
         given = [t for t in tensors if t is not None]
         self.tensors = tensors
         self.aliases = [t.detach() for t in given]  # so that no address is given to another
-        self.given, self.copied = given, [t for t in given if joined or t.ndim == 2]
-        self.seen = _glance(self.given, self.copied)
-        self.ends = [end for t in self.copied for end in _ends(t)]
+        self.given, self.seen = given, _glance(given)
+        self.ends = [end for t in given if joined or t.ndim == 2 for end in _ends(t)]
         self.bytes = [end.raw for end in self.ends]
         self.dtype, self.width = given[0].dtype, given[0].shape[1:]
         self.heights = [t.shape[0] for t in given if t.ndim == 2]
@@ -82,17 +81,18 @@ class Packed:
     def are_of(self, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether these are the copies of these tensors as they are now, as far as a glance can tell.
 
-        It sees another tensor or other memory and, of what was copied, another shape or dtype, every write
-        that torch counts, and any change of the first or last 64 bytes. It does not see a write past the
-        counter (through `weight.data`, numpy or another process) that leaves both ends as they are.
+        It sees another tensor, memory, shape, strides or dtype, every write that torch counts, and any change
+        of the first or last 64 bytes of what was copied. It does not see a write past the counter (through
+        `weight.data`, numpy or another process) that leaves both ends as they are.
         """
-        if not all(map(is_, tensors, self.tensors)) or _glance(self.given, self.copied) != self.seen:
+        if not all(map(is_, tensors, self.tensors)) or _glance(self.given) != self.seen:
             return False
         return [end.raw for end in self.ends] == self.bytes  # memory that is still there: its address holds
 
     def fit(self, x: Tensor) -> bool:
         """Whether x (..., width) can be multiplied."""
-        return x.dtype == self.dtype and x.is_cpu and x.shape[-1:] == self.width
+        strided = x.layout is torch.strided
+        return strided and x.dtype == self.dtype and x.is_cpu and x.shape[-1:] == self.width
 
     def linear(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), for a weight and a bias."""
@@ -117,9 +117,9 @@ class Packed:
 _facts = attrgetter("_version", "dtype", "shape")
 
 
-def _glance(given: list[Tensor], copied: list[Tensor]) -> list:
+def _glance(tensors: list[Tensor]) -> list:
     """What tells whether they have changed; asked at each call, so no line of Python runs for a tensor."""
-    return [*map(Tensor.data_ptr, given), *map(_facts, copied), *map(Tensor.stride, copied)]
+    return [*map(_facts, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)]
 
 
 def _ends(weight: Tensor) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ from ffn.ops.packed import AS_IT_IS, Packed, refusal
 _WIDEST = (2**31 - 1) // (255 * 127)  # terms of a sum that int32 holds
 _TINY = 1e-35  # what is smaller throughout counts as zero, since 127 / s would be infinite
 _MIDDLE = 128  # inputs are unsigned: for signed ones oneDNN has a loop, a thousand times slower
-_CUT = torch.tensor(_MIDDLE + 0.5, device="cpu")  # conversion to integers cuts off
+_CUT = torch.tensor(_MIDDLE + 0.5, dtype=torch.float32, device="cpu")  # conversion to integers cuts off
 _LEAST, _MOST = 0.02, 1e30  # what FBGEMM may get: its steps are 6.1e-5 at least, and it makes numbers of NaN
 
 
@@ -52,7 +52,7 @@ class Quantized(Packed):
     def copy(weight: Tensor, bias: Tensor | None) -> Rows:
         largest = weight.abs().amax(1).float().clamp_min_(_TINY)
         values = weight.div(largest[:, None]).mul_(127).round_().to(torch.int8)
-        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        zeros = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
         within = bias if bias is not None and bias.dtype == torch.float32 else None
         alone = dispatch.fbgemm_layout(values, largest / 127, within) if dispatch.int8_in_fbgemm() else None
         return Rows(torch.ops.onednn.qlinear_prepack.default(values, None), largest / 127**2, zeros, alone)

@@ -214,8 +214,17 @@ def test_a_linear_alone() -> None:
     with torch.no_grad():
         torch.testing.assert_close(linear(x), plain(x))
         assert linear.forward.__self__.packed is not None
+        torch.testing.assert_close(linear(input=x), plain(x))
+        torch.testing.assert_close(linear(x.to_sparse()), plain(x))
         linear.weight.zero_()
         torch.testing.assert_close(linear(x), linear.bias.expand(2, 6))
         torch.nn.utils.parametrize.register_parametrization(linear, "weight", nn.Tanh())
         torch.testing.assert_close(linear(x), linear.bias.expand(2, 6))
     assert linear(x).requires_grad
+
+
+def test_a_patch_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = pack(nn.Linear(8, 6))
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: input.sum())
+    with torch.no_grad():
+        assert linear(torch.ones(2, 8)) == 16

@@ -27,6 +27,24 @@ def _asked_anew():
         clear()
 
 
+@pytest.mark.usefixtures("_asked_anew")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_callers_defaults_do_not_matter(device: str, dtype: torch.dtype) -> None:
+    asked = [*CACHED, dispatch.int8_in_onednn, dispatch.int8_in_fbgemm]
+    truth = [function() for function in asked]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            assert [function.__wrapped__() for function in asked] == truth
+            for function in CACHED:
+                function.cache_clear()
+            assert [function() for function in asked] == truth
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_names() -> None:
     assert dispatch.BACKENDS == ("auto", "eager", "triton", "reference")
     for name in dispatch.BACKENDS:

@@ -115,6 +115,26 @@ def test_changes_are_seen(change) -> None:
     assert not packed.are_of((weight, bias))
 
 
+BIAS_CHANGES = {
+    "expanded": lambda p: setattr(p, "data", p.data[:1].expand(64)),
+    "strided": lambda p: setattr(p, "data", p.data.repeat(2)[::2]),
+    "cut": lambda p: setattr(p, "data", p.data[:5]),
+    "in place": lambda p: p.as_strided_((64,), (0,)),
+    "in another shape": lambda p: p.unsqueeze_(0),
+    "another dtype": lambda p: setattr(p, "data", p.data.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("change", BIAS_CHANGES)
+def test_a_bias_at_the_same_address_is_looked_at(change: str) -> None:
+    skip_unless_packed(torch.float32)
+    linear = nn.Linear(64, 64)
+    packed = Packed((linear.weight, linear.bias))
+    with torch.no_grad():
+        BIAS_CHANGES[change](linear.bias)
+    assert not packed.are_of((linear.weight, linear.bias))
+
+
 def test_an_address_is_not_given_away() -> None:
     skip_unless_packed(torch.float32)
     weight = nn.Parameter(torch.zeros(1024, 1024))
