@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ffn.atomic import publish, temporary_name
-from ffn.config import from_dict
+from ffn.config import from_dict, settle
 from ffn.freeze import transformer_in
 from ffn.interop.shards import open_shards, write_tensors
 from ffn.nn.feed_forward import plain_parameters
@@ -51,6 +51,7 @@ class AdapterConfig:
     targets: tuple[str, ...] = ("ffn",)  # ffn, attention, or Linears of these by their names: up_proj, ...
 
     def __post_init__(self) -> None:
+        settle(self)
         if self.rank < 1:
             raise ValueError(f"rank: wants 1 or more; got {self.rank}")
         if not self.alpha > 0:

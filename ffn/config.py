@@ -13,10 +13,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import numbers
+import os
 import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,7 +34,7 @@ def from_dict(
     `prefix` is the dotted name of `cls` inside the whole, for messages: `from_dict(Model, m, "model")` says
     `model.n_layer: no such key; did you mean model.num_layers?`.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     values = {}
     for name, value in mapping.items():
@@ -55,6 +58,23 @@ def from_dict(
         return cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
     except ValueError as error:  # the class names its field, and knows no prefix
         raise ValueError(_join(prefix, str(error))) from None
+
+
+def settle(config: Any) -> None:
+    """Give each field of a new configuration the type it declares; the first thing in a `__post_init__`.
+
+    What means the same is taken: numbers of NumPy, a whole number for a float, a list for a tuple, a path for
+    a string. So whatever is built can be written and read again.
+
+    Raises:
+        ValueError: a value of another type, or none of a field's choices.
+    """
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if not dataclasses.is_dataclass(hint):
+            object.__setattr__(config, name, _coerce(value, hint, name))
+        elif not isinstance(value, typing.cast(type, hint)):
+            raise ValueError(f"{name}: wants a {typing.cast(type, hint).__name__}; got {value!r}")
 
 
 def from_toml(cls: type[Config], text: str, base: Config | None = None) -> Config:
@@ -119,7 +139,11 @@ def flatten(config: Any) -> dict[str, Any]:
     return dict(_flat(to_dict(config), ""))
 
 
+_hints = cache(typing.get_type_hints)
 _PLAIN_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+_TAKEN = {bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}
 
 
 class _Word(str):
@@ -141,10 +165,9 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             return value
         near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(str(value), args, 1))
         raise ValueError(f"{key}: wants one of {', '.join(args)}; got {value!r}{near}")
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if type(value) is hint:
-        return value
+    kinds = _TAKEN.get(hint, ())
+    if isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)):
+        return hint(value)
     wanted = "a list" if origin is tuple else _PLAIN_NAMES[hint]
     raise ValueError(f"{key}: wants {wanted}; got {value!r}")
 
@@ -172,7 +195,7 @@ def _suggestion(name: str, cls: type, prefix: str) -> str:
 
 
 def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for field in dataclasses.fields(cls):
         name = _join(prefix, field.name)
         if dataclasses.is_dataclass(hints[field.name]):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ffn.atomic import publish, sha256_file, sync_file, temporary_name, write_file
+from ffn.config import settle
 from ffn.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 MANIFEST = "data/manifest.json"
@@ -41,6 +42,9 @@ class DataConfig:
     val_fraction: float = 0.1  # of the characters of one file; of many files, the chance of each to validate
 
     def __post_init__(self) -> None:
+        settle(self)
+        if not self.path:
+            raise ValueError("path: wants a file, a folder, a pattern or stdlib; got ''")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction: wants a number between 0 and 1; got {self.val_fraction}")
 

@@ -44,7 +44,8 @@ def generate(
         cache: False computes every position again for every token: slow, and the oracle of the cache.
 
     Raises:
-        ValueError, TypeError: a prompt that is empty or too long, or an option out of range.
+        ValueError, TypeError: a prompt that is empty or too long, an option out of range, logits that are not
+            finite.
 
     >>> model = Transformer(TransformerConfig(vocab_size=65, dim=64, num_layers=2, num_heads=4))
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 10)]
@@ -94,17 +95,23 @@ class Sampling:
     def __post_init__(self):
         if not self.temperature >= 0.0:
             raise ValueError(f"temperature={self.temperature}: want 0 (greedy) or a positive number")
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k > 0):
             raise ValueError(f"top_k={self.top_k}: want a positive number of tokens, or None")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p}: want a probability in (0, 1], or None")
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Token ids (B) from logits (B, V), one uniform number in [0, 1) a row (B) deciding."""
-        logits = logits.float()
+        dtype, logits = logits.dtype, logits.float()
+        largest, likeliest = logits.max(-1, keepdim=True)
+        if not largest.isfinite().all():
+            raise ValueError(
+                f"the logits are not finite in {str(dtype)[6:]}: a weight is not, or values overflow; "
+                "look at the weights, or generate in a wider dtype"
+            )
         if self.temperature < torch.finfo(logits.dtype).tiny:  # float32 would divide by 0
-            return logits.argmax(-1)
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+            return likeliest.squeeze(1)
+        logits = (logits - largest) / self.temperature
         ids = None
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits, ids = logits.topk(self.top_k)
@@ -123,6 +130,8 @@ def _continue(
     model: Transformer, prompts, max_new_tokens: int, sampling: Sampling, stop: Stop, seed, cache: bool
 ):
     """Check the arguments and return the iterator of `_steps`."""
+    if not isinstance(stop, Iterable):
+        raise TypeError(f"stop wants token ids or sequences of them; got {stop!r}; put it in a list")
     endings = [(s,) if isinstance(s, int) else tuple(s) for s in stop]
     if () in endings:
         raise ValueError("stop holds an empty sequence, which would end every row at once; leave it out")

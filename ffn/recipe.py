@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from ffn.adapters import AdapterConfig
 from ffn.atomic import write_file
 from ffn.base import check_base, named_base, open_base
 from ffn.checkpoint import list_checkpoints, newest_checkpoint
-from ffn.config import flatten, from_toml, to_toml
+from ffn.config import flatten, from_toml, settle, to_toml
 from ffn.data import Corpus, DataConfig, open_corpus, prepare
 from ffn.device import Precision
 from ffn.freeze import check_choice
@@ -63,6 +64,7 @@ class LoopConfig:
     sample_temperature: float = 0.8
 
     def __post_init__(self) -> None:
+        settle(self)
         counts = ("steps", "batch_size", "accumulate", "keep", "eval_every", "checkpoint_every", "log_every")
         rates = ("lr", "muon_lr", "weight_decay", "l1", "clip", "sample_temperature")
         try:
@@ -71,7 +73,7 @@ class LoopConfig:
             raise ValueError(f"only: {error}") from None
         for name in (*counts, *rates, "window", "warmup", "patience", "eval_batches", "sample_tokens"):
             least = 1 if name in counts else 0
-            if not getattr(self, name) >= least:
+            if not inf > getattr(self, name) >= least:
                 raise ValueError(f"{name}: wants {least} or more; got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: wants two numbers in [0, 1); got {list(self.betas)}")
@@ -121,6 +123,11 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: TransformerConfig = field(default_factory=_default_model)  # its vocab_size is the tokenizer's
     train: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if not self.out:
+            raise ValueError("out: wants a folder; got ''")
 
 
 def read_config(file: str | Path | None, words: Iterable[str] = ()) -> TrainConfig:

@@ -21,18 +21,29 @@ SAMPLES = "samples.txt"
 
 
 class Log:
-    """The growing files of a run. `sizes` says how long they are now; given back, they go on from there."""
+    """The growing files of a run. `sizes` says how long they are now; given back, they go on from there, and
+    `say` tells of what is lost by then."""
 
     def __init__(
-        self, run: Path, sizes: Mapping[str, int] | None = None, metrics: tuple[str, ...] = METRICS
+        self,
+        run: Path,
+        sizes: Mapping[str, int] | None = None,
+        metrics: tuple[str, ...] = METRICS,
+        say: Callable[[str], None] = print,
     ) -> None:
         self._files, self._metrics = {}, metrics
         for name, columns in {"metrics.csv": metrics, "timing.csv": TIMING, SAMPLES: ()}.items():
             path = run / name
-            if sizes is None:
+            left = 0
+            if sizes is not None:
+                told = path.read_bytes()[: sizes[name]] if path.exists() else b""
+                left = told.rfind(b"\n") + 1  # in whole lines
+                if left < sizes[name]:
+                    say(f"{path}: {left} of {sizes[name]} bytes are left; the run goes on from there")
+            if left:
+                os.truncate(path, left)
+            else:
                 path.write_text(",".join(columns) + "\n" if columns else "", encoding="utf-8")
-            elif path.exists():
-                os.truncate(path, min(sizes[name], path.stat().st_size))
             self._files[name] = path.open("a", encoding="utf-8", newline="")
 
     def metrics(self, **values: Any) -> None:

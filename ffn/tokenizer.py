@@ -168,7 +168,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read what `save` wrote, or a Hugging Face `tokenizer.json`; ValueError for a file that is neither."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such tokenizer file")
+        raise ValueError(f"{path}: no such tokenizer file; want a kind that there is, or a tokenizer.json")
     try:
         content = json.loads(path.read_text("utf-8"))
         kind = content.get("kind", "hf" if "model" in content else None)

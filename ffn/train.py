@@ -66,6 +66,8 @@ def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
     run = Path(config.out)
     device, why = choose_device(config.device)
     precision, why_precision = choose_precision(config.train.precision, device)
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"out={run}: is a file; give a folder")
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(exclusive(run))
@@ -96,6 +98,9 @@ class Trainer:
         first = int(corpus.train[0])
         self.prompt_text, prompt = encode_prompt(corpus.tokenizer, loop.sample_prompt, first, say)
         self.prompt = prompt[: max(1, config.model.max_seq_len - 1)]
+        if len(self.prompt) < len(prompt):
+            self.prompt_text = corpus.tokenizer.decode(self.prompt)
+            say(f"prompt       {self.prompt_text!r}, what the window has room for of train.sample_prompt")
         self.tokens_per_step = loop.batch_size * loop.accumulate * window
         torch.manual_seed(loop.seed)
         begun = start(config, device, say)
@@ -125,7 +130,7 @@ class Trainer:
             raise ValueError(
                 f"no checkpoint in {self.run} is good; to start anew give another folder: out=..."
             )
-        self.log = Log(self.run, sizes, BASE_METRICS if self.base_corpus else METRICS)
+        self.log = Log(self.run, sizes, BASE_METRICS if self.base_corpus else METRICS, say=self.say)
         if newest is None and self.config.base is not None:
             self._measure_base()
 

@@ -267,6 +267,7 @@ def test_refusals(prompts: list, options: dict, message: str) -> None:
         ([[1.7]], {}, r"prompts want one list of token ids each; got \[\[1.7\]\]; encode text, nest one"),
         (torch.ones(1, 2), {}, r"prompts want one list of token ids each; got \[\[1.0, 1.0\]\]; encode text"),
         ([[1]], {"max_new_tokens": 3.5}, "max_new_tokens=3.5: want a whole number"),
+        ([[1]], {"stop": 3}, "stop wants token ids or sequences of them; got 3; put it in a list"),
         ([[1]], {"stop": "end"}, "stop wants token ids or sequences of them; got 'end'; encode text first"),
     ],
 )
@@ -278,6 +279,15 @@ def test_wrong_types(prompts, options: dict, message: str) -> None:
 def test_an_encoder_cannot_continue() -> None:
     with pytest.raises(ValueError, match="generate wants a causal Transformer"):
         generate(build(causal=False), [[1]], 8)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_refused(options: dict, bad: float) -> None:
+    model = build()
+    model.norm.weight.data.fill_(bad)
+    with pytest.raises(ValueError, match=r"^the logits are not finite in float64: a weight is not, or"):
+        generate(model, [[1]], 3, **options)
 
 
 def test_without_a_head_there_is_nothing_to_choose_from() -> None:

@@ -4,10 +4,14 @@ import dataclasses
 import inspect
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ffn.config import from_toml, to_toml
+from ffn.data import DataConfig
 from ffn.optim import ScheduledOptimizer
 from ffn.recipe import LoopConfig, TrainConfig, fingerprint, open_run, read_config
+from ffn.train import train
 from ffn.transformer import Transformer
 from tests import tiny
 from tests.conftest import ROOT
@@ -60,6 +64,7 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
         ({"momentum": 2.0}, r"^momentum: wants a number in \[0, 1\); got 2.0$"),
         ({"betas": (0.9,)}, r"^betas: wants two numbers in \[0, 1\); got \[0.9\]$"),
         ({"seed": 10**20}, r"^seed: wants a whole number of 64 bits; got 10{20}$"),
+        ({"lr": float("inf")}, "^lr: wants 0 or more; got inf$"),
         ({"sample_prompt": ""}, "^sample_prompt: wants at least one character$"),
     ],
 )
@@ -83,6 +88,29 @@ def test_the_optimizer_is_given_every_option(monkeypatch: pytest.MonkeyPatch) ->
     LoopConfig(**options).build_optimizer(model)
     assert given == {"model": model, **options}
     assert set(given) == set(parameters)
+
+
+def test_nothing_is_no_path() -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.path: wants a file, a folder, a pattern or stdlib; got ''$"
+    ):
+        read_config(None, ["data.path="])
+    with pytest.raises(ValueError, match=r"^out: wants a folder; got ''$"):
+        read_config(None, ["out="])
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path)
+    with pytest.raises(ValueError, match=r"text\.txt: is a file; give a folder$"):
+        train(dataclasses.replace(config, out=config.data.path), tiny.quiet)
+
+
+def test_a_run_in_python_is_as_one_in_toml() -> None:
+    loop = LoopConfig(lr=np.float64(3e-3), steps=np.int64(5), betas=[0.9, np.float64(0.95)])
+    config = TrainConfig(out=Path("a"), data=DataConfig(path=Path("b")), train=loop)
+    assert from_toml(TrainConfig, to_toml(config)) == config
+    with pytest.raises(ValueError, match=r"^model: wants a TransformerConfig; got 3$"):
+        TrainConfig(model=3)
 
 
 def test_the_fingerprint_is_of_what_is_computed() -> None:

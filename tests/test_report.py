@@ -34,9 +34,26 @@ def test_a_log_goes_on_from_its_sizes(tmp_path: Path) -> None:
     log.close()
     Log(tmp_path, sizes).close()
     assert {name: (tmp_path / name).read_bytes() for name in sizes} == kept
-    (tmp_path / "metrics.csv").unlink()
-    Log(tmp_path, sizes).close()
-    assert (tmp_path / "metrics.csv").read_bytes() == b"", "a file that was taken away is begun again"
+
+
+def test_what_is_lost_of_a_log_is_told(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    header = log.sizes()["metrics.csv"]
+    log.metrics(step=1, **ROW)
+    first = log.sizes()["metrics.csv"]
+    log.metrics(step=2, **ROW)
+    sizes = log.sizes()
+    log.close()
+    file, said = tmp_path / "metrics.csv", []
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3])
+    Log(tmp_path, sizes, say=said.append).close()
+    assert file.read_bytes() == whole[:first], "whole lines"
+    file.unlink()
+    Log(tmp_path, sizes, say=said.append).close()
+    assert file.read_bytes() == whole[:header], "a file that was taken away is begun again"
+    lost = f"of {len(whole)} bytes are left; the run goes on from there"
+    assert said == [f"{file}: {first} {lost}", f"{file}: 0 {lost}"]
 
 
 def test_the_loss_is_drawn_or_a_line_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from ffn.nn.rotary import Linear, Llama3, Yarn
 from ffn.transformer import TransformerConfig
@@ -70,6 +72,31 @@ def test_config_refuses(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 1.5}, "vocab_size: wants a whole number; got 1.5"),
+        ({"vocab_size": "50"}, "vocab_size: wants a whole number; got '50'"),
+        ({"num_layers": True}, "num_layers: wants a whole number; got True"),
+        ({"causal": "yes"}, "causal: wants true or false; got 'yes'"),
+        ({"activation": torch.nn.ReLU}, "activation: wants a string; got <class 'torch.nn"),
+        ({"logit_softcap": float("inf")}, "logit_softcap=inf: want a positive number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_at_once(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        dataclasses.replace(SMALL, **options)
+
+
+def test_what_means_the_same_is_written_and_read_again() -> None:
+    numbers = {"vocab_size": np.int64(50), "dropout": np.float64(0.1), "rope_base": 500}
+    config = dataclasses.replace(SMALL, **numbers, full_attention_layers=[0])
+    assert config == dataclasses.replace(
+        SMALL, vocab_size=50, dropout=0.1, rope_base=500.0, full_attention_layers=(0,)
+    )
+    assert TransformerConfig.from_toml(config.to_toml()) == config
+
+
+@pytest.mark.parametrize(
     ("field", "wrong", "choices"),
     [
         ("position", "rope", "rotary, learned, none"),
@@ -79,7 +106,7 @@ def test_config_refuses(options: dict, message: str) -> None:
     ],
 )
 def test_a_choice_that_is_none(field: str, wrong: str, choices: str) -> None:
-    with pytest.raises(ValueError, match=f"^{field}={wrong!r}: want one of {choices}$"):
+    with pytest.raises(ValueError, match=f"^{field}: wants one of {choices}; got {wrong!r}"):
         dataclasses.replace(SMALL, **{field: wrong})
 
 

@@ -12,6 +12,7 @@ from ffn import config as config_file
 from ffn.adapters import AdapterConfig
 from ffn.base import named_base, open_base
 from ffn.classify.objective import METRICS, Loss
+from ffn.config import settle
 from ffn.device import Precision
 from ffn.freeze import check_choice
 from ffn.nn.classifier import Pooling, Transform
@@ -38,6 +39,7 @@ class DataConfig:
     tokenizer: str = "word"  # from scratch: word, bpe, char, byte, or the path of a tokenizer.json
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("val_fraction", "test_fraction"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: wants a share between 0 and 1; got {getattr(self, name)}")
@@ -50,6 +52,9 @@ class HeadConfig:
     pooling: Literal["auto", "first", "mean", "last"] = "auto"  # the last token of a decoder, else the mean
     transform: Transform | None = None
     dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        settle(self)
 
     def chosen(self, causal: bool) -> Pooling:
         """The pooling, once it is known whether the backbone is a decoder."""
@@ -84,6 +89,7 @@ class FitConfig:
     cache: bool = True  # run what stays frozen once, where only the head trains
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: wants 1 or more; got {getattr(self, name)}")
@@ -174,6 +180,7 @@ class ClassifyConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # with train=lora
 
     def __post_init__(self) -> None:
+        settle(self)
         check_choice(self.train)
 
     @property

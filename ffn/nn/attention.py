@@ -124,7 +124,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         half = x.dtype in (torch.bfloat16, torch.float16)
         x = x.float() if half and x.device.type == "cpu" else x
-        return x.reshape(*x.shape[:-1], -1, self.head_dim)
+        return x.reshape(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)  # of no tokens too
 
     def _norm(self, norm: nn.Module, x_BTQC: Tensor) -> Tensor:
         x = x_BTQC.flatten(2) if self.qk_norm_scope == "all" else x_BTQC

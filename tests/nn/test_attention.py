@@ -63,6 +63,15 @@ def test_a_token_sees_nothing_of_the_future() -> None:
     assert (before[:, 3:] != after[:, 3:]).any(-1).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 32), (2, 0, 32), (0, 0, 32)])
+def test_no_tokens_at_all(shape: tuple[int, ...]) -> None:
+    attention, x = Attention(32, 4, 2), torch.zeros(shape, requires_grad=True)
+    y = attention(x)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+
+
 def test_without_order_tokens_can_be_permuted() -> None:
     attention = build(8, 2, causal=False)
     x = torch.randn(2, 6, 8, dtype=F64)
