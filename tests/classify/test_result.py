@@ -111,7 +111,7 @@ def damage(folder: Path, what: str) -> None:
         ("head absent", r"head.safetensors"),
         ("head cut", r"head.safetensors: not a safetensors file, or cut short"),
         ("model absent", r"model.safetensors"),
-        ("tokenizer absent", r"tokenizer.json: no such tokenizer file$"),
+        ("tokenizer absent", r"tokenizer.json: no such tokenizer file; want"),
         (
             "another tokenizer",
             r"classifier.json, tokenizer.json and model.safetensors do not belong together$",
