@@ -105,8 +105,12 @@ def inspect(path: str | Path) -> tuple[TransformerConfig, str, Shards | None]:
 
 
 def load_tokenizer(path: str | Path) -> tokenizer.Tokenizer:
-    """The tokenizer of a run's folder, of a checkpoint within one, of Hugging Face's folder, or in a file."""
+    """The tokenizer of a run's folder, of a checkpoint within one, of Hugging Face's folder, or in a file.
+
+    The file of a model stands for its folder.
+    """
     path = Path(path)
+    path = path.parent if path.suffix == ".safetensors" else path
     for candidate in (path, path / "tokenizer.json", path.parent.parent / "tokenizer.json"):
         if candidate.is_file():
             return tokenizer.load_tokenizer(candidate)

@@ -47,8 +47,9 @@ def pack(model: M, form: str = "float") -> M:
     and anew by the first one after a weight has changed or moved: state dicts, torch's optimizers, `.to()`
     and in-place operations are seen. Not seen is a write past torch's counter (through `weight.data`, numpy,
     another process, or a fused optimizer whose step is compiled) that leaves the first and the last 64 bytes
-    of the weight alone: call `unpack` and `pack` after such a one. Copies are in no state dict; a deep copy
-    and a pickle of the model are packed and make their own. A shallow copy goes on calling the original.
+    of the weight alone: call `unpack` and `pack` after such a one. `generate` looks once, at its first token.
+    Copies are in no state dict; a deep copy and a pickle of the model are packed and make their own. A
+    shallow copy goes on calling the original.
 
     Raises:
         ValueError: a weight that would be served is not float32 or bfloat16 on the CPU, oneDNN is missing or,

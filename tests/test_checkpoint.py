@@ -91,9 +91,10 @@ def test_a_run_gives_its_best_checkpoint_and_its_tokenizer(tmp_path: Path) -> No
     assert same(load(tmp_path), first[0])
     assert same(load(tmp_path / "checkpoints" / "step-000020"), second[0])
     CharTokenizer("abc").save(tmp_path / "tokenizer.json")
-    for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "checkpoints" / "step-000010"):
+    model = tmp_path / "checkpoints" / "step-000010" / "model.safetensors"
+    for path in (tmp_path, tmp_path / "tokenizer.json", model.parent, model):
         assert load_tokenizer(path).encode("cab") == [2, 0, 1]
-    (tmp_path / "checkpoints" / "step-000010" / "model.safetensors").unlink()
+    model.unlink()
     with pytest.warns(
         UserWarning, match=r"checkpoint step-000010 refused: model\.safetensors is absent; using"
     ):

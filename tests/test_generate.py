@@ -122,6 +122,20 @@ def test_streams_share_a_model(monkeypatch: pytest.MonkeyPatch, closed: bool) ->
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+def test_weights_change_between_two_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "WORTH_PACKING", 0)
+    model = build(dropout=0.5).float()
+    tokens, row = stream(model, PROMPTS[0], 10, temperature=0.0), list(PROMPTS[0])
+    row += [next(tokens), next(tokens)]
+    with torch.no_grad():
+        model.blocks[-1].feed_forward.up_proj.weight.neg_()  # behind the keys and values in the cache
+        model.blocks[-1].feed_forward.down_proj.weight.mul_(2.0)
+    for token in tokens:  # differentiated, so that nothing is packed
+        assert token == model(torch.tensor([row]))[0, -1].argmax()
+        row.append(token)
+    assert len(row) == len(PROMPTS[0]) + 10
+
+
 def test_training_between_two_streams() -> None:
     model = build(dropout=0.5)
     first = stream(model, PROMPTS[0], 10, seed=0)

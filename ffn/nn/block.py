@@ -66,7 +66,6 @@ class Block(nn.Module):
         if self.parallel:
             return self._both(x, rotary, mask, cache)
         norm, second_norm = self.attention_norm, self.feed_forward_norm
-        out_norm, second_out_norm = self.attention_out_norm, self.feed_forward_out_norm
         assert second_norm is not None
         match self.norm_position:
             case "pre":
@@ -78,6 +77,7 @@ class Block(nn.Module):
             case "output":
                 x = x + norm(self.attention(x, rotary, mask, cache))
                 return x + second_norm(self.feed_forward(x))
+        out_norm, second_out_norm = self.attention_out_norm, self.feed_forward_out_norm
         assert out_norm is not None
         assert second_out_norm is not None
         x = x + out_norm(self.attention(norm(x), rotary, mask, cache))

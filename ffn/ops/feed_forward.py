@@ -8,6 +8,7 @@ preactivations, the dropout mask a function of a seed. With h = act(pre) of widt
 """
 
 from functools import cache
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ _known = cache(_checked)  # the same options are checked once
 
 def check_size(name: str, size: int) -> None:
     """Raise ValueError unless size is a whole number, 1 or more."""
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
         raise ValueError(f"{name}={size!r}: want a positive whole number")
 
 

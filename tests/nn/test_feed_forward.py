@@ -7,6 +7,7 @@ import pickle
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -253,6 +254,12 @@ def test_copies_behave_alike(name: str) -> None:
     assert_same(outcome(block, x), expected)
 
 
+def test_whole_numbers_of_numpy() -> None:
+    sizes = np.int64(6), np.int32(10)
+    block = FeedForward(*sizes, out_dim=np.uint8(4), save="input", chunk_tokens=np.int64(7))
+    assert block(torch.randn(50, 6)).shape == (50, 4)
+
+
 def test_options_may_be_changed_later() -> None:
     block, x = FeedForward(6, 10), torch.randn(50, 6)
     y = block(x)
@@ -275,6 +282,7 @@ REFUSED = [
     ({"save": "input", "chunk_tokens": 2.5}, "chunk_tokens=2.5: want a positive whole number$"),
     ({"dim": -1, "hidden_dim": None}, "dim=-1: want a positive whole number$"),
     ({"dim": "6", "hidden_dim": None}, "dim='6': want a positive whole number$"),
+    ({"dim": True}, "dim=True: want a positive whole number$"),
     ({"hidden_dim": -3}, "hidden_dim=-3: want a positive whole number$"),
     ({"out_dim": 0}, "out_dim=0: want a positive whole number$"),
     ({"dropout": "0.1"}, r"dropout='0\.1': want a probability in \[0, 1\)$"),

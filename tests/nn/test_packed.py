@@ -1,6 +1,7 @@
 """Packed forwards: the same numbers from copies that follow the weights; aside wherever they will not do."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 
 from ffn import FeedForward, pack, packing, unpack
 from ffn.nn.attention import Attention
+from ffn.nn.packed import session
 from ffn.ops import dispatch
+from ffn.ops.packed import Packed
 from tests.nn.test_children import CHANGES
 from tests.packed_blocks import ACTIVATIONS, FORMS, build, same
 
@@ -228,3 +231,43 @@ def test_a_patch_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(nn.Linear, "forward", lambda self, input: input.sum())
     with torch.no_grad():
         assert linear(torch.ones(2, 8)) == 16
+
+
+@FORMS
+def test_a_session_looks_once(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, are_of = [], Packed.are_of
+    monkeypatch.setattr(Packed, "are_of", lambda *given: looks.append(1) or are_of(*given))
+    block, plain, x = build(form=form)
+    with session():
+        same(block, plain, x)
+        looks.clear()
+        y = [block(x) for _ in range(3)]
+        with torch.no_grad():
+            y += [block(x) for _ in range(3)]
+            assert not looks
+            with session():
+                assert torch.equal(block(x), y[-1])
+                assert len(looks) == 1
+            assert torch.equal(block(x), y[-1])
+            assert len(looks) == 2  # another's, so that it is looked at again
+    assert all(torch.equal(z, plain(x)) for z in y[:3])  # gradients were wanted
+    block.up_proj.weight.data.mul_(2.0)
+    same(block, plain, x)
+    with session():
+        same(block, plain, x)
+        with torch.no_grad(), pytest.raises(ValueError, match="wants x"):
+            block(x[..., :3])
+
+
+def test_a_session_is_its_threads() -> None:
+    block, plain, x = build()
+    with session(), ThreadPoolExecutor(1) as other:
+        same(block, plain, x)
+        other.submit(torch.nn.init.zeros_, block.down_proj.weight).result()
+        other.submit(torch.nn.init.ones_, block.down_proj.bias).result()
+
+        def theirs():
+            with torch.no_grad():
+                return block(x)
+
+        assert torch.equal(other.submit(theirs).result(), torch.ones(3, 5, 64))
