@@ -121,8 +121,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
-        weights = self._weights_or_reason(x)
-        if isinstance(weights, str):
+        weights = self._plain_weights(x)
+        if weights is None:
+            self._check_backend(x)
             adapted = self._adapted(x)
             if adapted is None:
                 y = self._through_children(x, p)
@@ -148,26 +149,39 @@ class FeedForward(nn.Module):
     def _linears(self) -> list[nn.Linear]:
         return [linear for name in PROJECTIONS if (linear := getattr(self, name)) is not None]
 
-    def _weights_or_reason(self, x: Tensor) -> tuple | str:
-        """What the op takes beside x or, where the children must be called, why.
+    def _plain_weights(self, x: Tensor) -> tuple | None:
+        """What the op takes beside x; None where the children must be called, as `_why` tells.
 
         Asked at each call, since an adapter, hook or quantized weight may have arrived since the last.
         """
+        if self.act is not None or (type(x) is not Tensor and type(x) is not nn.Parameter):
+            return None
+        if has_global_hooks():
+            return None
+        children = self._modules  # quicker than the attributes
+        up, down = plain_parameters(children["up_proj"]), plain_parameters(children["down_proj"])
+        gate = plain_parameters(children["gate_proj"]) if "gate_proj" in children else (None, None)
+        if up is None or down is None or gate is None:
+            return None
+        return up[0], down[0], gate[0], up[1], down[1], gate[1]
+
+    def _check_backend(self, x: Tensor) -> None:
+        """Raise ValueError where the children must be called, and kernels were asked for by name."""
+        if self.backend == "triton":
+            raise ValueError(f"backend='triton' takes plain children alone, but {self._why(x)}; use 'auto'")
+
+    def _why(self, x: Tensor) -> str:
+        """Why the children must be called."""
         if self.act is not None:
             return f"{self.activation} is not in the table of activations"
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}"
         if has_global_hooks():
             return "a hook is registered for all modules"
-        children = self._modules  # quicker than the attributes
-        up, down = plain_parameters(children["up_proj"]), plain_parameters(children["down_proj"])
-        gate = plain_parameters(children["gate_proj"]) if "gate_proj" in children else (None, None)
-        if up is None or down is None or gate is None:
-            names = [name for name in PROJECTIONS if name in children]
-            name = next(name for name in names if plain_parameters(children[name]) is None)
-            what = f"{name} (a {type(children[name]).__name__})"
-            return f"{what} is replaced, hooked, parametrized, or its weight is no plain parameter"
-        return up[0], down[0], gate[0], up[1], down[1], gate[1]
+        children = {name: self._modules[name] for name in PROJECTIONS if name in self._modules}
+        name, child = next(pair for pair in children.items() if plain_parameters(pair[1]) is None)
+        what = f"{name} (a {type(child).__name__})"
+        return f"{what} is replaced, hooked, parametrized, or its weight is no plain parameter"
 
     def _adapted(self, x: Tensor) -> tuple[list, list] | None:
         """(weights, factors) for the op with adapters, where some child has one and the others are plain,
@@ -203,13 +217,16 @@ class FeedForward(nn.Module):
         line = owner.explain(x) if owner is not self and hasattr(owner, "explain") else None
         if line is not None:
             return line
-        weights = self._weights_or_reason(x)
+        weights = self._plain_weights(x)
+        if weights is None:
+            self._check_backend(x)
         kept = len(self._linears()) - 1 if self.save == "preact" else 0
         keeps = f"keeps {self.dim + kept * self.hidden_dim} elements a token for backward"
-        if isinstance(weights, str) and self._adapted(x) is not None:
+        if weights is None and self._adapted(x) is not None:
             return f"eager: torch ops serve adapters; {keeps}"
-        if isinstance(weights, str):
-            return f"children: {weights}"
+        if weights is None:
+            unheld = "" if self.save == "preact" else f"; save={self.save!r} does not hold there"
+            return f"children: {self._why(x)}{unheld}"
         p = self.dropout if self.training else 0.0
         choice = explain(x, weights, self.activation, p, self.save, self.chunk_tokens, self.backend)
         if choice.backend == "reference":

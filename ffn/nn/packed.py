@@ -129,8 +129,8 @@ class PackedBlock(PackedForward):
             block.training and (block.dropout or block.out_dropout)
         ):
             return None
-        weights = block._weights_or_reason(x)
-        if isinstance(weights, str) or TABLE[block.activation].gated != (weights[2] is not None):
+        weights = block._plain_weights(x)
+        if weights is None or TABLE[block.activation].gated != (weights[2] is not None):
             return None
         return self.copies(x, weights)
 

@@ -23,6 +23,7 @@ from ffn.ops.eager import float32_in_onednn, product, weight_gradient
 from ffn.ops.library import autocasts, cast, is_batched, needs_textbook
 
 SAVES = ("preact", "input")
+TRANSFORMS = "torch.func, forward-mode differentiation or torch.export"
 
 
 class Options(NamedTuple):
@@ -60,8 +61,8 @@ def feed_forward(
         save: what is kept for backward, a token. "preact": x and the preactivations, D + H elements when
             plain and D + 2H when gated. "input": x alone, D; backward repeats the first product.
         chunk_tokens: with save="input", so many tokens at a time, so that no (N, H) tensor exists at all.
-        backend: "auto", "eager" (torch ops), "triton" (kernels, on NVIDIA GPUs) or "reference" (the textbook
-            under plain autograd). Only "auto" falls back.
+        backend: "auto", "eager" (torch ops), "triton" (kernels, on NVIDIA GPUs, or an error) or "reference"
+            (the textbook under plain autograd, which second derivatives take from each).
 
     Returns:
         (..., O), in x's dtype (autocast's where it is on).
@@ -79,6 +80,8 @@ def feed_forward(
     if not fits(row, x, up, down, gate, up_bias, down_bias, gate_bias):
         _explain_misfit(row, x, up, down, gate, up_bias, down_bias, gate_bias)
     if choice.backend == "reference" or row.formula is None or needs_textbook():
+        if backend == "triton":
+            raise ValueError(f"backend='triton' does not run under {TRANSFORMS}; use 'auto'")
         factors = F.dropout(x.new_ones(*x.shape[:-1], up.shape[0]), dropout) if dropout > 0.0 else None
         weights = (up, down, gate, up_bias, down_bias, gate_bias)
         return reference.feed_forward(x, *weights, activation=row, noise=factors)
@@ -101,7 +104,9 @@ def explain(x: Tensor, weights, activation, dropout, save, chunk_tokens, backend
     if not fits(row, x, *weights):
         _explain_misfit(row, x, *weights)
     if needs_textbook():
-        return dispatch.Choice("reference", "torch.func, forward-mode differentiation or torch.export is on")
+        if backend == "triton":
+            raise ValueError(f"backend='triton' does not run under {TRANSFORMS}; use 'auto'")
+        return dispatch.Choice("reference", f"{TRANSFORMS} is on")
     return choice
 
 
@@ -130,6 +135,8 @@ def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None
         check_size("chunk_tokens", chunk_tokens)
     if chunk_tokens is not None and save != "input":
         raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want at least 1 and save='input'")
+    if backend == "triton" and row.formula is None:
+        raise ValueError(f"backend='triton': no kernel has {row.name}; use 'auto', or a row of the table")
     if save != "preact" and (row.formula is None or backend == "reference"):
         what = "backend='reference'" if backend == "reference" else f"activation {row.name}"
         raise ValueError(

@@ -142,6 +142,17 @@ def test_an_adapter_that_goes_leaves_the_fused_path() -> None:
     assert block.explain(x).startswith("children: up_proj (a NoneType) is replaced")
 
 
+def test_what_is_given_up_is_said() -> None:
+    block, x = FeedForward(6, 10, save="input"), torch.randn(3, 6)
+    block.up_proj.register_forward_hook(lambda *_: None)
+    assert block.explain(x).endswith("; save='input' does not hold there")
+    block.backend = "triton"
+    reason = r"but up_proj \(a Linear\) is replaced, .*; use 'auto'$"
+    for call in (block, block.explain):
+        with pytest.raises(ValueError, match=rf"^backend='triton' takes plain children alone, {reason}"):
+            call(x)
+
+
 def test_a_gate_taken_away_is_missed() -> None:
     block = FeedForward(6, 10, activation="swiglu")
     block.gate_proj = None

@@ -287,6 +287,10 @@ REFUSED = [
     ({"out_dim": 0}, "out_dim=0: want a positive whole number$"),
     ({"dropout": "0.1"}, r"dropout='0\.1': want a probability in \[0, 1\)$"),
     ({"backend": "cuda"}, r"backend='cuda': no such backend; choose one of auto, eager, triton, reference"),
+    (
+        {"backend": "triton", "activation": torch.sin},
+        r"backend='triton': no kernel has sin; use 'auto', or a",
+    ),
     ({"init": "normal"}, r"init='normal': no such initialisation; choose one of torch, xavier, he, gpt2"),
 ]
 

@@ -212,3 +212,9 @@ def test_explain_names_the_kernels() -> None:
     assert block.explain(torch.randn(2, 24)).startswith("triton: asked for by name; keeps 64 elements")
     with pytest.raises(ValueError, match="no kernel takes float64; use 'auto' or 'eager'"):
         FeedForward(24, 40, backend="triton", dtype=F64)(torch.randn(2, 24, dtype=F64))
+    block, x = FeedForward(24, 40, backend="triton"), torch.randn(2, 24)
+    for call in (block, block.explain):
+        with pytest.raises(
+            ValueError, match=r"^backend='triton' does not run under torch\.func, .*; use 'auto'$"
+        ):
+            torch.func.vmap(lambda x, call=call: call(x))(x)
