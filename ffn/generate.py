@@ -108,15 +108,17 @@ class Sampling:
         dtype, logits = logits.dtype, logits.float()
         likeliest = logits.argmax(-1, keepdim=True)  # a third of the time of `max` on the CPU
         largest = logits.gather(1, likeliest)
-        if not all(map(math.isfinite, largest.flatten().tolist())):
+        greedy = self.temperature < torch.finfo(logits.dtype).tiny  # float32 would divide by 0
+        chosen = likeliest.squeeze(1) if greedy else self._draw(logits - largest, uniform)
+        if not all(map(math.isfinite, largest.flatten().tolist())):  # last, since a GPU is waited for
             raise ValueError(
                 f"the logits are not finite in {str(dtype)[6:]}: a weight is not, or values overflow; "
                 "look at the weights, or generate in a wider dtype"
             )
-        if self.temperature < torch.finfo(logits.dtype).tiny:  # float32 would divide by 0
-            return likeliest.squeeze(1)
-        logits = (logits - largest) / self.temperature
-        ids = None
+        return chosen
+
+    def _draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        logits, ids = logits / self.temperature, None
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits, ids = logits.topk(self.top_k)
         elif self.top_p is not None:
@@ -127,6 +129,7 @@ class Sampling:
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
         cumulative = probabilities.cumsum(-1)
         drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+        drawn.clamp_(max=logits.shape[-1] - 1)  # of NaN it is one more
         return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
 

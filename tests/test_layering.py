@@ -14,12 +14,13 @@ from tests.conftest import ROOT
 # From the ground up; the modules of one row never import one another. Every module has its row.
 LAYERS = [
     ["ffn.activations", "ffn.config", "ffn.atomic", "ffn.device", "ffn.ops.library"],
-    ["ffn.ops.dropout"],
+    ["ffn.ops.mask"],
     ["ffn.ops.kernels", "ffn.ops.kernels.language", "ffn.ops.kernels.tilings"],
     [f"ffn.ops.kernels.{name}" for name in ("act", "dact", "linear_act", "linear_dact", "decode")],
     ["ffn.ops.reference", "ffn.ops.eager", "ffn.ops.kernels.backend"],
     ["ffn.ops.traced"],
     ["ffn.ops.dispatch"],
+    ["ffn.ops.dropout"],
     ["ffn.ops.feed_forward", "ffn.ops.packed", "ffn.ops.attention", "ffn.ops.low_rank"],
     ["ffn.ops.quantized"],
     ["ffn.ops"],

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from ffn.ops import library
 
-LOGITS_PER_CHUNK = 1 << 25  # 128 MiB in float32; products over some 500 tokens already run at full speed
+# 128 MiB in float32, where products over some 500 tokens already run at full speed; 512 MiB on a GPU, where
+# the gradient of the table, read and written for each chunk, would cost more than the products save.
+LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_ON_GPU = 1 << 25, 1 << 27
 
 
 def linear_cross_entropy(
@@ -36,7 +38,7 @@ def linear_cross_entropy(
         targets: (...) int64 or another integer dtype, 0 <= target < V or ignore_index.
         ignore_index: targets that do not count.
         label_smoothing: share of each target spread evenly over the vocabulary.
-        chunk_tokens: tokens a chunk at most; left out, as many as make 2^25 logits.
+        chunk_tokens: tokens a chunk at most; left out, as many as make 2^25 logits (2^27 on a GPU).
 
     Returns:
         a scalar, float32 (float64 for float64); nan when no target counts, as in torch.
@@ -54,7 +56,8 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing}: want a share in [0, 1]")
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    tokens, most = hidden.shape[0], chunk_tokens or max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    logits = LOGITS_PER_CHUNK_ON_GPU if hidden.is_cuda else LOGITS_PER_CHUNK
+    tokens, most = hidden.shape[0], chunk_tokens or max(1, logits // weight.shape[0])
     whole = tokens <= most or library.needs_textbook()
     step = tokens if whole else -(-tokens // -(-tokens // most))
     plan = Plan(ignore_index, label_smoothing, step, dtype, softcap)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import torch
 
@@ -147,6 +148,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST:
             return f"the GPU's compute capability is {_dotted(capability)}; {_dotted(OLDEST)} is the least"
+        if not (os.environ.get("CC") or which("gcc") or which("clang")):
+            return "Triton finds no C compiler (gcc, clang or what CC names)"
     from ffn.ops.kernels import backend
 
     MODULES["triton"] = backend

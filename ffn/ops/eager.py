@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffn.activations import Activation
-from ffn.ops.dropout import drop_
-from ffn.ops.dropout import noise as noise
+from ffn.ops.library import is_transposed
+from ffn.ops.mask import drop_
+from ffn.ops.mask import noise as noise
 
 # Multiply-adds from which oneDNN's set-up is repaid: in float32 by a faster product; in bfloat16, which
 # F.linear hands to oneDNN too, only by the saved pass over the output.
@@ -84,11 +85,8 @@ def float32_in_onednn() -> Iterator[None]:
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """dy^T x, (O, D), of a linear's dy (N, O) and x (N, D), laid out as its weight.
-
-    A weight kept as (in, out), as GPT-2's are, gets a gradient that autograd need not copy.
-    """
-    if weight.stride(0) == 1 < weight.stride(1):
+    """dy^T x, (O, D), of a linear's dy (N, O) and x (N, D), laid out as its weight."""
+    if is_transposed(weight):
         return product(x.t(), dy).t()
     return product(dy.t(), x)
 

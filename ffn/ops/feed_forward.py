@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import dispatch, reference
-from ffn.ops.dropout import check_probability, draw_seed
+from ffn.ops.dropout import check_probability
 from ffn.ops.eager import float32_in_onednn, product, weight_gradient
 from ffn.ops.library import autocasts, cast, is_batched, needs_textbook
+from ffn.ops.mask import draw_seed
 
 SAVES = ("preact", "input")
 TRANSFORMS = "torch.func, forward-mode differentiation or torch.export"

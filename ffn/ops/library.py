@@ -1,11 +1,27 @@
 """How the ops are registered with torch, and which of torch's modes and transforms they must heed."""
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
 
 _library = torch.library.Library("ffn", "DEF")
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        self.devices: set[torch.device] = set()  # whose contexts are this thread's
+
+
+_thread = _Thread()
+
+
+def _enter_context(device: torch.device) -> None:
+    """In a new thread, as autograd's is, the copy engine is described before anything has set the context."""
+    if device not in _thread.devices:
+        torch.cuda.mem_get_info(device)
+        _thread.devices.add(device)
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
@@ -19,6 +35,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
         if not first.is_cuda:
             return implementation(first, *rest)
         with torch.cuda.device(first.device):  # a kernel is launched on the current one
+            _enter_context(first.device)
             return implementation(first, *rest)
 
     name = schema.split("(", 1)[0]
@@ -52,6 +69,11 @@ def autocasts(x: torch.Tensor) -> bool:
     else:
         on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     return on and x.dtype != torch.float64 and x.is_floating_point()
+
+
+def is_transposed(weight: torch.Tensor) -> bool:
+    """Whether a weight (out, in) is kept as (in, out), as GPT-2's are; autograd copies other gradients."""
+    return weight.stride(0) == 1 < weight.stride(1)
 
 
 def cast(x: torch.Tensor, *others: torch.Tensor | None) -> list:

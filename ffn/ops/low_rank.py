@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import dispatch, eager
-from ffn.ops.dropout import draw_seed, drop_, noise
+from ffn.ops.dropout import dropped, noise
 from ffn.ops.library import autocasts, is_batched
+from ffn.ops.mask import draw_seed
 
 
 class Factors(NamedTuple):
@@ -145,9 +146,7 @@ class Product(NamedTuple):
     def _dropped(self, x: Tensor, start: int) -> Tensor:
         if not self.p or self.seed is None:
             return x
-        x = x.clone(memory_format=torch.contiguous_format)
-        drop_((x,), self.seed, self.p, start)
-        return x
+        return dropped(x, self.seed, self.p, start)
 
 
 def _products(x, seeds, options: Options, tensors) -> tuple[Product, Product, Product | None]:
@@ -224,7 +223,7 @@ def _differentiable_backward(dy, x, seeds, options: Options, tensors, needs):
         y = F.linear(x, product.weight, product.bias)
         if product.a is None or product.b is None:
             return y
-        x = x * _noise(product.seed, x, product.p) if product.p else x
+        x = x if product.seed is None else x * noise(product.seed, len(x), x.shape[1], product.p, x.dtype)
         return y + product.scale * F.linear(F.linear(x, product.a), product.b)
 
     with torch.enable_grad():
@@ -232,14 +231,9 @@ def _differentiable_backward(dy, x, seeds, options: Options, tensors, needs):
         up, down, gate = _products(inputs[0], seeds, options, inputs[1:])
         pre = through(up, inputs[0])
         h = row(pre) if gate is None else row(through(gate, inputs[0])) * pre
-        y = through(down, h * _noise(seed, h, p) if p else h)
+        y = through(down, h if seed is None else h * eager.noise(seed, len(h), h.shape[1], p, h.dtype))
     needs = (needs[0], *needs[3:])
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     dx, *rest = (next(found) if need else None for need in needs)
     return dx, None, None, *rest
-
-
-def _noise(seed: Tensor | None, x: Tensor, p: float) -> Tensor:
-    assert seed is not None
-    return noise(seed, x.shape[0], x.shape[1], p, x.dtype)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import eager, library
-from ffn.ops.dropout import noise as noise
+from ffn.ops.mask import noise as noise
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:

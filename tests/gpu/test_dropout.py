@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ffn.ops import dispatch, feed_forward
+from ffn.ops import dispatch, dropout, feed_forward
 from tests.gpu.compare import DTYPES, assert_equal, results, sample
 from tests.ops.kernels.interpreted.oracle import factors
 from tests.ops.masks import PROBABILITIES, check_counts
@@ -54,3 +54,17 @@ def test_one_seed_gives_one_result_to_the_last_bit(
     first, again, other = runs
     assert_equal(first, again)
     assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(64, 1024), (7, 33, 37), (5,)], ids=str)
+def test_the_function_drops_the_same_both_ways(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
+    y = dropout(x, 0.5)
+    assert set(y.unique().tolist()) <= {0.0, 2.0}
+    check_counts((y == 0.0).sum().cpu(), y.numel(), 0.5)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(dx, y)
+    assert not torch.equal(dropout(x, 0.5), y) or x.numel() < 100

@@ -52,7 +52,7 @@ def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = run()
+        found = [t.detach() for t in run()]  # nothing of autograd's graph outlives the capturing stream
     return graph, found
 
 

@@ -100,6 +100,7 @@ def test_kernels_run_where_they_can_and_else_say_why(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CC", "cc")
     where = torch.device(device)
     assert dispatch.why_not_triton(where, torch.bfloat16) == reason
     auto = choose("auto", where, torch.bfloat16)
@@ -112,6 +113,22 @@ def test_kernels_run_where_they_can_and_else_say_why(
         assert auto.backend == "eager"
         with pytest.raises(ValueError, match=rf"^backend='triton' cannot run: {reason}; use "):
             choose("triton", where, torch.bfloat16)
+
+
+def test_triton_wants_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    where = torch.device("cuda"), torch.bfloat16
+    for found in (["gcc"], ["clang"]):
+        monkeypatch.setattr(dispatch, "which", lambda name, found=found: name if name in found else None)
+        assert dispatch.why_not_triton(*where) is None
+    monkeypatch.setattr(dispatch, "which", lambda name: None)
+    assert choose("auto", *where).reason == "Triton finds no C compiler (gcc, clang or what CC names)"
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert dispatch.why_not_triton(*where) is None
 
 
 def test_meta_tensors_are_served_by_torch() -> None:

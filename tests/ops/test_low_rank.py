@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffn.activations import TABLE
-from ffn.ops.dropout import noise
 from ffn.ops.low_rank import Factors, adapted_feed_forward
+from ffn.ops.mask import noise
 from tests.kept import kept_for_backward
 
 F64 = torch.float64

@@ -15,6 +15,7 @@ from ffn.activations import Activation
 from ffn.ops.kernels import act, dact, decode, tilings
 from ffn.ops.kernels import linear_act as fused_forward
 from ffn.ops.kernels import linear_dact as fused_backward
+from ffn.ops.library import is_transposed
 
 
 @cache
@@ -41,6 +42,13 @@ def _describable(t: Tensor) -> bool:
     return apart and t.stride(1) == 1 and t.data_ptr() % 16 == 0
 
 
+def _is_few(x: Tensor, up: Tensor, gate: Tensor | None) -> bool:
+    """Whether `decode` serves so many tokens as fast as the weights can be read."""
+    most = decode.MOST_TOKENS if x.itemsize == 2 else 1  # no tensor cores for more in float32
+    rows = up.stride(1) == 1 and (gate is None or gate.stride(1) == 1)  # others would be copied at each call
+    return x.shape[0] <= most and rows
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
     """x (N, in) -> (N, out)."""
     return F.linear(x, weight, bias)
@@ -52,7 +60,7 @@ def linear_act(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(h, pre, pre_gate), each (N, H); the preactivations only if `keep`."""
     name = activation.name
-    if not keep and seed is None and not torch.compiler.is_compiling() and x.shape[0] <= decode.MOST_TOKENS:
+    if not keep and seed is None and not torch.compiler.is_compiling() and _is_few(x, up, gate):
         return decode.op(x, up, gate, up_bias, gate_bias, name), None, None
     H, D = up.shape
     weights = [up] if gate is None else [up, gate]
@@ -105,7 +113,7 @@ def linear_dact(
     return (
         dpre,
         dpre_gate if gated else None,
-        dy.t() @ h if need_down else None,
+        None if not need_down else (h.t() @ dy).t() if is_transposed(down) else dy.t() @ h,
         dbias.to(dy.dtype) if need_up_bias else None,
         dgate_bias.to(dy.dtype) if need_gate_bias else None,
     )
@@ -113,5 +121,9 @@ def linear_dact(
 
 def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_start: int = 0) -> Tensor:
     """The factors 0 or 1 / (1 - p) of this backend's dropout: (rows, cols)."""
-    ones = torch.ones(rows, cols, dtype=dtype, device=seed.device)
-    return act.op(ones, None, None, None, seed, "identity", p, row_start, 0)
+    return drop(torch.ones(rows, cols, dtype=dtype, device=seed.device), seed, p, row_start)
+
+
+def drop(x: Tensor, seed: Tensor, p: float, row_start: int = 0) -> Tensor:
+    """x (rows, cols) times these factors."""
+    return act.op(x, None, None, None, seed, "identity", p, row_start, 0)

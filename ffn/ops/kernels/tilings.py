@@ -38,7 +38,7 @@ _LARGE = {
     (False, True): Tiling(128, 128, 64, 8, 8, 8, 3),
 }
 DEFAULTS = {9: _LARGE, 10: _LARGE}
-FUSE_FORWARD_UP_TO = 2048  # D from which the library's product alone is worth more than the saved passes
+FUSE_UP_TO = 2048  # D above which the library's product alone is worth more than the saved passes
 
 
 def key(forward: bool, capability: tuple[int, int], dtype: str, gated: bool, D: int, H: int, N: int) -> str:
@@ -83,7 +83,7 @@ def choose(
     if name in measured:
         return measured[name]
     narrow = dtype in ("bfloat16", "float16")
-    if not narrow or N < 128 or capability[0] not in DEFAULTS or (forward and D > FUSE_FORWARD_UP_TO):
+    if not narrow or N < 128 or capability[0] not in DEFAULTS or D > FUSE_UP_TO:
         return None
     return DEFAULTS[capability[0]][forward, gated]
 

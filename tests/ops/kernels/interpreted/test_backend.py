@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ffn import FeedForward
 from ffn.activations import TABLE
 from ffn.ops import dispatch, feed_forward, reference
-from ffn.ops.dropout import draw_seed
-from ffn.ops.kernels import tilings
+from ffn.ops.kernels import decode, tilings
+from ffn.ops.mask import draw_seed
 from tests.ops.samples import F64, NAMES, Arguments, draw, gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -218,3 +218,25 @@ def test_explain_names_the_kernels() -> None:
             ValueError, match=r"^backend='triton' does not run under torch\.func, .*; use 'auto'$"
         ):
             torch.func.vmap(lambda x, call=call: call(x))(x)
+
+
+def test_weights_kept_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPT-2's are: no copy of a weight for few tokens, and gradients laid out as the weights."""
+    arguments = draw("gelu", shape=(5,), widths=(24, 40, 16), dtype=torch.bfloat16)
+    turned = {name: getattr(arguments, name).detach().t().contiguous().t() for name in ("up", "down")}
+    arguments = arguments._replace(**{name: t.requires_grad_() for name, t in turned.items()})
+    y = feed_forward(*arguments, activation="gelu", backend="triton")
+    grads = torch.autograd.grad(y, (arguments.up, arguments.down), torch.randn_like(y))
+    assert all(grad.stride() == t.stride() for grad, t in zip(grads, turned.values(), strict=True))
+    monkeypatch.setattr(decode, "op", None)
+    with torch.no_grad():
+        assert torch.equal(feed_forward(*arguments, activation="gelu", backend="triton"), y)
+
+
+def test_few_tokens_in_float32_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "op", None)
+    arguments = draw("gelu", shape=(2,), widths=(24, 40, 16), dtype=torch.float32)
+    with torch.no_grad():
+        feed_forward(*arguments, activation="gelu", backend="triton")
+        with pytest.raises(TypeError):
+            feed_forward(*arguments._replace(x=arguments.x[:1]), activation="gelu", backend="triton")

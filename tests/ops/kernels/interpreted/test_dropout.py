@@ -1,0 +1,27 @@
+"""Dropout as a function of its own, by the kernel that draws Philox's mask."""
+
+import sys
+
+import pytest
+import torch
+
+from ffn.ops import dispatch, dropout
+from ffn.ops.mask import draw_seed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 24), (40,), ()], ids=str)
+def test_one_mask_both_ways(monkeypatch: pytest.MonkeyPatch, shape: tuple, dtype: torch.dtype) -> None:
+    assert dispatch.why_not_triton(torch.device("cpu"), dtype) is None
+    kernels = dispatch.MODULES["triton"]
+    monkeypatch.setattr(sys.modules["ffn.ops.dropout"], "_drawing", lambda *_: kernels)
+    x = torch.randn(shape, dtype=dtype)
+    x = (x.mT if x.ndim > 1 else x).requires_grad_()  # strided, too
+    torch.manual_seed(3)
+    y = dropout(x, 0.3)
+    torch.manual_seed(3)
+    width = x.shape[-1] if x.ndim else 1
+    factors = kernels.noise(draw_seed(x.device), x.numel() // width, width, 0.3, torch.float32).view(x.shape)
+    assert torch.equal(y, (x * factors).to(dtype))
+    dy = torch.randn(x.shape, dtype=dtype)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], (dy * factors).to(dtype))
