@@ -7,7 +7,7 @@ before and after the swap, in float64 (in float32 where it knows no other). Whic
 ones is told without `swap`: by their width, which nothing else in the tiny model has; in vision models, whose
 widths differ from stage to stage, by their names. A row for each type says "swapped" (all of them, outputs
 and gradients equal), "left" (and why), "wrong" (they differ), "none" (no dense block in it), or "unbuilt".
-Rows go to DIR/coverage.jsonl, and as a table to docs/coverage.md.
+Rows go to DIR/coverage.jsonl, and as a table to DIR/coverage.md (for benchmarks/results to docs/coverage.md).
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import ffn
-from benchmarks.report import machine
+from benchmarks.report import OUT, RESULTS, machine
 from ffn.atomic import write_file
 
 KINDS = {  # (name of transformers' list of types, its class)
@@ -266,7 +266,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks coverage", description=__doc__.split("\n")[0])
     parser.add_argument("--kind", default=",".join(KINDS), help="comma-separated")
     parser.add_argument("--only", default="", help="model types, comma-separated; nothing is written")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(argv)
     import transformers
     from transformers.models.auto import modeling_auto
@@ -284,9 +284,11 @@ def main(argv: list[str]) -> None:
     counts = Counter((row["kind"], row["outcome"]) for row in rows)
     print("\n".join(f"{kind} {outcome}: {count}" for (kind, outcome), count in counts.items()))
     if not options.only:
+        options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / "coverage.jsonl"
         before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         rows = [row for row in before if row["kind"] not in options.kind.split(",")] + rows
         versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
         write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
-        write_file(Path("docs/coverage.md"), table(rows, versions))
+        page = RESULTS.parents[1] / "docs" if options.out.resolve() == RESULTS else options.out
+        write_file(page / "coverage.md", table(rows, versions))

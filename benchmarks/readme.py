@@ -1,4 +1,4 @@
-"""The README's measured tables and pictures, from the rows in ``results/``: the newest of each case.
+"""The measured tables of README.md and docs/measured.md, from the newest row of each case in ``results/``.
 
 python -m benchmarks readme     writes the tables anew, each found by its first line, and docs/ffn-*.png
 """
@@ -15,6 +15,7 @@ from benchmarks.twins import SHAPES
 from ffn import atomic
 
 README = RESULTS.parents[1] / "README.md"
+MEASURED = README.parent / "docs" / "measured.md"
 PICTURES = ("bars-training-float32", "bars-training-bfloat16", "memory-float32", "roofline-float32")
 PICTURES += ("cost-time-training-float32",)
 DROPOUTS = (0.0, 0.1)
@@ -150,28 +151,22 @@ def of_generation() -> list[str]:
     return lines_of(header, table)
 
 
-TABLES = (
-    of_reviews,
-    of_the_block,
-    of_peers,
-    of_inference,
-    of_warm_inference,
-    of_the_training_step,
-    of_shakespeare,
-    of_generation,
-)
+PAGES = {
+    README: (of_reviews, of_the_block, of_shakespeare, of_generation),
+    MEASURED: (of_peers, of_inference, of_warm_inference, of_the_training_step),
+}
 
 
-def rewritten(text: str) -> str:
-    """The README with every table as the rows have it.
+def rewritten(page: Path, text: str) -> str:
+    """The text of a page with every table as the rows have it.
 
     Raises:
         ValueError: a table is not there, or twice.
     """
     lines = text.splitlines()
-    for table in (make() for make in TABLES):
+    for table in (make() for make in PAGES[page]):
         if lines.count(table[0]) != 1:
-            raise ValueError(f"README.md wants one table that begins with {table[0]}")
+            raise ValueError(f"{page.name} wants one table that begins with {table[0]}")
         start = end = lines.index(table[0])
         while end < len(lines) and lines[end].startswith("|"):
             end += 1
@@ -181,7 +176,8 @@ def rewritten(text: str) -> str:
 
 def main(argv: list[str]) -> None:
     arguments("readme", __doc__, keeps_rows=False).parse_args(argv)
-    atomic.write_file(README, rewritten(README.read_text("utf-8")))
+    for page in PAGES:
+        atomic.write_file(page, rewritten(page, page.read_text("utf-8")))
     with TemporaryDirectory() as folder:
         plots.draw(report.newest(read(RESULTS / "ffn.jsonl")), Path(folder), "ffn")
         for name in PICTURES:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # the rows that are kept with the code
+OUT = Path("runs/benchmarks")
 
 
 def cpu_model() -> str:
@@ -114,7 +115,9 @@ def arguments(name: str, description: str | None, *, keeps_rows: bool = True) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if keeps_rows:
-        parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the rows")
+        parser.add_argument(
+            "--out", type=Path, default=OUT, help="the folder of the rows, %(default)s if not given"
+        )
     return parser
 
 
