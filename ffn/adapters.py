@@ -26,8 +26,8 @@ from ffn.atomic import publish, temporary_name
 from ffn.config import from_dict, settle
 from ffn.freeze import transformer_in
 from ffn.interop.shards import open_shards, write_tensors
-from ffn.nn.feed_forward import plain_parameters
 from ffn.nn.low_rank import LowRankLinear
+from ffn.nn.plain import plain_parameters
 from ffn.transformer import Transformer
 
 FILE = "adapter.safetensors"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn.nn.attention import Attention
-from ffn.nn.feed_forward import PROJECTIONS, FeedForward, plain_parameters
+from ffn.nn.feed_forward import PROJECTIONS, FeedForward
 from ffn.nn.head import Head
 from ffn.nn.packed import (
     PackedAttention,
@@ -22,6 +22,7 @@ from ffn.nn.packed import (
     PackedLinear,
     attention_projections,
 )
+from ffn.nn.plain import plain_parameters
 from ffn.ops.packed import Packed
 from ffn.ops.quantized import Quantized
 

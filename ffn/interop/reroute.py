@@ -18,6 +18,7 @@ from ffn.interop.probe import Inner
 from ffn.interop.source import Chain
 from ffn.interop.standin import run
 from ffn.interop.weights import is_plain_input, plain_projection, split_packed
+from ffn.nn.plain import is_hooked
 from ffn.ops.feed_forward import feed_forward
 
 PLAN = "_ffn_plan"
@@ -120,7 +121,7 @@ def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
         return f"the forward of {plan.chain.last} was replaced"
     for path, kind in plan.inner.passed:
         passed = _at(module, path)
-        if type(passed) is not kind or _is_hooked(passed):
+        if type(passed) is not kind or is_hooked(passed) or "forward" in vars(passed):
             return f"{path} was replaced or hooked"
     for path, name, value in plan.watched:
         now = getattr(_at(module, path), name)
@@ -165,16 +166,6 @@ def _at(module: nn.Module, path: str) -> Any:
     for name in path.split(".") if path else ():
         found = found._modules.get(name) if found is not None else None
     return found
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 def _revive(original: type, chain: Chain, *rest):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from ffn import activations, ops
-from ffn.nn.feed_forward import plain_parameters
+from ffn.nn.plain import is_hooked, plain_parameters
 
 PACKINGS = ("gate_first", "gate_last", "interleaved")
 # Products that are no nn.Linear, by full name: whether the weight is kept as (in, out).
@@ -81,9 +81,7 @@ def is_plain(module: nn.Module) -> bool:
         return False
     if forward.__func__.__module__ != kind.__module__:  # a patch of the class, or inherited
         return False
-    if module._forward_hooks or module._forward_pre_hooks:
-        return False
-    return not (module._backward_hooks or module._backward_pre_hooks)
+    return not is_hooked(module)
 
 
 def row_name(act) -> str | None:

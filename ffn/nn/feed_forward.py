@@ -1,7 +1,5 @@
 """The block: FeedForward holds the weights and calls `ffn.ops.feed_forward`."""
 
-from types import MethodType
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
@@ -9,6 +7,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
 from ffn.nn.low_rank import LowRankLinear, adapted_parameters
+from ffn.nn.plain import plain_parameters
 from ffn.ops.dropout import check_probability
 from ffn.ops.feed_forward import check_options, check_size, explain, feed_forward
 from ffn.ops.library import autocasts, needs_textbook
@@ -27,7 +26,6 @@ def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
 
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-LINEAR_FORWARD = nn.Linear.forward  # as it was at import: a patch of the class must take effect too
 
 
 class FeedForward(nn.Module):
@@ -245,20 +243,3 @@ class FeedForward(nn.Module):
         }
         given = {key: getattr(self, key) for key in usual}
         return ", ".join(parts + [f"{key}={value}" for key, value in given.items() if value != usual[key]])
-
-
-def plain_parameters(linear: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) if calling this Linear does nothing but F.linear with these two plain parameters."""
-    if type(linear) is not nn.Linear:
-        return None
-    forward = linear.forward  # torch.compile watches the attribute, and not __dict__, for a later change
-    if type(forward) is not MethodType or forward.__func__ is not LINEAR_FORWARD:
-        return None
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        return None
-    if linear._backward_hooks or linear._backward_pre_hooks:
-        return None
-    weight, bias = map(linear._parameters.get, ("weight", "bias"))
-    if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
-        return None
-    return weight, bias

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn import ops
+from ffn.nn.plain import is_hooked
 from ffn.ops.low_rank import Factors
 
 
@@ -63,9 +64,7 @@ def adapted_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None, Factor
     """(weight, bias, factors) if calling this LowRankLinear does nothing but its formula with plain ones."""
     if type(linear) is not LowRankLinear or "forward" in linear.__dict__:
         return None
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        return None
-    if linear._backward_hooks or linear._backward_pre_hooks:
+    if is_hooked(linear):
         return None
     if any(p is not None and type(p) is not nn.Parameter for p in linear._parameters.values()):
         return None

@@ -15,9 +15,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ffn.activations import TABLE
 from ffn.nn.attention import Attention, LayerCache
-from ffn.nn.feed_forward import LINEAR_FORWARD, FeedForward, plain_parameters
+from ffn.nn.feed_forward import FeedForward
 from ffn.nn.head import Head
 from ffn.nn.loss import cap
+from ffn.nn.plain import LINEAR_FORWARD, plain_parameters
 from ffn.ops.feed_forward import fits
 from ffn.ops.library import needs_textbook
 from ffn.ops.packed import Packed
