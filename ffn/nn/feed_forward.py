@@ -221,7 +221,7 @@ class FeedForward(nn.Module):
         kept = len(self._linears()) - 1 if self.save == "preact" else 0
         keeps = f"keeps {self.dim + kept * self.hidden_dim} elements a token for backward"
         if weights is None and self._adapted(x) is not None:
-            return f"eager: torch ops serve adapters; {keeps}"
+            return f"adapters: torch's products, under one rule; {keeps}"
         if weights is None:
             unheld = "" if self.save == "preact" else f"; save={self.save!r} does not hold there"
             return f"children: {self._why(x)}{unheld}"

@@ -1,8 +1,8 @@
 """The backend in torch ops: the CPU's, and that of every case no kernel takes.
 
 A backend is a module with `linear_act` (first product, activation, gate, dropout), `linear` (second product),
-`linear_dact` (back through the second product and the activation), the parts `linear_pre` and `activate`, and
-`noise` (the factors of its dropout).
+`linear_dact` (back through the second product and the activation), the parts `linear_pre`, `activate` and
+`dactivate_`, and `noise` (the factors of its dropout).
 """
 
 from collections.abc import Iterator

@@ -9,6 +9,7 @@ forms the gradient of a frozen weight, nor W + s B A, and keeps no copy of a wei
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def adapted_feed_forward(
     save: str = "preact",
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """`feed_forward` in torch ops with adapters, which alone learn: the weights get no gradient.
+    """`feed_forward` with adapters, which alone learn: the weights get no gradient. Products are torch's.
 
     Args:
         x: (..., D). weights: up, down, gate, up_bias, down_bias, gate_bias; known to fit, see `feed_forward`.
@@ -90,7 +91,7 @@ class AdaptedRule(torch.autograd.Function):
         hidden, ys, kept = _hidden(seeds, options), [], (None, None)
         for rows in _chunks(x, options):
             pre, pre_gate = up.forward(x[rows], rows.start), gate and gate.forward(x[rows], rows.start)
-            h = eager.activate(pre, pre_gate, *hidden, rows.start)
+            h = _passes(x).activate(pre, pre_gate, *hidden, rows.start)
             ys.append(down.forward(h, rows.start))
             kept = (pre, pre_gate) if options.save == "preact" else kept
         ctx.save_for_backward(x, seeds, *tensors, *kept)
@@ -164,6 +165,11 @@ def _products(x, seeds, options: Options, tensors) -> tuple[Product, Product, Pr
     return product(0), product(1), None if weights[2] is None else product(2)
 
 
+def _passes(x: Tensor) -> ModuleType:
+    """The backend of what lies between the products."""
+    return dispatch.MODULES[dispatch.choose("auto", x.device, x.dtype).backend]
+
+
 def _hidden(seeds: Tensor | None, options: Options) -> tuple[Activation, Tensor | None, float]:
     """What turns preactivations into hidden values, and back: the activation, the dropout's seed and p."""
     seed = seeds[:1] if seeds is not None and options.p else None
@@ -187,7 +193,7 @@ def _backward(dy, x, seeds, options: Options, tensors, needs, pre, pre_gate):
             if options.save != "preact":
                 pre, pre_gate = up.forward(x_c, start), gate and gate.forward(x_c, start)
             dh = down.input_gradient(dy_c, start)
-            dpre, dpre_gate, h = eager.dactivate_(dh, pre, pre_gate, *hidden, start)
+            dpre, dpre_gate, h = _passes(x).dactivate_(dh, pre, pre_gate, *hidden, start)
             part = [
                 *up.factor_gradients(dpre, x_c, start),
                 *down.factor_gradients(dy_c, h, start),
@@ -231,7 +237,7 @@ def _differentiable_backward(dy, x, seeds, options: Options, tensors, needs):
         up, down, gate = _products(inputs[0], seeds, options, inputs[1:])
         pre = through(up, inputs[0])
         h = row(pre) if gate is None else row(through(gate, inputs[0])) * pre
-        y = through(down, h if seed is None else h * eager.noise(seed, len(h), h.shape[1], p, h.dtype))
+        y = through(down, h if seed is None else h * _passes(x).noise(seed, len(h), h.shape[1], p, h.dtype))
     needs = (needs[0], *needs[3:])
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))

@@ -88,7 +88,7 @@ def test_half_precision_merges_as_float32_does() -> None:
 def test_the_block_takes_adapters_and_gives_what_its_children_give(activation, names, save) -> None:
     block = with_adapters(FeedForward(6, 10, activation=activation, dtype=F64, **save), 0.0, *names)
     x = torch.randn(2, 4, 6, dtype=F64, requires_grad=True)
-    assert block.explain(x).startswith("eager: torch ops serve adapters; keeps ")
+    assert block.explain(x).startswith("adapters: torch's products, under one rule; keeps ")
     for ours, theirs in zip(outcome(block, x), outcome(by_children(block), x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
     with torch.no_grad():
@@ -164,4 +164,4 @@ def test_copies_and_pickles() -> None:
     x = torch.randn(3, 6)
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert torch.equal(other(x), block(x))
-        assert other.explain(x).startswith("eager: ")
+        assert other.explain(x).startswith("adapters: ")

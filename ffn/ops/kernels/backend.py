@@ -92,6 +92,15 @@ def activate(
     return act.op(pre, pre_gate, None, None, seed, activation.name, p, row_start, 0)
 
 
+def dactivate_(
+    dh: Tensor, pre: Tensor, pre_gate: Tensor | None,
+    activation: Activation, seed: Tensor | None, p: float, row_start: int,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """(dpre, dpre_gate, h), each (N, H); overwrites dh, which becomes h."""
+    found = dact.op(dh, pre, pre_gate, None, None, seed, activation.name, p, row_start, 0, True, False)
+    return found[0], None if pre_gate is None else found[1], dh
+
+
 def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
     activation: Activation, seed: Tensor | None, p: float, row_start: int,
