@@ -11,6 +11,7 @@ from ffn.activations import TABLE
 from ffn.interop import weights
 from ffn.interop.weights import drop, fused, is_plain, plain_projection, probability, row_name, split_packed
 from tests.interop.same import F64
+from tests.kept import kept_for_backward
 
 packings = pytest.mark.parametrize("packing", weights.PACKINGS)
 
@@ -142,10 +143,8 @@ def test_probabilities() -> None:
 
 def test_drop_keeps_a_seed_and_calls_what_it_does_not_know() -> None:
     x = torch.ones(64, 64, requires_grad=True)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = drop(x, nn.Dropout(0.5))
-    assert [t.dtype for t in saved] == [torch.int64]
+    assert kept_for_backward(lambda: drop(x, nn.Dropout(0.5)), [x]) == {torch.int64: 1}
+    y = drop(x, nn.Dropout(0.5))
     assert set(y.unique().tolist()) == {0.0, 2.0}
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
     assert drop(x, nn.Dropout(1.0)).eq(0.0).all()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ffn.nn import loss as loss_module
 from ffn.nn.loss import linear_cross_entropy
+from tests.kept import kept_for_backward
 
 F64 = torch.float64
 
@@ -78,29 +79,14 @@ def test_it_passes_gradcheck_but_only_once() -> None:
         torch.autograd.grad(function(hidden, weight), hidden, create_graph=True)
 
 
-def saved_bytes(function, *inputs: Tensor, **options) -> int:
-    """What is kept for backward besides the inputs: unique storages."""
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = function(*inputs, **options)
-    assert result.requires_grad
-    given = {t.untyped_storage().data_ptr() for t in inputs}
-    return sum(size for pointer, size in kept.items() if pointer not in given)
-
-
-def test_saved_bytes() -> None:
+def test_what_is_kept_for_backward() -> None:
     N, D, V = 96, 8, 500
-    hidden, weight, targets = case(N, D, V, torch.float32)
-    ours = saved_bytes(linear_cross_entropy, hidden, weight, targets, chunk_tokens=16)
-    assert ours == 4 * (N * D + V * D + 1)  # both gradients, and one over the number of targets
-    theirs = saved_bytes(plain, hidden, weight, targets)
-    assert theirs >= 4 * N * V
-    small = saved_bytes(linear_cross_entropy, hidden, weight, targets)
+    inputs = case(N, D, V, torch.float32)
+    ours = kept_for_backward(lambda: linear_cross_entropy(*inputs, chunk_tokens=16), inputs)
+    assert ours == {torch.float32: N * D + V * D + 1}  # both gradients, and one over the number of targets
+    theirs = kept_for_backward(lambda: plain(*inputs), inputs)
+    assert theirs[torch.float32] >= N * V
+    small = kept_for_backward(lambda: linear_cross_entropy(*inputs), inputs)
     assert small == theirs  # what fits one chunk is torch's own
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ffn.nn.norm import RMSNorm, RMSNormRule, build_norm, rms_norm
+from tests.kept import kept_for_backward
 
 
 def test_formulas() -> None:
@@ -58,11 +59,7 @@ def test_strided_gradients_and_inputs() -> None:
 
 def test_what_is_kept_for_backward() -> None:
     x, weight = torch.randn(5, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        rms_norm(x, weight)
-    storages = {t.untyped_storage().data_ptr(): t.numel() for t in kept if t is not weight}
-    assert sum(storages.values()) == 5 * 8 + 5
+    assert kept_for_backward(lambda: rms_norm(x, weight), [weight]) == {torch.float32: 5 * 8 + 5}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

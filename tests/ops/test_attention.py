@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ffn.ops.attention import ShortAttentionRule, attend
+from tests.kept import kept_for_backward
 
 
 def heads(B: int, Q: int, T: int, C: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -36,6 +37,14 @@ def test_equals_torch(T: int, causal: bool) -> None:
     got = torch.autograd.grad(y, (q, k, v), dy)
     for ours, theirs in zip(got, torch.autograd.grad(want, exact, dy.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_of_all_matrices_only_the_weights_are_kept() -> None:
+    B, Q, T, C = 2, 3, 8, 4
+    inputs = heads(B, Q, T, C, torch.float32)
+    for causal in (True, False):
+        kept = kept_for_backward(lambda c=causal: attend(*inputs, causal=c), inputs)
+        assert kept == {torch.float32: B * Q * T * T}
 
 
 def test_the_rest_goes_to_torch() -> None:
