@@ -79,10 +79,12 @@ def test_seeds() -> None:
 @pytest.mark.parametrize("cache", [True, False])
 def test_stream_is_generate(cache: bool) -> None:
     model = build()
-    options = {"seed": 4, "temperature": 0.7, "top_p": 0.9, "stop": (3,), "cache": cache}
-    whole = generate(model, [PROMPTS[0]], 20, **options)[0]
-    assert list(stream(model, PROMPTS[0], 20, **options)) == whole
-    assert list(stream(model, torch.tensor(PROMPTS[0]), 20, **options)) == whole
+    options = {"seed": 4, "temperature": 0.7, "top_k": 6, "top_p": 0.9, "cache": cache}
+    (row,) = generate(model, [PROMPTS[0]], 20, **options)
+    for stop, whole in (((), row), ((row[10],), row[: row.index(row[10]) + 1])):
+        assert generate(model, [PROMPTS[0]], 20, stop=stop, **options) == [whole]
+        assert list(stream(model, PROMPTS[0], 20, stop=stop, **options)) == whole
+        assert list(stream(model, torch.tensor(PROMPTS[0]), 20, stop=stop, **options)) == whole
 
 
 def test_stream_yields_as_it_goes_and_leaves_no_mode_behind() -> None:
