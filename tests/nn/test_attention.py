@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ffn.nn.attention import Attention, LayerCache, attend_in_full, causal_mask, padding_mask, rotate
+from ffn.nn.attention import Attention, LayerCache, attend_in_full, causal_mask, padding_mask
 from ffn.nn.norm import build_norm
 from ffn.nn.rotary import rotary_tables
 from ffn.ops.attention import attend
+from tests.nn.test_rotary import turned
 
 F64 = torch.float64
 build = partial(Attention, dtype=F64)
 
 
-def written_out(attention: Attention, x: Tensor, allowed: Tensor | None = None, rotary=None) -> Tensor:
+def written_out(attention: Attention, x: Tensor, allowed: Tensor | None, rotary: bool) -> Tensor:
     """One head at a time, one query at a time."""
     B, T, _ = x.shape
     Q, G, C = attention.num_heads, attention.num_kv_heads, attention.head_dim
@@ -27,8 +28,8 @@ def written_out(attention: Attention, x: Tensor, allowed: Tensor | None = None, 
     v = attention.v_proj(x).view(B, T, G, C)
     if attention.q_norm is not None:
         q, k = attention.q_norm(q), attention.k_norm(k)
-    if rotary is not None:
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+    if rotary:
+        q, k = turned(q), turned(k)
     heads = torch.zeros(B, T, Q, C, dtype=x.dtype)
     for b in range(B):
         for h in range(Q):
@@ -46,11 +47,13 @@ def written_out(attention: Attention, x: Tensor, allowed: Tensor | None = None, 
 @pytest.mark.parametrize("norm", [None, partial(nn.RMSNorm, dtype=F64)], ids=["plain", "qk_norm"])
 def test_formula(groups: int | None, causal: bool, norm) -> None:
     attention = build(12, 4, groups, 6, causal=causal, qkv_bias=True, out_bias=True, qk_norm=norm)
-    x = torch.randn(2, 5, 12, dtype=F64)
-    rotary = rotary_tables(torch.arange(5), 6)
+    for part in filter(None, (attention.q_norm, attention.k_norm)):
+        nn.init.normal_(part.weight)
+    x, rotary = torch.randn(2, 5, 12, dtype=F64), rotary_tables(torch.arange(5), 6)
     allowed = torch.ones(5, 5, dtype=torch.bool).tril() if causal else None
-    torch.testing.assert_close(attention(x, rotary), written_out(attention, x, allowed, rotary))
-    torch.testing.assert_close(attention(x), written_out(attention, x, allowed))
+    expected = written_out(attention, x, allowed, rotary=True)
+    torch.testing.assert_close(attention(x, rotary), expected, atol=1e-5, rtol=1e-5)  # float32 tables
+    torch.testing.assert_close(attention(x), written_out(attention, x, allowed, rotary=False))
 
 
 def test_a_token_sees_nothing_of_the_future() -> None:
