@@ -1,5 +1,9 @@
-"""The README is true: its tree is the tree, its code runs, its links lead to files, CI runs its command."""
+"""The README is true: its tree is the tree, its code runs, its links lead to files, CI runs its command.
 
+What it and the package name by a path, as `ffn.nn.loss`, is there.
+"""
+
+import pkgutil
 import re
 from pathlib import Path, PurePosixPath
 
@@ -88,6 +92,23 @@ def test_links_lead_to_files() -> None:
         targets = re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8"))
         assert targets
         assert [t for t in targets if "://" not in t and not (page.parent / t).exists()] == []
+
+
+def resolves(path: str) -> bool:
+    try:
+        pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_what_is_named_by_its_path_is_there() -> None:
+    """In backticks, or in a comment."""
+    wrong, named = [], re.compile(r"(?:`|# .*?\b)(ffn(?:\.\w+)+)")
+    for file in (README, *sorted((ROOT / "ffn").rglob("*.py"))):
+        paths = named.findall(file.read_text("utf-8"))
+        wrong += [f"{file.relative_to(ROOT)}: {path}" for path in paths if not resolves(path)]
+    assert wrong == []
 
 
 def test_the_two_commands_are_given_and_ci_runs_the_second() -> None:

@@ -33,7 +33,7 @@ class Attention(nn.Module):
         softcap: scores s become softcap tanh(s / softcap).
 
     Shape:
-        x (B, T, D) -> (B, T, D). rotary: the tables of `ffn.nn.embedding.rotary_tables`.
+        x (B, T, D) -> (B, T, D). rotary: the tables of `ffn.nn.rotary.rotary_tables`.
         mask: bool, broadcast to (B, 1, T, S), S the number of keys, True where a token may look; it replaces
             the causal rule.
         cache: the keys and values of what came before; x continues it, and S = cache.length + T.
