@@ -13,7 +13,7 @@ titles     Chinese titles of ten classes, 88/2/10: from scratch on characters (a
            TF-IDF of one and two characters with logistic regression.
 
 Each runs in a process of its own. `train_s` is training alone, `cache_s` what running the frozen part once
-took, `epoch_s` the mean epoch; `kept_MB` what a batch keeps for backward, counted by autograd's hooks.
+took, `epoch_s` the mean epoch; `kept_MB` what a batch keeps for backward, counted by `saved_bytes`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.finetune import TheirClassifier, fine_tune, token_rows
 from benchmarks.report import arguments, publish, reason
+from benchmarks.timing import saved_bytes
 
 COLUMNS = [
     "task", "implementation", "what", "accuracy", "f1_macro", "epochs", "best_epoch", "train_s", "cache_s",
@@ -129,18 +130,10 @@ def run_memory(job: dict) -> dict:
     else:
         model = _our_classifier(job["base"], what)
     tokens, mask = collate(sorted(rows["train"][:32], key=len), pad)
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens, attention_mask=mask).sum()
-    for tensor in (*model.parameters(), *model.buffers()):
-        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    own = (*model.parameters(), *model.buffers())
+    kept = saved_bytes(lambda: model(tokens, attention_mask=mask), own)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"kept_MB": sum(saved.values()) / MB, "tokens": tokens.numel(), "trained": trained}
+    return {"kept_MB": kept / MB, "tokens": tokens.numel(), "trained": trained}
 
 
 def _our_classifier(base: str, what: str) -> nn.Module:

@@ -151,7 +151,8 @@ def prepare_training(case: Case, twin: Twin, device: torch.device) -> tuple[Run,
     step()
     if case.dropout and loss().item() == loss().item():
         raise ValueError("drops nothing")
-    return step, {"saved_MB": saved_bytes(loss, model) / 1e6, "peak_MB": peak_bytes(step, device) / 1e6}
+    saved = saved_bytes(loss, model.parameters())
+    return step, {"saved_MB": saved / 1e6, "peak_MB": peak_bytes(step, device) / 1e6}
 
 
 def prepare_generation(

@@ -107,7 +107,7 @@ def prepare(
             return module(x)
 
     with contender.setting():
-        row["saved_per_token"] = saved_bytes(forward, module) / case.tokens
+        row["saved_per_token"] = saved_bytes(forward, module.parameters()) / case.tokens
     module.zero_grad(set_to_none=True)
     x.grad = None
     return run, row | {"peak_MB": peak_of(contender, run, device)}

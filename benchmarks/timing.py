@@ -7,7 +7,7 @@ falls on all of them. The ratio of their medians is quoted, with a bootstrap int
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -115,20 +115,22 @@ def comparison(base: list[float], other: list[float]) -> dict[str, float]:
     return {"ms": 1e3 * median, "iqr": 1e3 * (third - first), "speedup": ratio, "low": low, "high": high}
 
 
-def saved_bytes(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:
-    """Bytes that autograd keeps for backward: each storage once, the parameters of the model left out."""
-    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}  # holding the tensors keeps an address from being used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+def saved_bytes(forward: Callable[[], Tensor], owned: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for backward: each storage once, those of `owned` tensors left out."""
+    kept: list[Tensor] = []  # holding the tensors keeps an address from being used twice
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()) or t, lambda t: t):
         output = forward()
-    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in owned)
-    del output
-    return total
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*kept, *held(output)]}
+    return sum(sizes[address] for address in sizes.keys() - {t.untyped_storage().data_ptr() for t in owned})
+
+
+def held(output: Tensor) -> list[Tensor]:
+    """Tensors that its graph holds as attributes of `torch.autograd.Function`s, which no hook is told of."""
+    nodes, new = set(), {output.grad_fn} - {None}
+    while new:
+        nodes |= new
+        new = {node for one in new for node, _ in one.next_functions} - nodes - {None}
+    return [t for node in nodes for t in tree_leaves(getattr(node, "__dict__", {})) if isinstance(t, Tensor)]
 
 
 def back_to_back(run: Run, device: torch.device, calls: int = 10) -> float:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from benchmarks.timing import held
 
 
 def kept_for_backward(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> dict[torch.dtype, int]:
@@ -22,12 +23,3 @@ def kept_for_backward(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -
         if pointer not in known:
             counts[t.dtype] = counts.get(t.dtype, 0) + t.untyped_storage().nbytes() // t.itemsize
     return counts
-
-
-def held(y: Tensor) -> list[Tensor]:
-    """Tensors that y's graph holds as attributes of `torch.autograd.Function`s, which no hook is told of."""
-    nodes, new = set(), {y.grad_fn}
-    while new:
-        nodes |= new
-        new = {node for one in new for node, _ in one.next_functions if node is not None} - nodes
-    return [t for node in nodes for t in tree_leaves(getattr(node, "__dict__", {})) if isinstance(t, Tensor)]

@@ -6,7 +6,7 @@ from statistics import median
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.timing import speedup
@@ -46,4 +46,16 @@ def test_a_row_says_what_the_rounds_give() -> None:
 def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 3))
     x = torch.randn(7, 3)
-    assert timing.saved_bytes(lambda: model(x), model) == 4 * 7 * (3 + 5 + 5)
+    assert timing.saved_bytes(lambda: model(x), model.parameters()) == 4 * 7 * (3 + 5 + 5)
+
+
+def test_saved_bytes_count_what_a_function_holds_without_saving_it() -> None:
+    class Holding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            ctx.one, ctx.many = x.exp(), {"pair": (x.sin(), [x.cos(), x])}
+            return x.clone()
+
+    x = torch.randn(7, 3, requires_grad=True)
+    assert timing.saved_bytes(lambda: Holding.apply(x).sum(), [x]) == 4 * 7 * 3 * 3
+    assert timing.saved_bytes(x.detach, [x]) == 0
