@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from threading import RLock
 from typing import SupportsIndex
 from weakref import WeakKeyDictionary
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 from ffn.nn.attention import LayerCache
 from ffn.nn.packed import session
 from ffn.packing import pack_where_possible, unpack
-from ffn.transformer import Transformer
+from ffn.transformer import Transformer, TransformerConfig
 
 Stop = Iterable[int | Sequence[int]]
 
 
 def generate(
     model: Transformer,
-    prompts: Sequence[Sequence[int]] | Tensor,
+    prompts: Iterable[Sequence[int]] | Tensor,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -46,8 +47,8 @@ def generate(
         cache: False computes every position again for every token: slow, and the oracle of the cache.
 
     Raises:
-        ValueError, TypeError: a prompt that is empty or too long, an option out of range, logits that are not
-            finite.
+        ValueError, TypeError: no Transformer, a prompt that is empty or too long, an option out of range,
+            logits that are not finite.
 
     >>> model = Transformer(TransformerConfig(vocab_size=65, dim=64, num_layers=2, num_heads=4))
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 10)]
@@ -56,9 +57,10 @@ def generate(
     Sources: Fan et al. 2018 (top-k); Holtzman et al. 2020 (top-p).
     """
     sampling = Sampling(temperature, top_k, top_p)
-    rows: list[list[int]] = [[] for _ in prompts]
+    given = _read(prompts)
+    rows: list[list[int]] = [[] for _ in given]
     with session():  # nobody else has a turn between its steps
-        for tokens in _continue(model, prompts, max_new_tokens, sampling, stop, seed, cache):
+        for tokens in _continue(model, given, max_new_tokens, sampling, stop, seed, cache):
             for row, token in zip(rows, tokens, strict=True):
                 if token is not None:
                     row.append(token)
@@ -83,7 +85,7 @@ def stream(
     ends or is closed; of several at once, until the last of them does.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    steps = _continue(model, [prompt], max_new_tokens, sampling, stop, seed, cache)
+    steps = _continue(model, _read([prompt]), max_new_tokens, sampling, stop, seed, cache)
     return (token for (token,) in steps if token is not None)
 
 
@@ -96,12 +98,12 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self):
-        if not self.temperature >= 0.0:
-            raise ValueError(f"temperature={self.temperature}: want 0 (greedy) or a positive number")
-        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k > 0):
-            raise ValueError(f"top_k={self.top_k}: want a positive number of tokens, or None")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p}: want a probability in (0, 1], or None")
+        if not (isinstance(self.temperature, Real) and self.temperature >= 0.0):
+            raise ValueError(f"temperature={self.temperature!r}: want 0 (greedy) or a positive number")
+        if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k > 0):
+            raise ValueError(f"top_k={self.top_k!r}: want a positive number of tokens, or None")
+        if self.top_p is not None and not (isinstance(self.top_p, Real) and 0.0 < self.top_p <= 1.0):
+            raise ValueError(f"top_p={self.top_p!r}: want a probability in (0, 1], or None")
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Token ids (B) from logits (B, V), one uniform number in [0, 1) a row (B) deciding."""
@@ -133,10 +135,26 @@ class Sampling:
         return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
 
-def _continue(
-    model: Transformer, prompts, max_new_tokens: int, sampling: Sampling, stop: Stop, seed, cache: bool
-):
-    """Check the arguments and return the iterator of `_steps`."""
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _read(prompts) -> list:
+    """The prompts as lists; TypeError where one is no list of token ids."""
+    rule = "prompts want one list of token ids each"
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"{rule}; got {prompts!r}")
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
+    if not all(isinstance(row, Sequence) and all(isinstance(t, SupportsIndex) for t in row) for row in rows):
+        raise TypeError(f"{rule}; got {rows!r}; encode text, nest one prompt")
+    return rows
+
+
+def _continue(model: Transformer, rows, max_new_tokens: int, sampling: Sampling, stop: Stop, seed, cache):
+    """Check the other arguments and return the iterator of `_steps`."""
+    if not isinstance(getattr(model, "config", None), TransformerConfig):  # torch.compile's wrapper has it
+        got = type(model).__name__
+        raise TypeError(f"generate wants a Transformer of ffn; got a {got}; ffn.load reads one from a folder")
     if not isinstance(stop, Iterable):
         raise TypeError(f"stop wants token ids or sequences of them; got {stop!r}; put it in a list")
     endings = [(s,) if isinstance(s, int) else tuple(s) for s in stop]
@@ -148,17 +166,12 @@ def _continue(
         raise ValueError("generate wants a causal Transformer; this one has config.causal=False")
     if model.head is None:
         raise ValueError("generate wants a Transformer with a head; this one has config.head='none'")
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed={seed}: want a whole number of 64 bits, or None")
-    if not isinstance(max_new_tokens, int):
-        raise TypeError(f"max_new_tokens={max_new_tokens}: want a whole number")
+    if seed is not None and not (_is_whole(seed) and -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed={seed!r}: want a whole number of 64 bits, or None")
+    if not _is_whole(max_new_tokens):
+        raise TypeError(f"max_new_tokens={max_new_tokens!r}: want a whole number")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: want 0 or more")
-    rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
-    if not all(isinstance(row, Sequence) and all(isinstance(t, SupportsIndex) for t in row) for row in rows):
-        raise TypeError(
-            f"prompts want one list of token ids each; got {rows!r}; encode text, nest one prompt"
-        )
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {i} is empty; give at least one token to start from")
@@ -279,6 +292,6 @@ def _draws(rows: int, steps: int, seed: int | None) -> Tensor:
         if seed is None:
             generator.seed()
         else:
-            generator.manual_seed(seed + i)
+            generator.manual_seed(int(seed) + i)
     draws = [torch.rand(steps, 1, generator=generator) for generator in generators]
     return torch.cat(draws, 1) if draws else torch.empty(steps, 0)

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -69,6 +71,7 @@ def test_seeds() -> None:
     state = torch.get_rng_state()
     first = generate(model, PROMPTS, 20, seed=1)
     assert generate(model, PROMPTS, 20, seed=1) == first
+    assert generate(model, PROMPTS, np.int64(20), seed=np.int64(1), top_k=np.int64(17)) == first
     assert generate(model, PROMPTS, 20, seed=11) != first
     assert generate(model, PROMPTS, 20) != generate(model, PROMPTS, 20)
     assert torch.equal(torch.get_rng_state(), state)
@@ -193,10 +196,9 @@ def test_no_forward_runs_after_the_last_row_has_stopped() -> None:
 
 def test_a_tensor_of_prompts_and_nothing_to_do() -> None:
     model = build()
-    assert (
-        generate(model, torch.tensor(PROMPTS[:1] * 2), 3, seed=0)[0]
-        == generate(model, PROMPTS[:1], 3, seed=0)[0]
-    )
+    want = generate(model, PROMPTS[:1], 3, seed=0)
+    assert generate(model, torch.tensor(PROMPTS[:1] * 2), 3, seed=0)[:1] == want
+    assert generate(model, iter(PROMPTS[:1]), 3, seed=0) == want
     assert generate(model, PROMPTS, 0) == [[], [], [], []]
     assert generate(model, [], 5) == []
 
@@ -247,8 +249,7 @@ def test_extremes_of_sampling() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    model = build().to(dtype)
-    rows = generate(model, PROMPTS, 6, temperature=0.0)
+    rows = generate(build().to(dtype), PROMPTS, 6, temperature=0.0)
     assert [len(row) for row in rows] == [6] * 4
 
 
@@ -262,10 +263,14 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         ([[1] * 9], {"max_new_tokens": 32}, "=32 is more than .*; ask for at most 23 new ones$"),
         ([[1] * 33], {"max_new_tokens": 32}, "=32; keep fewer of them and ask for fewer new ones$"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0: want 0"),
+        ([[1]], {"temperature": "hot"}, "^temperature='hot': want 0"),
         ([[1]], {"top_k": 0}, "top_k=0: want a positive number"),
+        ([[1]], {"top_k": True}, "^top_k=True: want a positive number"),
         ([[1]], {"top_p": 0.0}, r"top_p=0.0: want a probability in \(0, 1\]"),
+        ([[1]], {"top_p": "0.9"}, r"^top_p='0.9': want a probability in \(0, 1\]"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1: want 0 or more"),
         ([[1]], {"seed": 2**63}, f"seed={2**63}: want a whole number of 64 bits, or None"),
+        ([[1]], {"seed": 1.5}, "^seed=1.5: want a whole number of 64 bits, or None"),
         ([[1]], {"stop": [[]]}, "stop holds an empty sequence"),
         ([[17]], {}, "tokens want 0 <= index < 17; got 17 to 17"),
     ],
@@ -282,7 +287,9 @@ def test_refusals(prompts: list, options: dict, message: str) -> None:
         ([1, 2], {}, r"prompts want one list of token ids each; got \[1, 2\]; encode text, nest one prompt"),
         ([[1.7]], {}, r"prompts want one list of token ids each; got \[\[1.7\]\]; encode text, nest one"),
         (torch.ones(1, 2), {}, r"prompts want one list of token ids each; got \[\[1.0, 1.0\]\]; encode text"),
+        (None, {}, "^prompts want one list of token ids each; got None$"),
         ([[1]], {"max_new_tokens": 3.5}, "max_new_tokens=3.5: want a whole number"),
+        ([[1]], {"max_new_tokens": True}, "^max_new_tokens=True: want a whole number"),
         ([[1]], {"stop": 3}, "stop wants token ids or sequences of them; got 3; put it in a list"),
         ([[1]], {"stop": "end"}, "stop wants token ids or sequences of them; got 'end'; encode text first"),
     ],
@@ -292,9 +299,17 @@ def test_wrong_types(prompts, options: dict, message: str) -> None:
         generate(build(), prompts, **{"max_new_tokens": 8, **options})
 
 
-def test_an_encoder_cannot_continue() -> None:
-    with pytest.raises(ValueError, match="generate wants a causal Transformer"):
-        generate(build(causal=False), [[1]], 8)
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda: build(causal=False), ValueError, "causal Transformer; this one has config.causal=False"),
+        (lambda: build(head="none", tie_embeddings=False), ValueError, "Transformer with a head"),
+        (lambda: SimpleNamespace(config={}), TypeError, "Transformer of ffn; got a Simple.*; ffn.load"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_continue_is_told_at_once(model, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^generate wants a {message}"):
+        stream(model(), [1], 8)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}])
@@ -304,13 +319,3 @@ def test_logits_that_are_no_numbers_are_refused(options: dict, bad: float) -> No
     model.norm.weight.data.fill_(bad)
     with pytest.raises(ValueError, match=r"^the logits are not finite in float64: a weight is not, or"):
         generate(model, [[1]], 3, **options)
-
-
-def test_without_a_head_there_is_nothing_to_choose_from() -> None:
-    with pytest.raises(ValueError, match="generate wants a Transformer with a head"):
-        stream(build(head="none", tie_embeddings=False), [1], 8)
-
-
-def test_stream_checks_at_the_call() -> None:
-    with pytest.raises(ValueError, match="prompt 0 is empty"):
-        stream(build(), [], 8)
