@@ -27,7 +27,7 @@ from ffn import checkpoint
 from ffn.adapters import save_adapters
 from ffn.atomic import exclusive, write_file
 from ffn.batches import Batches, derive_seed
-from ffn.data import Corpus
+from ffn.data import Corpus, find_files
 from ffn.device import Precision, autocast, choose_device, choose_precision
 from ffn.generate import generate
 from ffn.interrupts import interrupts
@@ -68,6 +68,8 @@ def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
     precision, why_precision = choose_precision(config.train.precision, device)
     if run.exists() and not run.is_dir():
         raise ValueError(f"out={run}: is a file; give a folder")
+    if not run.exists():
+        find_files(config.data.path)  # before there is a folder: a wrong path leaves none behind
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(exclusive(run))

@@ -198,6 +198,7 @@ def test_mistakes_are_one_line_and_exit_2(
     assert err.startswith(f"ffn: {message}")
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+        (["train", "data.path=absent", "out=run"], "data.path=absent: no such file, no files in such a"),
     with pytest.raises(ValueError, match=r"."):
         main(["--debug", *arguments])
 
