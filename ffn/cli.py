@@ -210,7 +210,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     path = Path(arguments.words[0]) if arguments.words else Path()
-    stored = path.suffix in MODEL_FILES or (path.is_dir() and not (path / "config.toml").is_file())
+    model_file = path.suffix in MODEL_FILES and ("=" not in str(path) or path.exists())  # else a key's value
+    stored = model_file or (path.is_dir() and not (path / "config.toml").is_file())
     if arguments.words and stored:
         if rest := arguments.words[1:]:
             raise ValueError(f"{' '.join(rest)}: the model in {path} is as it is; leave that out")

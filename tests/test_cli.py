@@ -125,13 +125,14 @@ def test_info_counts_parameters(form: str, run: Path, capsys: pytest.CaptureFixt
     arguments = {
         "run": [str(run)],
         "file": [str(run / "config.toml")],
-        "words": ["model.num_layers=1", "model.dim=16", "model.num_heads=2"],
+        "words": ["data.tokenizer=tok.json", "model.num_layers=1", "model.dim=16", "model.num_heads=2"],
         "checkpoint": [str(step)],
         "weights": [str(step / "model.safetensors")],
     }
     assert main(["info", *arguments[form]]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("architecture ffn: decoder, 1 layers of 16, swiglu\n")
+    assert "architecture ffn: decoder, 1 layers of 16, swiglu\n" in out
+    assert out.startswith("with vocab_size=256") == (form == "words")
     assert ("weights      float32, 0.0 MiB in 1 file\n" in out) == (form in ("checkpoint", "weights"))
     assert "feed-forward" in out
     assert "training a token costs" in out
