@@ -65,7 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; words on both sides of an option are words, where argparse takes one side alone."""
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
-    if more and ("words" not in arguments or any(word.startswith("-") for word in more)):
+    if more and ("words" not in arguments or any(word.startswith("-") and word != "-" for word in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
         arguments.words += more

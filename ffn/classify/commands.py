@@ -46,7 +46,7 @@ def add_commands(command: Callable[..., Callable[..., object]]) -> None:
     add = command("predict", _predict, "the class of texts")
     add("folder", help=FOLDER)
     texts = "texts; or one file of them, and keys such as data.text=review; or - for standard input"
-    add("texts", nargs="+", metavar="TEXT", help=texts)
+    add("words", nargs="+", metavar="TEXT", help=texts)
     add("--table", action="store_true", help="lines to read rather than JSON lines")
     add("--device", default="auto")
 
@@ -103,7 +103,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     classifier = _load(arguments)
-    for chunk in _chunks(_texts(arguments.texts, arguments.folder)):
+    for chunk in _chunks(_texts(arguments.words, arguments.folder)):
         for text, found in zip(chunk, _predictions(classifier, chunk).tolist(), strict=True):
             print(_answer(classifier.classes, text, found, arguments.table), flush=True)
     return 0

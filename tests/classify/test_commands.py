@@ -96,8 +96,10 @@ def test_predict_reads_files_and_standard_input(run: Path, tmp_path: Path, monke
     assert predicted(str(tmp_path / "t.csv")) == words
     write_table(tmp_path / "r.csv", [(word, "?") for word in words], ("review", "id"))
     assert predicted(str(tmp_path / "r.csv"), "data.text=review") == words
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\r\n".join(words)))
-    assert predicted("-") == words
+    for arguments in (["-"], ["--device", "cpu", "-"], ["-", "--device", "cpu"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\r\n".join(words)))
+        assert predicted(*arguments) == words
+    assert predicted("some bread", "--device", "cpu", "a, wave", "-") == ["some bread", "a, wave", "-"]
 
 
 def test_texts_that_are_cut_are_counted(run: Path, capsys) -> None:
