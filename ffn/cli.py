@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ffn import checkpoint, recipe
-from ffn.classify.commands import add_commands
+from ffn.classify.commands import DEVICE, add_commands
 from ffn.cost import flops_per_token, render_kept, render_table
 from ffn.data import open_corpus
 from ffn.device import choose_device, choose_precision, keep_freed_memory
@@ -66,7 +66,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
     if more and ("words" not in arguments or any(word.startswith("-") and word != "-" for word in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+        hint = f"; keys are written {arguments.key}" if arguments.key else ""
+        parser.error(f"unrecognized arguments: {' '.join(more)}{hint}")
     if more:
         arguments.words += more
     return arguments
@@ -84,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = partial(_add_command, commands)
 
-    add = command("train", _train, "train, or go on where the same command was interrupted")
+    usual = "Without a config and keys, a small model of Python's standard library goes into runs/stdlib. "
+    usual += "The config.toml in the folder of a run lists every key."
+    summary = "train, or go on where the same command was interrupted"
+    add = command("train", _train, summary, usual, "train.steps=3")
     words = "a TOML file, then keys such as train.steps=100"
     add("words", nargs="*", metavar="CONFIG key=value", help=words)
     base = "start from this model: a run, a checkpoint, a folder of Hugging Face; the same as base=PATH"
@@ -98,17 +102,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, help="draw among the k likeliest tokens")
     add("--top-p", type=float, help="draw among the likeliest tokens that hold this probability")
     add("--seed", type=int, help="for the same text each time")
-    add("--device", default="auto")
+    add("--device", default="auto", help=DEVICE)
 
     add = command("eval", _eval, "the loss over the whole validation text of a run")
     add("run", help="the folder of a run")
     add("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
-    add("--device", default="auto")
+    add("--device", default="auto", help=DEVICE)
 
-    classify = commands.add_parser("classify", help="train a classifier of texts, and use it")
+    summary = "train a classifier of texts, and use it"
+    classify = commands.add_parser("classify", help=summary, description=_sentence(summary))
     add_commands(partial(_add_command, classify.add_subparsers(required=True, metavar="COMMAND")))
 
-    add = command("info", _info, "parameters, operations and kept memory of a model, part by part")
+    summary = "parameters, operations and kept memory of a model, part by part"
+    add = command("info", _info, summary, key="model.dim=64")
     what = "as for train; or the folder of a run, of a model (Hugging Face's too), or its config.json"
     add("words", nargs="*", metavar="CONFIG|FOLDER key=value", help=what)
 
@@ -117,12 +123,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_command(
-    commands, name: str, run: Callable[[argparse.Namespace], int], summary: str
+    commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    more: str = "",
+    key: str = "",
 ) -> Callable[..., object]:
-    """Add a command to what `add_subparsers` gave; returns what adds its arguments."""
-    added = commands.add_parser(name, help=summary)
-    added.set_defaults(command=run)
+    """Add a command to what `add_subparsers` gave; returns what adds its arguments.
+
+    more: of its own help, after the summary. key: what a key looks like, if it takes such.
+    """
+    added = commands.add_parser(name, help=summary, description=f"{_sentence(summary)} {more}")
+    added.set_defaults(command=run, key=key)
     return added.add_argument
+
+
+def _sentence(summary: str) -> str:
+    return f"{summary[0].upper()}{summary[1:]}."
 
 
 def _config(words: Sequence[str]) -> recipe.TrainConfig:

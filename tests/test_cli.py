@@ -1,6 +1,7 @@
 """The commands: what they print, how they exit, and one line for each mistake."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from ffn.train import train
 from tests import tiny
 from tests.conftest import ROOT
 from tests.tiny import outcome, quiet
+
+CLASSIFY = ["classify train", "classify eval", "classify predict", "classify export"]
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -52,11 +55,24 @@ def test_train_generate_eval(run: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_words_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["train", "out=x", "--nope"], ["generate", "a", "b"], ["doctor", "now"]):
+    hint = "; keys are written train.steps=3"
+    for command, after in (("train 3 --steps", hint), ("generate a b", ""), ("doctor now", "")):
         with pytest.raises(SystemExit) as stopped:
-            main(command)
+            main(command.split())
         assert stopped.value.code == 2
-        assert f"error: unrecognized arguments: {command[-1]}" in capsys.readouterr().err
+        wrong = command.split()[-1]
+        assert f"error: unrecognized arguments: {wrong}{after}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "eval", "info", "doctor", "classify", *CLASSIFY])
+def test_help_says_what_a_command_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"\. (positional arguments|options):", shown), "no sentence before them"
+    assert "--device DEVICE" not in shown or "--device DEVICE auto, cpu, cuda" in shown
+    assert ("runs/stdlib" in shown) == (command == "train")
+    assert ("out=FOLDER" in shown) == (command == "classify train")
 
 
 def test_generate_draws_as_asked(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -182,6 +198,7 @@ def test_doctor_names_versions_and_choices(capsys: pytest.CaptureFixture[str]) -
         (["train", "lr_rate=1"], "lr_rate: no such key; did you mean train.lr?"),
         (["train", "model.num_heads=5"], "model.dim=192 does not split into num_heads=5 heads"),
         (["train", "absent.toml"], "absent.toml: cannot read this config: No such file or directory"),
+        (["train", "data.path=absent", "out=run"], "data.path=absent: no such file, no files in such a"),
         (["train", "device=tpu"], "device=tpu: no such device; use auto, cpu, cuda, cuda:1 or mps"),
         (
             ["generate", "absent"],
@@ -199,7 +216,6 @@ def test_mistakes_are_one_line_and_exit_2(
     assert err.startswith(f"ffn: {message}")
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
-        (["train", "data.path=absent", "out=run"], "data.path=absent: no such file, no files in such a"),
     with pytest.raises(ValueError, match=r"."):
         main(["--debug", *arguments])
 

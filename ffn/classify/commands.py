@@ -27,28 +27,34 @@ from ffn.rows import SUFFIXES, SURROGATE
 AT_ONCE = 512  # texts that are read before the first of them is answered
 FILES = (*SUFFIXES, ".txt")  # what ends so and has no blanks was meant as a file
 FOLDER = "what train wrote, or a sequence classification that transformers wrote"
+DEVICE = "auto, cpu, cuda, cuda:1 or mps (default: auto)"
 DATA = "a table, JSON lines, text<TAB>label lines, a folder or 'pattern.*' of one file a class"
 
 
 def add_commands(command: Callable[..., Callable[..., object]]) -> None:
-    """Give `ffn classify` its commands: command(name, run, summary) adds one, returns its `add_argument`."""
-    add = command("train", _train, "train on labelled text, from scratch or from a pretrained model")
-    add("words", nargs="*", metavar="DATA CONFIG key=value", help=f"{DATA}; a TOML file; fit.epochs=3")
+    """Give `ffn classify` its commands: command(name, run, summary, more, key) adds one and returns its
+    `add_argument`."""
+    usual = "It writes a new folder, out=FOLDER (default: runs/classify), whose config.toml lists every key."
+    summary = "train on labelled text, from scratch or from a pretrained model"
+    add = command("train", _train, summary, usual, "fit.epochs=3")
+    words = f"{DATA}; a TOML file; keys such as fit.epochs=3 and out=FOLDER"
+    add("words", nargs="*", metavar="DATA CONFIG key=value", help=words)
     base = "a pretrained model: a run, a model's folder, or one of Hugging Face"
     add("--from", dest="base", metavar="PATH", help=base)
 
-    add = command("eval", _eval, "how good a trained classifier is on labelled text")
+    summary = "how good a trained classifier is on labelled text"
+    add = command("eval", _eval, summary, key="data.label=stars")
     add("folder", help=FOLDER)
     add("words", nargs="+", metavar="DATA key=value", help=f"{DATA}; keys such as data.label=stars")
     add("--predictions", metavar="FILE", help="write what was predicted, the worst mistakes first")
-    add("--device", default="auto")
+    add("--device", default="auto", help=DEVICE)
 
-    add = command("predict", _predict, "the class of texts")
+    add = command("predict", _predict, "the class of texts", key="data.text=review")
     add("folder", help=FOLDER)
     texts = "texts; or one file of them, and keys such as data.text=review; or - for standard input"
     add("words", nargs="+", metavar="TEXT", help=texts)
     add("--table", action="store_true", help="lines to read rather than JSON lines")
-    add("--device", default="auto")
+    add("--device", default="auto", help=DEVICE)
 
     add = command("export", _export, "write it as a sequence-classification model of transformers")
     add("folder", help="what train wrote")
