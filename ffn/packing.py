@@ -53,6 +53,7 @@ def pack(model: M, form: str = "float") -> M:
     shallow copy goes on calling the original.
 
     Raises:
+        TypeError: no torch module.
         ValueError: a weight that would be served is not float32 or bfloat16 on the CPU, oneDNN is missing or,
             for int8, the processor's instructions for it; no such form; or there is nothing to serve.
 
@@ -60,6 +61,8 @@ def pack(model: M, form: str = "float") -> M:
     >>> with torch.no_grad():
     ...     y = block(torch.randn(16, 768))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"pack wants a torch module; got a {type(model).__name__}")
     if form not in FORMS:
         raise ValueError(f"pack(form={form!r}): no such form; choose one of {', '.join(FORMS)}")
     kind, packed = FORMS[form], _packed(model)
@@ -97,10 +100,15 @@ def packing_error(model: nn.Module, *inputs: Any) -> dict[str, float]:
     Returns:
         under "" that of the whole model, then that of each packed module on what it meets in the plain model.
 
+    Raises:
+        ValueError: nothing in the model is packed. TypeError: an output that is no tensor.
+
     >>> block = pack(FeedForward(768, 3072), "int8")
     >>> error = packing_error(block, torch.randn(16, 768))[""]  # some 0.015
     """
-    packed, errors = _packed(model), {}
+    packed, errors, name = _packed(model), {}, type(model).__name__
+    if not packed:
+        raise ValueError(f"packing_error({name}): nothing is packed; call pack first")
     names = {module: name for name, module in model.named_modules()}
 
     def compare(module: nn.Module, args: tuple, keywords: dict, plain: Tensor) -> None:
@@ -111,6 +119,11 @@ def packing_error(model: nn.Module, *inputs: Any) -> dict[str, float]:
     hooks = []
     try:
         y = model(*inputs)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"packing_error({name}) wants a tensor as output; got a {type(y).__name__}; "
+                "wrap the model in a module that returns one of its tensors"
+            )
         hooks += [module.register_forward_hook(compare, with_kwargs=True) for module in packed]
         unpack(model)
         plain = model(*inputs)

@@ -134,7 +134,10 @@ def test_the_error_is_reported(form: str) -> None:
     with pytest.raises(ValueError, match="wants tokens"):
         packing_error(model, tokens[0])
     assert [name for name, module in model.named_modules() if packing.is_packed(module)] == packed
-    assert packing_error(unpack(model), tokens) == {"": 0.0}
+    with pytest.raises(
+        ValueError, match=r"^packing_error\(Transformer\): nothing is packed; call pack first$"
+    ):
+        packing_error(unpack(model), tokens)
     block = pack(FeedForward(8), form)
     assert packing_error(block, torch.zeros(3, 8)).keys() == {""}
 
@@ -144,6 +147,20 @@ def test_the_error_is_that_of_eval_mode() -> None:
     assert packing_error(block, torch.randn(3, 8))[""] < 0.1
     assert block.training
     assert block.up_proj.training
+
+
+def test_the_error_of_what_is_no_tensor() -> None:
+    class Pair(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = pack(Pair(FeedForward(8)))
+    with pytest.raises(
+        TypeError, match=r"^packing_error\(Pair\) wants a tensor as output; got a tuple; wrap"
+    ):
+        packing_error(model, torch.randn(3, 8))
+    assert model.training
+    assert packing.is_packed(model[0])
 
 
 def test_an_error_beside_nothing_is_infinite() -> None:
@@ -177,6 +194,8 @@ def test_the_last_form_holds(form: str) -> None:
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match=r"^pack wants a torch module; got a Tensor$"):
+        pack(torch.zeros(3))
     with pytest.raises(
         ValueError, match=r"^pack\(Sequential\): 0.gate_proj.weight is float16 on cpu; oneDNN"
     ):
