@@ -12,7 +12,7 @@ from torch import nn
 from ffn.interop.discover import has_block_shape, plans
 from ffn.interop.proof import compare
 from ffn.interop.report import Block, Report, describe
-from ffn.interop.reroute import Plan, Rerouted, origin, reroute, restore
+from ffn.interop.reroute import PLAN, Plan, Rerouted, origin, reroute, restore
 
 EXPERTS = re.compile(r"(gate|up|down)_proj$|^w[123]|^mlp")
 
@@ -38,10 +38,15 @@ def swap(
         For each block what was done, or why not, and the bytes of activations a token keeps for backward
         before and after. `print(report)` shows a table.
 
+    Raises:
+        TypeError: no torch module. ValueError: options that make no sense. The model is then as it was.
+
     >>> layer = nn.TransformerEncoderLayer(8, 2, 32)
     >>> [block.action for block in swap(layer)]
     ['swapped']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"swap wants a torch module; got a {type(model).__name__}")
     found = []
     for path, module in model.named_modules():
         if examined := _examine(path, module, save, chunk_tokens, backend):
@@ -72,7 +77,10 @@ def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Bl
     if type(module).__module__.startswith("ffn.") or "Attention" in name:
         return None
     if isinstance(module, Rerouted):
-        return None, Block(path, name, "left", "swapped before")
+        now, plan = (save, chunk_tokens, backend), vars(module).get(PLAN)
+        other = plan is not None and now != (plan.save, plan.chunk_tokens, plan.backend)
+        reason = "swapped before, with other options: unswap first" if other else "swapped before"
+        return None, Block(path, name, "left", reason)
     if any(p.ndim == 3 and EXPERTS.search(key) for key, p in module.named_parameters(recurse=False)):
         return None, Block(path, name, "left", "a mixture of experts")
     reason = None

@@ -85,6 +85,8 @@ def test_what_was_swapped_before_is_left() -> None:
     cls = type(model)
     report = ffn.swap(model)
     assert [(b.action, b.reason) for b in report] == [("left", "swapped before")]
+    (block,) = ffn.swap(model, save="input")
+    assert block.reason == "swapped before, with other options: unswap first"
     assert type(model) is cls
     assert ffn.unswap(model) == 1
 
@@ -296,6 +298,12 @@ def test_wrong_options_are_told_and_nothing_is_changed(options: dict, message: s
     with pytest.raises(ValueError, match=re.escape(message)):
         ffn.swap(model, **options)
     assert [type(m) for m in model] == [Plain, Gated]
+
+
+@pytest.mark.parametrize("given", [None, torch.zeros(3)])
+def test_only_a_module_is_swapped(given) -> None:
+    with pytest.raises(TypeError, match=f"^swap wants a torch module; got a {type(given).__name__}$"):
+        ffn.swap(given)
 
 
 def test_what_changed_the_class_since_keeps_unswap_from_a_half() -> None:
