@@ -109,6 +109,9 @@ class Transformer(nn.Module):
         device, dtype: of the weights. On "meta" nothing is allocated: follow with `to_empty(device=...)` and
             `init_weights()` or `load_state_dict(...)`.
 
+    Raises:
+        TypeError: no TransformerConfig, which itself refuses values that do not fit.
+
     >>> config = TransformerConfig(vocab_size=65, dim=64, num_layers=2, num_heads=4)
     >>> Transformer(config)(torch.zeros(1, 7, dtype=torch.int64)).shape
     torch.Size([1, 7, 65])
@@ -119,6 +122,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, *, device=None, dtype=None):
         super().__init__()
+        if not isinstance(config, TransformerConfig):
+            got = type(config).__name__
+            raise TypeError(f"Transformer wants a TransformerConfig; got a {got}; from_dict reads a dict")
         self.config = config
         meta: dict[str, Any] = {"device": "meta", "dtype": dtype}  # init_weights draws each weight once
         self.embedding = build_embedding(config, **meta)
@@ -197,9 +203,12 @@ class Transformer(nn.Module):
             token_types: as tokens, with num_token_types in the config; left out, all 0.
 
         Raises:
-            ValueError: no (B, T), a window that is too long, a token outside the vocabulary, token types that
-                there is no table for, or a mask that does not fit. TypeError: a mask of floats.
+            ValueError: no (B, T), a window that is too long, a token outside the vocabulary, token types but
+                no table, or positions, a mask or a cache that do not fit. TypeError: a mask of floats.
         """
+        blocks = self.blocks
+        if cache is not None and len(cache) != len(blocks):
+            raise ValueError(f"cache wants one LayerCache a block, {len(blocks)} of them; got {len(cache)}")
         start = cache[0].length if cache else 0
         S = start + tokens.shape[-1] if tokens.ndim == 2 else 0
         if tokens.ndim != 2 or self.config.max_seq_len < S:
@@ -212,7 +221,11 @@ class Transformer(nn.Module):
         if attention_mask is not None:
             attention_mask = _real(attention_mask, (tokens.shape[0], S))
             mask = padding_mask(attention_mask, S - start, self.config.causal)
-        if positions is None and self.config.position != "none":
+        if positions is not None:
+            if positions.shape not in (tokens.shape, tokens.shape[1:], (1, S - start)):
+                like, got = tuple(tokens.shape), tuple(positions.shape)
+                raise ValueError(f"positions want (T) or (B, T) of the tokens, which are {like}; got {got}")
+        elif self.config.position != "none":
             if self.config.pad_token_id is not None:
                 found = tokens != self.config.pad_token_id
                 positions = torch.where(found, found.cumsum(-1) - 1, -1)
@@ -224,7 +237,7 @@ class Transformer(nn.Module):
         rotary, c = None, self.config
         if c.position == "rotary" and positions is not None:
             rotary = rotary_tables(positions, c.rope_channels, c.rope_base, c.rotary_scaling)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks):
             turned = None if i in c.no_rope_layers else rotary
             x = block(x, turned, mask, cache[i] if cache else None)
         return self.norm(x)

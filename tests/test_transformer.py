@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import operator
+import re
 
 import pytest
 import torch
@@ -108,6 +109,17 @@ def test_given_positions() -> None:
     torch.testing.assert_close(model(tokens, positions=torch.arange(3)), model(tokens))
 
 
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+@pytest.mark.parametrize("shape", [(4,), (1,), (3, 5), (), (5, 2)])
+def test_positions_that_do_not_fit(position: str, shape: tuple[int, ...]) -> None:
+    model, tokens = build(position=position), tokens_of(2, 5)
+    want = r"^positions want \(T\) or \(B, T\) of the tokens, which are \(2, 5\); got "
+    with pytest.raises(ValueError, match=want + re.escape(str(shape)) + "$"):
+        model(tokens, positions=torch.zeros(shape, dtype=torch.int64))
+    same = [model(tokens, positions=torch.arange(5).expand(shape)) for shape in ((5,), (1, 5), (2, 5))]
+    torch.testing.assert_close(same, [model(tokens)] * 3)
+
+
 def test_rotary_angles_stay_float32_in_a_small_dtype() -> None:
     config = dataclasses.replace(SMALL, max_seq_len=2000)
     model = Transformer(config, dtype=F64).to(torch.bfloat16).to(F64)
@@ -206,6 +218,24 @@ def test_a_full_cache_is_a_full_window() -> None:
         model(tokens_of(1, 10), cache=cache)
         with pytest.raises(ValueError, match=r"T <= 12; got \(1, 3\) after 10 cached"):
             model(tokens_of(1, 3), cache=cache)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_a_cache_of_another_model_stays_as_it_was(layers: int) -> None:
+    cache = [LayerCache(20) for _ in range(layers)]
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=f"one LayerCache a block, 2 of them; got {layers}$"),
+    ):
+        build()(tokens_of(1, 3), cache=cache)
+    assert not any(layer.length for layer in cache)
+
+
+def test_only_a_config_makes_a_model() -> None:
+    with pytest.raises(
+        TypeError, match=r"^Transformer wants a TransformerConfig; got a dict; from_dict reads"
+    ):
+        Transformer({"dim": 64})
 
 
 def test_a_model_without_a_head_gives_hidden_states() -> None:
