@@ -66,9 +66,10 @@ def load(
 ) -> Transformer:
     """The model of a run's folder (its best checkpoint, else its last), of a checkpoint, of `save`, or of a
     folder of Hugging Face: config.json beside safetensors. Of one that sorts texts it is the backbone, which
-    `ffn.classify.load_classifier` reads with its head.
+    `ffn.classify.load_classifier` reads with its head. In eval mode, in `dtype` or else that it was saved in.
 
-    In eval mode, in `dtype` or else that it was saved in. ValueError says what is absent, damaged or foreign.
+    Raises:
+        ValueError: no model there, or one that is damaged or foreign.
     """
     file = find_model(path)
     if hf.is_folder(file):
@@ -105,9 +106,11 @@ def inspect(path: str | Path) -> tuple[TransformerConfig, str, Shards | None]:
 
 
 def load_tokenizer(path: str | Path) -> tokenizer.Tokenizer:
-    """The tokenizer of a run's folder, of a checkpoint within one, of Hugging Face's folder, or in a file.
+    """The tokenizer of a run's folder, of a checkpoint within one, of Hugging Face's folder, or in a file. A
+    model's file stands for its folder.
 
-    The file of a model stands for its folder.
+    Raises:
+        ValueError: no tokenizer.json there, or none that can be read. ImportError: tokenizers is missing.
     """
     path = Path(path)
     path = path.parent if path.suffix == ".safetensors" else path
