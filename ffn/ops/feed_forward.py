@@ -7,7 +7,7 @@ preactivations, the dropout mask a function of a seed. With h = act(pre) of widt
     dpre  = dh * act'(pre)     dup   = dpre^T x         dx = dpre up
 """
 
-from functools import cache
+from functools import lru_cache
 from numbers import Integral
 from typing import NamedTuple
 
@@ -69,16 +69,22 @@ def feed_forward(
         (..., O), in x's dtype (autocast's where it is on).
 
     Raises:
-        ValueError: shapes, devices, or options that do not fit together. TypeError: dtypes that differ.
+        ValueError: shapes, devices, or options that do not fit together. TypeError: other dtypes, no tensors.
 
     Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
     """
-    if autocasts(x):  # the weights too, when x comes from another layer and has been cast already
-        given = cast(x, up, down, gate, up_bias, down_bias, gate_bias)
-        x, up, down, gate, up_bias, down_bias, gate_bias = given
-    check = _known if type(activation) is str and not torch.compiler.is_compiling() else _checked
-    row, options, choice = check(activation, dropout, save, chunk_tokens, backend, x.device, x.dtype)
-    if not fits(row, x, up, down, gate, up_bias, down_bias, gate_bias):
+    try:
+        if autocasts(x):  # the weights too, when x comes from another layer and has been cast already
+            given = cast(x, up, down, gate, up_bias, down_bias, gate_bias)
+            x, up, down, gate, up_bias, down_bias, gate_bias = given
+        check = _known if type(activation) is str and not torch.compiler.is_compiling() else _checked
+        row, options, choice = check(activation, dropout, save, chunk_tokens, backend, x.device, x.dtype)
+        fit = fits(row, x, up, down, gate, up_bias, down_bias, gate_bias)
+    except (AttributeError, TypeError):  # what is no tensor, or an option that cannot be hashed
+        _named(x, up, down, gate, up_bias, down_bias, gate_bias)
+        row, options, choice = _checked(activation, dropout, save, chunk_tokens, backend, x.device, x.dtype)
+        fit = fits(row, x, up, down, gate, up_bias, down_bias, gate_bias)
+    if not fit:
         _explain_misfit(row, x, up, down, gate, up_bias, down_bias, gate_bias)
     if choice.backend == "reference" or row.formula is None or needs_textbook():
         if backend == "triton":
@@ -117,7 +123,7 @@ def _checked(activation, p, save, chunk_tokens, backend, device, dtype):
     return row, Options(row.name, p, save, chunk_tokens), dispatch.choose(backend, device, dtype)
 
 
-_known = cache(_checked)  # the same options are checked once
+_known = lru_cache(256, typed=True)(_checked)  # the same options are checked once; 8.0 is not 8
 
 
 def check_size(name: str, size: int) -> None:
@@ -135,7 +141,7 @@ def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None
     if chunk_tokens is not None:
         check_size("chunk_tokens", chunk_tokens)
     if chunk_tokens is not None and save != "input":
-        raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want at least 1 and save='input'")
+        raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want save='input'")
     if backend == "triton" and row.formula is None:
         raise ValueError(f"backend='triton': no kernel has {row.name}; use 'auto', or a row of the table")
     if save != "preact" and (row.formula is None or backend == "reference"):
@@ -163,26 +169,40 @@ def fits(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias) -> b
 
 def _explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate_bias):
     """Raise one line: the rule, what came instead, and the remedy."""
-    given = {"gate": gate, "up": up, "down": down}
-    given |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-    given = {name: t for name, t in given.items() if t is not None}
+    got = _named(x, up, down, gate, up_bias, down_bias, gate_bias)
+    given = {name: t for name, t in got.items() if name != "x"}
     H, D = up.shape if up.ndim == 2 else ("H", "D")
     out = down.shape[0] if down.ndim == 2 else "O"
     want = {"gate": (H, D), "up": (H, D), "down": (out, H)}
     want |= {"gate_bias": (H,), "up_bias": (H,), "down_bias": (out,)}
     names = given.keys() | {"gate"} if row.gated else given.keys() - {"gate", "gate_bias"}
     want = {name: shape for name, shape in want.items() if name in names}
-    got = {"x": x, **given}
     fits = x.ndim > 0 and x.shape[-1] == D and want.keys() == given.keys()
     if not fits or any(tuple(given[name].shape) != shape for name, shape in want.items()):
         rule = ", ".join(f"{name} {_shape(shape)}" for name, shape in want.items())
         came = ", ".join(f"{name} {_shape(t.shape)}" for name, t in got.items())
+        if row.gated and gate is None:
+            came += f"; {row.name} is gated: give gate="
+        elif extra := " and ".join(sorted(given.keys() - want.keys())):
+            gated = ", ".join(activations.GATES)
+            came += f"; {row.name} is not gated: leave {extra} out, or take one of {gated}"
         raise ValueError(f"feed_forward(activation={row.name!r}) wants x (..., {D}), {rule}; got {came}")
     if not x.is_floating_point() or any(t.dtype != x.dtype for t in given.values()):
         came = ", ".join(f"{name} {str(t.dtype)[6:]}" for name, t in got.items())
         raise TypeError(f"feed_forward wants one floating dtype; got {came}; cast by .to(dtype) or autocast")
     came = ", ".join(f"{name} {t.device}" for name, t in got.items())
     raise ValueError(f"feed_forward wants one device; got {came}; move one side with .to(device)")
+
+
+def _named(x, up, down, gate, up_bias, down_bias, gate_bias) -> dict:
+    """What was given, by its name; TypeError for what is no tensor."""
+    named = {"x": x, "gate": gate, "up": up, "down": down}
+    named |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    for name, t in named.items():
+        if not isinstance(t, Tensor) and (t is not None or name in ("x", "up", "down")):
+            kind = f"{type(t).__module__}.{type(t).__name__}".removeprefix("builtins.")
+            raise TypeError(f"feed_forward: {name} is a {kind}; want a Tensor") from None
+    return {name: t for name, t in named.items() if t is not None}
 
 
 def _shape(shape) -> str:

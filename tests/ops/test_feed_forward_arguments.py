@@ -61,7 +61,8 @@ REFUSED = [
     (lambda a: a._replace(down=a.down[0]), ValueError, r"down \(O, 10\).*got .*down \(10\)"),
     (lambda a: a._replace(up=a.up[None]), ValueError, r"up \(H, D\).*got .*up \(1, 10, 6\)"),
     (lambda a: a._replace(gate=a.gate[:9]), ValueError, r"wants .*gate \(10, 6\).*got .*gate \(9, 6\)"),
-    (lambda a: a._replace(gate=None), ValueError, r"wants .*gate \(10, 6\).*got x \(7, 6\), up"),
+    (lambda a: a._replace(gate=None), ValueError,
+     r"wants .*gate \(10, 6\).*got x \(7, 6\), up.*; geglu is gated: give gate=$"),
     (lambda a: a._replace(up_bias=a.up_bias[:9]), ValueError, r"up_bias \(10\).*got .*up_bias \(9\)"),
     (lambda a: a._replace(gate_bias=a.gate_bias[None]), ValueError, r"got .*gate_bias \(1, 10\)"),
     (lambda a: a._replace(down_bias=a.up_bias), ValueError, r"down_bias \(5\).*got .*down_bias \(10\)"),
@@ -72,6 +73,12 @@ REFUSED = [
     (lambda a: a._replace(x=a.x.to("meta")), ValueError,
      r"wants one device; got x meta, gate cpu, .*; move one side with \.to\(device\)"),
     (lambda a: a._replace(down=a.down.to("meta")), ValueError, r"one device; got x cpu, .*down meta"),
+    (lambda a: a._replace(x=None), TypeError, "^feed_forward: x is a NoneType; want a Tensor$"),
+    (lambda a: a._replace(x=a.x.detach().numpy()), TypeError, "^feed_forward: x is a numpy.ndarray; want a"),
+    (lambda a: a._replace(up=a.up.detach().numpy()), TypeError, "^feed_forward: up is a numpy.ndarray; want"),
+    (lambda a: a._replace(down=None), TypeError, "^feed_forward: down is a NoneType; want a Tensor$"),
+    (lambda a: a._replace(gate=torch.nn.Linear(6, 10)), TypeError, r"gate is a torch.*\.Linear; want a"),
+    (lambda a: a._replace(up_bias=[0.0] * 10), TypeError, "^feed_forward: up_bias is a list; want a Tensor$"),
 ]  # fmt: skip
 
 
@@ -84,14 +91,18 @@ def test_what_does_not_fit_is_refused_in_one_line(spoil, error: type[Exception],
 
 def test_a_gate_that_a_plain_block_has_no_use_for() -> None:
     with pytest.raises(
-        ValueError, match=r"activation='gelu'\) wants x \(..., 6\), up .*; got x .*gate \(10, 6\)"
+        ValueError,
+        match=r"activation='gelu'\) wants x \(..., 6\), up .*; got x .*gate \(10, 6\), .*"
+        "; gelu is not gated: leave gate and gate_bias out, or take one of glu, bilinear, reglu, geglu",
     ):
         feed_forward(*draw("geglu"), activation="gelu")
 
 
 def test_a_gate_bias_that_a_plain_block_has_no_use_for() -> None:
     arguments = draw("gelu")
-    text = r"'gelu'\) wants x \(..., 6\), up \(10, 6\), down \(5, 10\), up_bias .*; got x .*gate_bias \(10\)"
+    text = (
+        r"'gelu'\) wants x \(..., 6\), up .*, up_bias .*; got x .*gate_bias \(10\), .*leave gate_bias out, or"
+    )
     with pytest.raises(ValueError, match=text):
         feed_forward(*arguments._replace(gate_bias=arguments.up_bias), activation="gelu")
 
@@ -109,9 +120,12 @@ OPTIONS = [
     ({"dropout": math.nan}, r"dropout=nan: want a probability"),
     ({"dropout": "0.1"}, r"dropout='0\.1': want a probability in \[0, 1\)$"),
     ({"save": "all"}, r"save='all': want one of preact, input"),
-    ({"chunk_tokens": 4}, r"chunk_tokens=4 with save='preact': want at least 1 and save='input'"),
+    ({"chunk_tokens": 4}, r"chunk_tokens=4 with save='preact': want save='input'$"),
     ({"chunk_tokens": 0, "save": "input"}, r"chunk_tokens=0: want a positive whole number"),
     ({"chunk_tokens": 2.5, "save": "input"}, r"chunk_tokens=2\.5: want a positive whole number"),
+    ({"chunk_tokens": 8.0, "save": "input"}, r"chunk_tokens=8\.0: want a positive whole number"),
+    ({"save": ["x"]}, r"save=\['x'\]: want one of preact, input"),
+    ({"dropout": [0.1]}, r"dropout=\[0\.1\]: want a probability"),
     ({"backend": "cuda"}, r"backend='cuda': no such backend; choose one of auto, eager, triton, reference"),
     ({"backend": "triton"}, r"backend='triton' cannot run: .*; use 'auto' or 'eager'"),
 ]
@@ -119,6 +133,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "text"), OPTIONS)
 def test_options_that_make_no_sense(options: dict, text: str) -> None:
+    feed_forward(*draw("gelu"), chunk_tokens=8, save="input")  # known from here on, and 8.0 == 8
     with pytest.raises(ValueError, match=f"^{text}"):
         feed_forward(*draw("gelu"), **options)
 
