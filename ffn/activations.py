@@ -7,6 +7,7 @@ derivative, so that backward rebuilds what forward threw away from one call.
 A row may also name torch's own forward and backward, which the eager paths prefer for speed.
 """
 
+import difflib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -184,12 +185,17 @@ def resolve(activation: str | Callable | type[nn.Module] | Activation) -> Activa
     if isinstance(activation, str):
         name = ALIASES.get(activation, activation)
         if name not in TABLE:
-            raise ValueError(f"activation={activation!r}: no such row; choose one of {', '.join(TABLE)}")
+            close = difflib.get_close_matches(activation.lower(), [*TABLE, *ALIASES], 1)
+            near = "".join(f"; did you mean {found}?" for found in close)
+            raise ValueError(
+                f"activation={activation!r}: no such row; choose one of {', '.join(TABLE)}{near}"
+            )
         return TABLE[name]
     if isinstance(activation, type) and issubclass(activation, nn.Module):
         activation = activation()
     if not callable(activation):
-        raise TypeError(f"activation={activation!r}: want a name, a torch.nn activation or a callable")
+        given = type(activation).__name__ if hasattr(activation, "shape") else repr(activation)  # no dump
+        raise TypeError(f"activation={given}: want a name, a torch.nn activation or a callable")
     if isinstance(activation, nn.Module):
         name = _module_row(activation)
     else:

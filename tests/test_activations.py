@@ -232,10 +232,20 @@ def test_a_row_that_is_not_the_tables_is_never_taken_for_one() -> None:
 
 
 def test_what_is_no_activation() -> None:
+    for name, near in (("glue", "glu"), ("SwiGLU", "swiglu"), ("GELU", "gelu"), ("gelu_pytorch", "gelu_py")):
+        message = (
+            rf"^activation='{name}': no such row; choose one of identity, relu, .*swiglu; did you mean {near}"
+        )
+        with pytest.raises(ValueError, match=message):
+            resolve(name)
+    with pytest.raises(ValueError, match=r"swiglu$"):
+        resolve("xyz")
     with pytest.raises(
-        ValueError, match=r"^activation='glue': no such row; choose one of identity, relu, .*swiglu$"
+        TypeError, match=r"^activation=Tensor: want a name, a torch.nn activation or a callable$"
     ):
-        resolve("glue")
+        resolve(torch.zeros(100, 100))
+    with pytest.raises(TypeError, match=r"^activation=ndarray: want a name"):
+        resolve(np.zeros((100, 100)))
     with pytest.raises(TypeError, match=r"^activation=3: want a name, a torch.nn activation or a callable$"):
         resolve(3)
     with pytest.raises(TypeError, match="activation=None: want a name"):
