@@ -207,7 +207,8 @@ def _pad(backbone: Transformer | None) -> int | None:
     """The number that a pretrained model knows as padding, if it says."""
     if backbone is None:
         return None
-    return backbone.config.pad_token_id or (backbone.origin or {}).get("pad_token_id")
+    own = backbone.config.pad_token_id
+    return (backbone.origin or {}).get("pad_token_id") if own is None else own
 
 
 def _finish(

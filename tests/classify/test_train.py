@@ -183,6 +183,15 @@ def test_a_decoder_from_scratch_reads_its_last_token(tmp_path: Path) -> None:
     assert (facts["pooling"], facts["bias"], facts["classes"]) == ("last", False, ["food", "music", "sea"])
 
 
+def test_padding_may_be_token_0() -> None:
+    from ffn.classify.train import _pad
+
+    learned = {"position": "learned", "position_offset": 1, "causal": False, "pad_token_id": 0}
+    model = Transformer(dataclasses.replace(PRETRAINED, **learned), device="meta")
+    model.origin = {"pad_token_id": 3}
+    assert _pad(model) == 0
+
+
 def test_it_goes_on_from_a_classifier(tmp_path: Path) -> None:
     train(config(tmp_path, "fit.epochs=1"), quiet)
     words = [f"base={tmp_path / 'run'}", "train=head", f"out={tmp_path / 'next'}"]
