@@ -101,7 +101,7 @@ class Sampling:
         if not (isinstance(self.temperature, Real) and self.temperature >= 0.0):
             raise ValueError(f"temperature={self.temperature!r}: want 0 (greedy) or a positive number")
         if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k > 0):
-            raise ValueError(f"top_k={self.top_k!r}: want a positive number of tokens, or None")
+            raise ValueError(f"top_k={self.top_k!r}: want a positive whole number, or None")
         if self.top_p is not None and not (isinstance(self.top_p, Real) and 0.0 < self.top_p <= 1.0):
             raise ValueError(f"top_p={self.top_p!r}: want a probability in (0, 1], or None")
 

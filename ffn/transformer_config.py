@@ -92,7 +92,8 @@ class TransformerConfig:
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < inf:
-                raise ValueError(f"{name}={value}: want a positive number")
+                kind = "whole number" if isinstance(value, int) else "number"
+                raise ValueError(f"{name}={value}: want a positive {kind}")
         for name in ("position_offset", "num_token_types"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: want 0 or more")

@@ -108,7 +108,7 @@ def turns(k: Keys) -> list[int]:
     given, every, layers = k["no_rope_layers"], k["no_rope_layer_interval"], k["num_hidden_layers"]
     if given is None:
         if every < 1:
-            raise refuse("no_rope_layer_interval", every, "want a positive number")
+            raise refuse("no_rope_layer_interval", every, "want a positive whole number")
         return [int((i + 1) % every != 0) for i in range(layers)]
     if not isinstance(given, list) or len(given) < layers or not all(turn in (0, 1) for turn in given):
         raise refuse("no_rope_layers", given, f"want {layers} of 0 (no rotary positions) and 1")

@@ -197,7 +197,7 @@ UNSUPPORTED = [
     ("llama", {"hidden_size": None}, "hidden_size=None: want a whole number"),
     ("llama", {"hidden_size": -4}, "hidden_size=-4: want a number, 0 or more"),
     ("llama", {"hidden_size": 10**400}, "hidden_size=10.*: want a number"),
-    ("llama", {"hidden_size": 0}, "dim=0: want a positive number"),
+    ("llama", {"hidden_size": 0}, "dim=0: want a positive whole number"),
     ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps=nan: want a number"),
     ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps=inf: want a number"),
     ("llama", {"attention_bias": "no"}, "attention_bias='no': want true or false"),
@@ -220,7 +220,7 @@ UNSUPPORTED = [
     ("qwen2", {"attention_bias": False}, "attention_bias=False: unknown key"),
     ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers=\[1\]: want 2 of 0"),
     ("smollm3", {"no_rope_layers": [1, 2]}, r"no_rope_layers=\[1, 2\]: want 2 of 0"),
-    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0: want a positive"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0: want a positive whole"),
     ("phi3", {"rope_scaling": {"type": "su", "long_factor": [1.0], "short_factor": [1.0]}},
      "rope_scaling.rope_type='su': not supported; ffn reads default here"),
     ("phi3", {"partial_rotary_factor": 0.5}, "rope_fraction=0.5 of head_dim=6 leaves 3 channels"),
@@ -239,7 +239,7 @@ UNSUPPORTED = [
     ("bert", {"is_decoder": True}, "is_decoder=True: not supported; want False"),
     ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type=.*: not supported"),
     ("roberta", {"pad_token_id": None}, "pad_token_id=None: want a whole number"),
-    ("roberta", {"pad_token_id": 64}, "max_seq_len=-1: want a positive number"),
+    ("roberta", {"pad_token_id": 64}, "max_seq_len=-1: want a positive whole number"),
 ]  # fmt: skip
 ROPE = [
     ([1], r"rope_parameters=\[1\]: want a table of keys"),
