@@ -13,7 +13,7 @@ from ffn.nn.feed_forward import gated_hidden_dim
 from ffn.nn.head import check_head_activation
 from ffn.nn.init import check_init
 from ffn.nn.rotary import Linear, Llama3, Scaling, Yarn
-from ffn.ops.feed_forward import check_options
+from ffn.ops.arguments import check_options
 
 _POSITIVE = (
     "vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "max_seq_len",

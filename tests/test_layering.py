@@ -21,6 +21,7 @@ LAYERS = [
     ["ffn.ops.traced"],
     ["ffn.ops.dispatch"],
     ["ffn.ops.dropout"],
+    ["ffn.ops.arguments"],
     ["ffn.ops.feed_forward", "ffn.ops.packed", "ffn.ops.attention", "ffn.ops.low_rank"],
     ["ffn.ops.quantized"],
     ["ffn.ops"],

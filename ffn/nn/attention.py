@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn import ops
+from ffn.ops.arguments import check_size
 from ffn.ops.attention import attend
-from ffn.ops.feed_forward import check_size
 from ffn.ops.library import autocasts
 
 QK_NORM_SCOPES = ("head", "all")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn import activations, ops
-from ffn.ops.feed_forward import check_size
+from ffn.ops.arguments import check_size
 
 Pooling = Literal["first", "mean", "last"]
 Transform = Literal["tanh", "relu"]

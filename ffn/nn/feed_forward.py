@@ -8,8 +8,9 @@ from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
 from ffn.nn.low_rank import LowRankLinear, adapted_parameters
 from ffn.nn.plain import plain_parameters
+from ffn.ops.arguments import check_options, check_size
 from ffn.ops.dropout import check_probability
-from ffn.ops.feed_forward import check_options, check_size, explain, feed_forward
+from ffn.ops.feed_forward import explain, feed_forward
 from ffn.ops.library import autocasts, needs_textbook
 from ffn.ops.low_rank import adapted_feed_forward
 
@@ -17,11 +18,16 @@ from ffn.ops.low_rank import adapted_feed_forward
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
     """8/3 dim rounded up to a multiple: the width that gives a gated block a plain 4 dim block's parameters.
 
+    Raises:
+        ValueError: a dim or a multiple that is no positive whole number.
+
     >>> gated_hidden_dim(4096)
     11008
 
     Source: Shazeer 2020, section 2.
     """
+    check_size("dim", dim)
+    check_size("multiple_of", multiple_of)
     return -(-8 * dim // (3 * multiple_of)) * multiple_of
 
 

@@ -19,7 +19,7 @@ from ffn.nn.feed_forward import FeedForward
 from ffn.nn.head import Head
 from ffn.nn.loss import cap
 from ffn.nn.plain import LINEAR_FORWARD, plain_parameters
-from ffn.ops.feed_forward import fits
+from ffn.ops.arguments import fits
 from ffn.ops.library import needs_textbook
 from ffn.ops.packed import Packed
 
