@@ -4,6 +4,7 @@ training keeps of the feed-forward blocks."""
 from typing import NamedTuple
 
 from ffn import activations
+from ffn.columns import columns
 from ffn.transformer import TransformerConfig
 
 
@@ -79,10 +80,7 @@ def render_table(config: TransformerConfig, seq_len: int | None = None) -> str:
         shares = part.parameters / total.parameters, part.flops / total.flops
         numbers = f"{part.parameters:,}", f"{shares[0]:.1%}", f"{part.flops:,}", f"{shares[1]:.1%}"
         rows.append((part.name, *numbers))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip())
+    lines = columns(rows)
     rule = "-" * max(map(len, lines))
     footnote = f"forward, in a sequence of {_length(config, seq_len)} tokens"
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], footnote])
@@ -107,12 +105,7 @@ def render_kept(config: TransformerConfig) -> str:
         for name, size in (("float32", 4), ("bfloat16", 2)):
             token = f"{size * elements:,} bytes"
             rows.append((f'save="{save}"', name, token, f"{size * elements * T / 2**20:,.1f} MiB"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = (str.ljust, str.ljust, str.rjust, str.rjust)
-    return "\n".join(
-        "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return "\n".join(columns(rows, left=2))
 
 
 def _length(config: TransformerConfig, seq_len: int | None) -> int:

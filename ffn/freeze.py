@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ffn.columns import columns
 from ffn.transformer import Transformer
 
 CHOICES = "head, ffn, last:K, lora or all"
@@ -102,8 +103,7 @@ def render_trained(model: nn.Module) -> str:
     rows = [("part", "trained", "frozen")]
     rows += [(part, *(f"{n:,}" if n else "-" for n in numbers)) for part, numbers in counts.items()]
     rows.append(("total", f"{trained:,}", f"{frozen:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in rows]
+    lines = columns(rows)
     rule = "-" * len(lines[0])
     parts = _frozen_prefix(transformer)
     blocks = f" and {len(parts) - 1} of {len(transformer.blocks)} blocks" if len(parts) > 1 else ""

@@ -8,7 +8,6 @@ classes, N the number of rows. Metrics are computed on the CPU, in float64 and i
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ffn.columns import columns
 
 AVERAGES = ("macro", "micro", "weighted")
 KINDS = ("precision", "recall", "f1")
@@ -152,9 +153,8 @@ class Scores:
     def table(self) -> str:
         """Aligned lines: class by class, the averages, the rest, the confusion matrix if it is not wide."""
         if not self.classes:
-            return _align(
-                [[name, _show(value)] for name, value in (*self.values.items(), ("rows", self.rows))]
-            )
+            numbers = self.values | {"rows": self.rows}
+            return "\n".join(columns([[name, _show(value)] for name, value in numbers.items()]))
         counts = [sum(row) for row in self.confusion]
         lines = [["", *KINDS, "rows"]]
         for name, found, count in zip(self.classes, self.each, counts, strict=True):
@@ -163,10 +163,10 @@ class Scores:
         lines += [[n, "", "", _show(self.values[n]), ""] for n in ("accuracy", "roc_auc") if n in self.values]
         lines[-1][-1] = str(self.rows)
         if len(self.classes) > MATRIX_SHOWN:
-            return _align(lines)
+            return "\n".join(columns(lines))
         names = [_printable(name) for name in self.classes]
         matrix = [[name, *map(str, row)] for name, row in zip(names, self.confusion, strict=True)]
-        return _align(lines) + "\n\n" + _align([["true \\ predicted", *names], *matrix])
+        return "\n".join([*columns(lines), "", *columns([["true \\ predicted", *names], *matrix])])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and finite numbers, for JSON."""
@@ -249,18 +249,3 @@ def _show(value: float) -> str:
 
 def _printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
-
-
-def _width(text: str) -> int:
-    """The columns a text takes on a screen, where Chinese characters take two."""
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
-
-
-def _align(lines: list[list[str]]) -> str:
-    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
-    rows = []
-    for first, *rest in lines:
-        cells = [first + " " * (widths[0] - _width(first))]
-        cells += [" " * (width - _width(cell)) + cell for width, cell in zip(widths[1:], rest, strict=True)]
-        rows.append("  ".join(cells).rstrip())
-    return "\n".join(rows)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ffn.columns import columns
 from ffn.interop.reroute import Plan
 
 
@@ -57,15 +58,11 @@ class Report(Sequence[Block]):
             lines[line] = lines.get(line, 0) + 1
         head = ("block", "class", "", "what, or why not", "bytes a token", "count")
         rows = [head, *((*line, str(count)) for line, count in lines.items())]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-        ]
         before, after = (sum(getattr(b, name) for b in self.swapped) for name in ("before", "after"))
         total = f"{len(self.swapped)} of {len(self)} blocks swapped"
         if before:
             total += f"; they keep {after:,.0f} bytes a token for backward in place of {before:,.0f}"
-        return "\n".join([*(line.rstrip() for line in table), total])
+        return "\n".join([*columns(rows, left=len(head)), total])
 
     def __repr__(self) -> str:
         return str(self)
