@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -94,7 +95,7 @@ class FitConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: wants 1 or more; got {getattr(self, name)}")
         for name in ("lr", "muon_lr", "weight_decay", "l1", "clip", "patience"):
-            if not (getattr(self, name) is None or getattr(self, name) >= 0):
+            if not (getattr(self, name) is None or inf > getattr(self, name) >= 0):
                 raise ValueError(f"{name}: wants 0 or more; got {getattr(self, name)}")
         for name in ("label_smoothing", "word_dropout", "warmup"):
             if not 0.0 <= getattr(self, name) < 1.0:

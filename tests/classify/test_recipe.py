@@ -34,6 +34,7 @@ def test_the_configs_that_come_with_it_are_read() -> None:
     [
         ("fit.epochs=0", r"^fit.epochs: wants 1 or more; got 0$"),
         ("fit.lr=-1", r"^fit.lr: wants 0 or more; got -1.0$"),
+        ("fit.muon_lr=inf", r"^fit.muon_lr: wants 0 or more; got inf$"),
         ("fit.word_dropout=1.0", r"^fit.word_dropout: wants a share in \[0, 1\); got 1.0$"),
         ("fit.layer_decay=0.0", r"^fit.layer_decay: wants a share in \(0, 1\]; got 0.0$"),
         ("fit.betas=[0.9]", r"^fit.betas: wants two numbers"),
