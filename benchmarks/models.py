@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.cases import BASELINE, CEILING, EIGHT_BITS
 from benchmarks.report import reason
-from benchmarks.runner import failed, fast_products, guarded, noted
+from benchmarks.runner import failed, guarded, noted
 from benchmarks.timing import (
     Run,
     comparison,
@@ -25,6 +25,7 @@ from benchmarks.timing import (
     saved_bytes,
 )
 from benchmarks.twins import SHAPES, Build, Shape, Twin, Weights, build_torch, config_of, draw
+from benchmarks.yardstick import fast_products
 from ffn.cost import flops_per_token
 
 WRONG = {"float32": 1e-5, "bfloat16": 3e-2, "autocast": 3e-2}  # relative errors that rounding never reaches

@@ -4,15 +4,13 @@ A row says of its case and implementation: the median `ms` and its interquartile
 plain torch with a 95% interval, the products' `tflops`, `of_ceiling` (the yardstick's time over its own), the
 bytes saved for backward a token, the peak of memory beyond weights and input, the `error` beside float64 and
 the seconds of `setup_s`, for building, compiling and first calls. One that is wrong, absent, fails or runs
-out of memory has a `note`.
-
-The yardstick, row "ceiling", is the bare matrix products of the case, gate and up joined or apart, whichever
-is faster; with few tokens, if that takes longer, reading the weights at the speed of a copy.
+out of memory has a `note`. A few tokens without gradients are timed on a CPU over so many equal `blocks` in
+turn that none finds its weights in the cache.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 
@@ -24,6 +22,7 @@ from benchmarks.implementations import Contender, Weights
 from benchmarks.plain import Plain, inference, set_up, training
 from benchmarks.report import reason
 from benchmarks.timing import (
+    Rotation,
     Run,
     back_to_back,
     clock_of,
@@ -34,10 +33,8 @@ from benchmarks.timing import (
     relative_error,
     saved_bytes,
 )
-from ffn.ops import dispatch
-from ffn.ops.eager import float32_in_onednn
+from benchmarks.yardstick import FEW, blocks_of, reads_weights, yardstick, yardsticks
 
-FEW = 64  # tokens up to which reading the weights may take longer than multiplying
 ROUNDS = (5, 30)
 Build = Callable[[Case, Weights], Contender]
 
@@ -136,71 +133,6 @@ def peak_of(contender: Contender, run: Run, device: torch.device) -> float | Non
     return None if compiled and device.type != "cuda" else peak_bytes(run, device) / 1e6
 
 
-def fast_products(x: Tensor) -> AbstractContextManager:
-    """Within it bare products like x go to the library that multiplies them fastest."""
-    onednn = x.is_cpu and x.dtype == torch.float32 and dispatch.float32_faster_in_onednn()
-    return float32_in_onednn() if onednn else nullcontext()
-
-
-def products(case: Case, x: Tensor, dy: Tensor, joined: bool) -> Run:
-    """The matrix products of the case alone, on operands of their shapes, gate and up as one or apart."""
-    block, dtype = case.block, torch.float32 if case.dtype == "float32" else torch.bfloat16
-    new = partial(torch.randn, dtype=dtype, device=x.device)
-    parts, width = (1, 2 * block.hidden_dim) if joined else (1 + block.gated, block.hidden_dim)
-    ups, down = [new(width, block.dim) for _ in range(parts)], new(block.dim, block.hidden_dim)
-    h, pres = new(case.tokens, block.hidden_dim), [new(case.tokens, width) for _ in range(parts)]
-    x, dy = x.detach().to(dtype), dy.to(dtype)
-
-    @torch.no_grad()
-    def run() -> None:
-        with fast_products(x):
-            _ = [x @ up.t() for up in ups], h @ down.t()
-            if case.work == "training":
-                _ = (
-                    dy @ down,
-                    dy.t() @ h,
-                    [(pre.t() @ x, pre @ up) for pre, up in zip(pres, ups, strict=True)],
-                )
-
-    return run
-
-
-def copied_bytes(device: torch.device) -> int:
-    """How much a copy moves, for the speed of the memory: more than a cache holds."""
-    return 1 << (30 if device.type == "cuda" else 27)
-
-
-def copying(device: torch.device) -> Run:
-    source = torch.ones(copied_bytes(device), dtype=torch.uint8, device=device)
-    return partial(torch.empty_like(source).copy_, source)
-
-
-def yardsticks(case: Case, x: Tensor, dy: Tensor) -> dict[str, Run]:
-    """What the row "ceiling" may come from."""
-    runs = {f"{CEILING} apart": products(case, x, dy, joined=False)}
-    if case.block.gated:
-        runs[f"{CEILING} joined"] = products(case, x, dy, joined=True)
-    if case.work == "inference" and case.tokens <= FEW:
-        runs[f"{CEILING} copy"] = copying(x.device)
-    return runs
-
-
-def yardstick(case: Case, weights: Weights, taken: dict[str, list[float]]) -> tuple[list[float], dict] | None:
-    """(seconds in each round, what is done a second), taking the yardsticks out; None if one failed."""
-    found = {name: taken.pop(name) for name in list(taken) if name.startswith(CEILING)}
-    copy = found.pop(f"{CEILING} copy", None)
-    if not found:
-        return None
-    best = min(found.values(), key=median)
-    if copy is not None:
-        read = sum(w.nbytes for w in weights.values())
-        moved = 2 * copied_bytes(weights["up_proj.weight"].device)  # read and written
-        copy = [read / moved * s for s in copy]
-        if median(copy) > median(best):
-            return copy, {"gbs": read / median(copy) / 1e9}
-    return best, {"tflops": case.flops / median(best) / 1e12}
-
-
 @contextmanager
 def noted(row: dict) -> Iterator[None]:
     """What goes wrong within becomes the row's note."""
@@ -214,6 +146,8 @@ def noted(row: dict) -> Iterator[None]:
 
 def guarded(run: Run, row: dict) -> Run:
     """The call, which after it has failed once does nothing."""
+    if isinstance(run, Rotation):
+        return Rotation([guarded(each, row) for each in run.runs])
 
     def attempt() -> None:
         if not failed(row):
@@ -243,7 +177,13 @@ def enter(
         return contender, None
     if x.is_cuda:
         row["host_ms"] = 1e3 * back_to_back(run, x.device)
-    return contender, guarded(run, row)
+    if not reads_weights(case, x):
+        return contender, guarded(run, row)
+    others = [partial(inference, case, build(case, weights), x) for _ in range(1, blocks_of(weights))]
+    for other in others:
+        other()
+    row["blocks"] = 1 + len(others)
+    return contender, guarded(Rotation([run, *others]), row)
 
 
 def run_case(
@@ -259,7 +199,7 @@ def run_case(
     try:
         weights, x, dy = set_up(case, device)
         exact = textbook(case, weights, x, dy)
-        for name, run in yardsticks(case, x, dy).items():
+        for name, run in yardsticks(case, weights, x, dy).items():
             runs[name] = guarded(run, rows[CEILING])
     except Exception as error:  # noqa: BLE001 too large for this machine, most likely
         return [row | {"note": reason(error)} for row in rows.values()]

@@ -12,7 +12,8 @@ from torch import nn
 from benchmarks import timing
 from benchmarks.cases import BLOCKS, WARM, Case
 from benchmarks.implementations import IMPLEMENTATIONS, Contender
-from benchmarks.runner import run_case, yardstick
+from benchmarks.runner import run_case
+from benchmarks.yardstick import yardstick
 
 CPU = torch.device("cpu")
 BLOCK = replace(BLOCKS["qwen2.5-0.5b"], dim=16, hidden_dim=24)

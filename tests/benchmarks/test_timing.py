@@ -1,5 +1,6 @@
 """The instruments are right in what they count, compare and average."""
 
+import time
 from functools import partial
 from statistics import median
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.timing import speedup
+from benchmarks.timing import Rotation, clock_of, speedup
 
 SECONDS = st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=9)
 
@@ -59,3 +60,17 @@ def test_saved_bytes_count_what_a_function_holds_without_saving_it() -> None:
     x = torch.randn(7, 3, requires_grad=True)
     assert timing.saved_bytes(lambda: Holding.apply(x).sum(), [x]) == 4 * 7 * 3 * 3
     assert timing.saved_bytes(x.detach, [x]) == 0
+
+
+def test_a_rotation_is_timed_block_by_block_after_one_that_is_not_counted() -> None:
+    called = []
+    waits = [0.05, 0.001, 0.002, 0.003]  # the first is the one that warms the code
+    run = Rotation([lambda i=i: called.append(i) or time.sleep(waits[i]) for i in range(4)])
+    clock = clock_of(torch.device("cpu"), cold=True)
+    assert 0.002 <= clock(run) < 0.01
+    assert called == [0, 1, 2, 3]
+    clock(run)
+    assert called == [0, 1, 2, 3] * 2
+    alone = Rotation([lambda: called.append(4)])
+    clock(alone)
+    assert called[8:] == [4, 4]
