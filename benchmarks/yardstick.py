@@ -86,11 +86,12 @@ def yardstick(case: Case, weights: Weights, taken: dict[str, list[float]]) -> tu
     copy = found.pop(f"{CEILING} copy", None)
     if not found:
         return None
-    best = min(found.values(), key=median)
+    best, rate = min(found.values(), key=median), {}
     if copy is not None:
         read = sum(w.nbytes for w in weights.values())
         moved = 2 * copied_bytes(weights["up_proj.weight"].device)  # read and written
         copy = [read / moved * s for s in copy]
+        rate["gbs"] = read / median(copy) / 1e9
         if median(copy) > median(best):
-            return copy, {"gbs": read / median(copy) / 1e9}
-    return best, {"tflops": case.flops / median(best) / 1e12}
+            return copy, rate
+    return best, rate | {"tflops": case.flops / median(best) / 1e12}
