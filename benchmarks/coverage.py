@@ -290,5 +290,5 @@ def main(argv: list[str]) -> None:
         rows = [row for row in before if row["kind"] not in options.kind.split(",")] + rows
         versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
         write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
-        page = RESULTS.parents[1] / "docs" if options.out.resolve() == RESULTS else options.out
+        page = RESULTS.parents[1] / "docs" if options.out.resolve() == RESULTS.resolve() else options.out
         write_file(page / "coverage.md", table(rows, versions))

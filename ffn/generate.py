@@ -120,7 +120,7 @@ class Sampling:
         return chosen
 
     def _draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        logits, ids = logits / self.temperature, None
+        logits, ids = logits / min(float(self.temperature), torch.finfo(logits.dtype).max), None
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits, ids = logits.topk(self.top_k)
         elif self.top_p is not None:

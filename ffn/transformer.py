@@ -222,7 +222,11 @@ class Transformer(nn.Module):
             attention_mask = _real(attention_mask, (tokens.shape[0], S))
             mask = padding_mask(attention_mask, S - start, self.config.causal)
         if positions is not None:
-            if positions.shape not in (tokens.shape, tokens.shape[1:], (1, S - start)):
+            rows = {
+                1: (tokens.shape[1:],),
+                2: (tokens.shape, (1, S - start)),
+            }  # export guards what is compared
+            if positions.shape not in rows.get(positions.ndim, ()):
                 like, got = tuple(tokens.shape), tuple(positions.shape)
                 raise ValueError(f"positions want (T) or (B, T) of the tokens, which are {like}; got {got}")
         elif self.config.position != "none":

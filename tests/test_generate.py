@@ -319,3 +319,12 @@ def test_logits_that_are_no_numbers_are_refused(options: dict, bad: float) -> No
     model.norm.weight.data.fill_(bad)
     with pytest.raises(ValueError, match=r"^the logits are not finite in float64: a weight is not, or"):
         generate(model, [[1]], 3, **options)
+
+
+def test_a_temperature_beyond_float32_draws_what_is_possible() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]])
+    for temperature in (1e39, float("inf")):
+        drawn = {
+            Sampling(temperature).choose(logits, torch.tensor([u])).item() for u in (0.0, 0.3, 0.7, 0.99)
+        }
+        assert drawn == {0, 2}

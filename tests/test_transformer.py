@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffn.nn.attention import LayerCache
-from ffn.transformer import Transformer, build_block
+from ffn.transformer import Transformer, TransformerConfig, build_block
 from tests.models import F64, SMALL, VARIANTS, build, tokens_of, variants
 
 
@@ -269,3 +269,15 @@ def test_layers_without_rotary(options: dict, at: str) -> None:
     other = Transformer(dataclasses.replace(SMALL, position=at), dtype=F64)
     other.load_state_dict(model.state_dict())
     assert torch.equal(model(tokens), other(tokens))
+
+
+def test_positions_of_one_row_are_exported_for_any_batch() -> None:
+    model = Transformer(
+        TransformerConfig(vocab_size=17, dim=16, num_layers=1, num_heads=2, max_seq_len=8)
+    ).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    given = torch.randint(17, (3, 5)), {"positions": torch.arange(5)}
+    shapes = {"tokens": {0: batch}, "positions": None}
+    program = torch.export.export(model, given[:1], given[1], dynamic_shapes=shapes)
+    tokens = torch.randint(17, (7, 5))
+    torch.testing.assert_close(program.module()(tokens, positions=torch.arange(5)), model(tokens))

@@ -42,7 +42,8 @@ _here = _Here()
 def session():
     """Within, in this thread, a module's weights and hooks are looked at by the first of its calls alone.
 
-    For callers who let nobody else have a turn between the calls: in generation a tenth of the time.
+    For callers who let nobody else have a turn between the calls: in generation a tenth of the time. It holds
+    for whatever packed module is called within, from hooks too.
     """
     before, _here.session = _here.session, object()
     try:

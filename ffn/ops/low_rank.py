@@ -42,6 +42,7 @@ class Options(NamedTuple):
     chunk_tokens: int | None
     scales: tuple[float, ...]
     dropouts: tuple[float, ...]
+    backend: str  # of what lies between the products
 
 
 def adapted_feed_forward(
@@ -71,7 +72,8 @@ def adapted_feed_forward(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     scales = tuple(0.0 if f is None else f.scale for f in factors)
     dropouts = tuple(0.0 if f is None else f.dropout for f in factors)
-    options = Options(activation, dropout, save, chunk_tokens, scales, dropouts)
+    backend = dispatch.choose("auto", x.device, x.dtype).backend
+    options = Options(activation, dropout, save, chunk_tokens, scales, dropouts, backend)
     drops = dropout > 0.0 or any(dropouts)
     seeds = torch.cat([draw_seed(x.device) for _ in range(4)]) if drops else None
     pairs = [t for f in factors for t in ((None, None) if f is None else (f.a, f.b))]
@@ -91,7 +93,7 @@ class AdaptedRule(torch.autograd.Function):
         hidden, ys, kept = _hidden(seeds, options), [], (None, None)
         for rows in _chunks(x, options):
             pre, pre_gate = up.forward(x[rows], rows.start), gate and gate.forward(x[rows], rows.start)
-            h = _passes(x).activate(pre, pre_gate, *hidden, rows.start)
+            h = _passes(options).activate(pre, pre_gate, *hidden, rows.start)
             ys.append(down.forward(h, rows.start))
             kept = (pre, pre_gate) if options.save == "preact" else kept
         ctx.save_for_backward(x, seeds, *tensors, *kept)
@@ -165,9 +167,9 @@ def _products(x, seeds, options: Options, tensors) -> tuple[Product, Product, Pr
     return product(0), product(1), None if weights[2] is None else product(2)
 
 
-def _passes(x: Tensor) -> ModuleType:
-    """The backend of what lies between the products."""
-    return dispatch.MODULES[dispatch.choose("auto", x.device, x.dtype).backend]
+def _passes(options: Options) -> ModuleType:
+    """The backend of what lies between the products, in backward forward's."""
+    return dispatch.MODULES[options.backend]
 
 
 def _hidden(seeds: Tensor | None, options: Options) -> tuple[Activation, Tensor | None, float]:
@@ -193,7 +195,7 @@ def _backward(dy, x, seeds, options: Options, tensors, needs, pre, pre_gate):
             if options.save != "preact":
                 pre, pre_gate = up.forward(x_c, start), gate and gate.forward(x_c, start)
             dh = down.input_gradient(dy_c, start)
-            dpre, dpre_gate, h = _passes(x).dactivate_(dh, pre, pre_gate, *hidden, start)
+            dpre, dpre_gate, h = _passes(options).dactivate_(dh, pre, pre_gate, *hidden, start)
             part = [
                 *up.factor_gradients(dpre, x_c, start),
                 *down.factor_gradients(dy_c, h, start),
@@ -237,7 +239,9 @@ def _differentiable_backward(dy, x, seeds, options: Options, tensors, needs):
         up, down, gate = _products(inputs[0], seeds, options, inputs[1:])
         pre = through(up, inputs[0])
         h = row(pre) if gate is None else row(through(gate, inputs[0])) * pre
-        y = through(down, h if seed is None else h * _passes(x).noise(seed, len(h), h.shape[1], p, h.dtype))
+        y = through(
+            down, h if seed is None else h * _passes(options).noise(seed, len(h), h.shape[1], p, h.dtype)
+        )
     needs = (needs[0], *needs[3:])
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))

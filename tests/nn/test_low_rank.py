@@ -165,3 +165,18 @@ def test_copies_and_pickles() -> None:
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert torch.equal(other(x), block(x))
         assert other.explain(x).startswith("adapters: ")
+
+
+def test_backward_is_compiled_too() -> None:
+    block = FeedForward(8, 16)
+    for name in ("up_proj", "down_proj"):
+        setattr(block, name, LowRankLinear(getattr(block, name).requires_grad_(False), 2, 4.0, 0.0))
+    with torch.no_grad():
+        block.up_proj.lora_B.normal_()
+    x, wanted = torch.randn(5, 8), [block.up_proj.lora_A, block.down_proj.lora_B]
+    theirs = torch.autograd.grad(block(x).sum(), wanted)
+    y = block(x).sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward()
+    for parameter, grad in zip(wanted, theirs, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
