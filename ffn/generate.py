@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn.nn.attention import LayerCache
-from ffn.nn.packed import session
+from ffn.nn.packed import one_look
 from ffn.packing import pack_where_possible, unpack
 from ffn.transformer import Transformer, TransformerConfig
 
@@ -59,8 +59,9 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     given = _read(prompts)
     rows: list[list[int]] = [[] for _ in given]
-    with session():  # nobody else has a turn between its steps
-        for tokens in _continue(model, given, max_new_tokens, sampling, stop, seed, cache):
+    steps = _continue(model, given, max_new_tokens, sampling, stop, seed, cache)
+    with one_look(model):  # nobody else has a turn between the steps
+        for tokens in steps:
             for row, token in zip(rows, tokens, strict=True):
                 if token is not None:
                     row.append(token)
@@ -157,10 +158,10 @@ def _continue(model: Transformer, rows, max_new_tokens: int, sampling: Sampling,
         raise TypeError(f"generate wants a Transformer of ffn; got a {got}; ffn.load reads one from a folder")
     if not isinstance(stop, Iterable):
         raise TypeError(f"stop wants token ids or sequences of them; got {stop!r}; put it in a list")
-    endings = [(s,) if isinstance(s, int) else tuple(s) for s in stop]
+    endings = [tuple(s) if isinstance(s, Iterable) else (s,) for s in stop]
     if () in endings:
         raise ValueError("stop holds an empty sequence, which would end every row at once; leave it out")
-    if not all(isinstance(token, int) for ending in endings for token in ending):
+    if not all(isinstance(token, Integral) for ending in endings for token in ending):
         raise TypeError(f"stop wants token ids or sequences of them; got {stop!r}; encode text first")
     if not model.config.causal:
         raise ValueError("generate wants a causal Transformer; this one has config.causal=False")

@@ -32,24 +32,23 @@ def attention_projections(attention: Attention) -> list[nn.Module | None]:
 
 
 class _Here(local):
-    session: object = None  # this thread's
+    look: frozenset[nn.Module] | None = None  # this thread's
 
 
 _here = _Here()
 
 
 @contextmanager
-def session():
-    """Within, in this thread, a module's weights and hooks are looked at by the first of its calls alone.
+def one_look(model: nn.Module):
+    """Within, in this thread, weights and hooks of the model are looked at by a module's first call alone.
 
-    For callers who let nobody else have a turn between the calls: in generation a tenth of the time. It holds
-    for whatever packed module is called within, from hooks too.
+    For callers who let nobody else have a turn between the calls: in generation a tenth of the time.
     """
-    before, _here.session = _here.session, object()
+    before, _here.look = _here.look, frozenset(model.modules())
     try:
         yield
     finally:
-        _here.session = before
+        _here.look = before
 
 
 class PackedForward:
@@ -60,13 +59,13 @@ class PackedForward:
     def __init__(self, module: nn.Module, kind: type[Packed]):
         self.module, self.kind = module, kind
         self.packed: Packed | None = None
-        self.session: object = None  # in which the copies were last found to do
+        self.look: frozenset[nn.Module] | None = None  # within which the copies were last found to do
 
     def turn_into(self, kind: type[Packed]) -> None:
-        self.kind, self.packed, self.session = kind, None, None
+        self.kind, self.packed, self.look = kind, None, None
 
     def __getstate__(self) -> dict:
-        return {"module": self.module, "kind": self.kind, "packed": None, "session": None}
+        return {"module": self.module, "kind": self.kind, "packed": None, "look": None}
 
     def forward(self, x: Tensor, *rest) -> Tensor:
         raise NotImplementedError
@@ -80,14 +79,14 @@ class PackedForward:
         raise NotImplementedError
 
     def serving(self, x: Tensor) -> Packed | None:
-        """`copies_for(x)` or, in a session in which that has given copies before, these."""
+        """`copies_for(x)` or, where one look is enough and that has given copies within it, these."""
         if _is_more_than_numbers():
             return None
-        packed, key = self.packed, _here.session
-        if packed is not None and key is not None and key is self.session and packed.fit(x):
+        packed, look = self.packed, _here.look
+        if packed is not None and look is not None and look is self.look and packed.fit(x):
             return packed
         packed = self.copies_for(x)
-        self.session = None if packed is None else key
+        self.look = look if packed is not None and look is not None and self.module in look else None
         return packed
 
     def copies(self, x: Tensor, tensors: Tensors) -> Packed | None:

@@ -1,6 +1,5 @@
 """The instruments are right in what they count, compare and average."""
 
-import time
 from functools import partial
 from statistics import median
 
@@ -62,15 +61,18 @@ def test_saved_bytes_count_what_a_function_holds_without_saving_it() -> None:
     assert timing.saved_bytes(x.detach, [x]) == 0
 
 
-def test_a_rotation_is_timed_block_by_block_after_one_that_is_not_counted() -> None:
-    called = []
-    waits = [0.05, 0.001, 0.002, 0.003]  # the first is the one that warms the code
-    run = Rotation([lambda i=i: called.append(i) or time.sleep(waits[i]) for i in range(4)])
-    clock = clock_of(torch.device("cpu"), cold=True)
-    assert 0.002 <= clock(run) < 0.01
-    assert called == [0, 1, 2, 3]
-    clock(run)
+def test_a_rotation_is_timed_block_by_block_after_one_that_is_not_counted(monkeypatch) -> None:
+    called, now, takes = [], [0.0], [50.0, 1.0, 2.0, 3.0, 7.0]  # the first one warms the code
+
+    def block(i: int) -> None:
+        called.append(i)
+        now[0] += takes[i]
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    clock, run = clock_of(torch.device("cpu"), cold=True), Rotation([partial(block, i) for i in range(4)])
+    assert clock(run) == clock(run) == 2.0
     assert called == [0, 1, 2, 3] * 2
-    alone = Rotation([lambda: called.append(4)])
-    clock(alone)
+    assert clock(Rotation([partial(block, 4)])) == 7.0
     assert called[8:] == [4, 4]
+    assert clock(partial(block, 4)) == 7.0
+    assert called[10:] == [4]

@@ -9,7 +9,7 @@ from torch import nn
 
 from ffn import FeedForward, pack, packing, unpack
 from ffn.nn.attention import Attention
-from ffn.nn.packed import session
+from ffn.nn.packed import one_look
 from ffn.ops import dispatch
 from ffn.ops.packed import Packed
 from tests.nn.test_children import CHANGES
@@ -234,18 +234,18 @@ def test_a_patch_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @FORMS
-def test_a_session_looks_once(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_look_is_enough(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     looks, are_of = [], Packed.are_of
     monkeypatch.setattr(Packed, "are_of", lambda *given: looks.append(1) or are_of(*given))
     block, plain, x = build(form=form)
-    with session():
+    with one_look(block):
         same(block, plain, x)
         looks.clear()
         y = [block(x) for _ in range(3)]
         with torch.no_grad():
             y += [block(x) for _ in range(3)]
             assert not looks
-            with session():
+            with one_look(block):
                 assert torch.equal(block(x), y[-1])
                 assert len(looks) == 1
             assert torch.equal(block(x), y[-1])
@@ -253,15 +253,15 @@ def test_a_session_looks_once(form: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(torch.equal(z, plain(x)) for z in y[:3])  # gradients were wanted
     block.up_proj.weight.data.mul_(2.0)
     same(block, plain, x)
-    with session():
+    with one_look(block):
         same(block, plain, x)
         with torch.no_grad(), pytest.raises(ValueError, match="wants x"):
             block(x[..., :3])
 
 
-def test_a_session_is_its_threads() -> None:
+def test_one_look_is_of_one_thread() -> None:
     block, plain, x = build()
-    with session(), ThreadPoolExecutor(1) as other:
+    with one_look(block), ThreadPoolExecutor(1) as other:
         same(block, plain, x)
         other.submit(torch.nn.init.zeros_, block.down_proj.weight).result()
         other.submit(torch.nn.init.ones_, block.down_proj.bias).result()
@@ -271,3 +271,12 @@ def test_a_session_is_its_threads() -> None:
                 return block(x)
 
         assert torch.equal(other.submit(theirs).result(), torch.ones(3, 5, 64))
+
+
+def test_one_look_is_of_one_model() -> None:
+    """Another's, called in between, is looked at each time."""
+    block, plain, x = build()
+    with one_look(nn.Linear(2, 2)):
+        same(block, plain, x)
+        block.up_proj.weight.data.mul_(2.0)
+        same(block, plain, x)
