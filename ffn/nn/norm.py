@@ -85,13 +85,12 @@ class RMSNormRule(torch.autograd.Function):
     def backward(ctx, *grads):
         (dy,) = grads
         x, weight, r = ctx.saved_tensors
-        create_graph = torch.is_grad_enabled()
-        if create_graph or library.is_batched(dy):
-            with torch.enable_grad():  # through the differentiable formula
-                x, weight = (t.view_as(t).requires_grad_() for t in (x, weight))  # cut from how they arose
-                y = F.rms_norm(x, weight.shape, weight, ctx.eps)
-            dx, dweight = torch.autograd.grad(y, (x, weight), dy, create_graph=create_graph)
-            return dx, dweight, None
+        if library.wants_autograd(dy):
+
+            def formula(x: Tensor, weight: Tensor) -> Tensor:
+                return F.rms_norm(x, weight.shape, weight, ctx.eps)
+
+            return *library.autograd_gradients(formula, (x, weight), ctx.needs_input_grad[:2], dy), None
         n = x * r
         dyn = (dy * n).reshape(-1, x.shape[-1])
         mean = torch.mv(dyn, weight).view(r.shape).mul_(-1.0 / x.shape[-1])

@@ -87,17 +87,16 @@ class ShortAttentionRule(torch.autograd.Function):
             return *_backward(ctx, *grads), None
 
 
-def _backward(ctx, dy: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
+def _backward(ctx, dy: Tensor) -> list[Tensor]:
     """dq, dk, dv (B, Q, T, C)."""
     q, k, v, weights = ctx.saved_tensors
-    create_graph = torch.is_grad_enabled()
-    if create_graph or library.is_batched(dy):
-        with torch.enable_grad():
-            inputs = [t.view_as(t).requires_grad_() for t in (q, k, v)]  # cut from how they arose
-            y, _ = _textbook(*_heads(*inputs), causal=ctx.causal)
-            y = y.view(q.shape)
-        return torch.autograd.grad(y, inputs, dy, create_graph=create_graph)
     shape = q.shape
+    if library.wants_autograd(dy):
+
+        def formula(*inputs: Tensor) -> Tensor:
+            return _textbook(*_heads(*inputs), causal=ctx.causal)[0].view(shape)
+
+        return library.autograd_gradients(formula, (q, k, v), ctx.needs_input_grad[:3], dy)
     dy, q, k, v = _heads(dy, q, k, v)
     with _products():
         dv = torch.bmm(weights.transpose(1, 2), dy)

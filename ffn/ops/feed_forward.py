@@ -7,7 +7,7 @@ preactivations, the dropout mask a function of a seed. With h = act(pre) of widt
     dpre  = dh * act'(pre)     dup   = dpre^T x         dx = dpre up
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from ffn.activations import Activation
 from ffn.ops import dispatch, reference
 from ffn.ops.arguments import check_options, explain_misfit, fits, named
 from ffn.ops.eager import float32_in_onednn, product, weight_gradient
-from ffn.ops.library import autocasts, cast, is_batched, needs_textbook
+from ffn.ops.library import autocasts, autograd_gradients, cast, needs_textbook, wants_autograd
 from ffn.ops.mask import draw_seed
 
 TRANSFORMS = "torch.func, forward-mode differentiation or torch.export"
@@ -174,8 +174,8 @@ class FeedForwardRule(torch.autograd.Function):
 def _gradients(ctx, dy):
     """What backward returns: by the rule or, where that will not do, by the textbook."""
     x, seed, *weights, pre, pre_gate = ctx.saved_tensors
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_batched(dy)):
-        return *_differentiable_backward(ctx, dy, x, seed, weights), None, None
+    if wants_autograd(dy):
+        return *_textbook_backward(ctx, dy, x, seed, weights), None, None
     options, choice = ctx.options, ctx.choice
     backward = _backward if options.chunk_tokens is None else _backward_by_chunks
     arguments = options, choice, ctx.needs_input_grad, dy, x, seed, weights, pre, pre_gate
@@ -228,16 +228,12 @@ def _backward(options, choice, needs, dy, x, seed, weights, pre, pre_gate, row_s
     return dx, None, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias
 
 
-def _differentiable_backward(ctx, dy, x, seed, weights):
-    """The same gradients through the textbook: they can be differentiated, and taken for many dy at once."""
-    options, create_graph = ctx.options, torch.is_grad_enabled()
-    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-2])
-    with torch.enable_grad():
-        inputs: list = [None if t is None else t.view_as(t) for t in (x, *weights)]  # cut from how they arose
-        noise, hidden = dispatch.MODULES[ctx.choice.backend].noise, (x.shape[0], weights[0].shape[0])
-        factors = None if seed is None else noise(seed, *hidden, options.p, x.dtype)
-        y = reference.feed_forward(*inputs, activation=activations.TABLE[options.activation], noise=factors)
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
-    dx, *dweights = (next(found) if need else None for need in needs)
+def _textbook_backward(ctx, dy, x, seed, weights):
+    """The same gradients through the textbook."""
+    options, noise = ctx.options, dispatch.MODULES[ctx.choice.backend].noise
+    row, hidden = activations.TABLE[options.activation], (x.shape[0], weights[0].shape[0])
+    factors = None if seed is None else noise(seed, *hidden, options.p, x.dtype)
+    formula = partial(reference.feed_forward, activation=row, noise=factors)
+    need_x, _, *needs = ctx.needs_input_grad[:-2]
+    dx, *dweights = autograd_gradients(formula, (x, *weights), (need_x, *needs), dy)
     return dx, None, *dweights

@@ -1,7 +1,7 @@
 """How the ops are registered with torch, and which of torch's modes and transforms they must heed."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd import forward_ad
@@ -82,8 +82,21 @@ def cast(x: torch.Tensor, *others: torch.Tensor | None) -> list:
     return [None if t is None else t.to(dtype) for t in (x, *others)]
 
 
-def is_batched(x: torch.Tensor) -> bool:
-    """Whether x stands for many tensors at once, as the gradients of a vectorised backward do."""
+def wants_autograd(dy: torch.Tensor) -> bool:
+    """Whether a rule's backward must be plain torch ops: under create_graph=True, or where dy stands for
+    many gradients at once, as those of a vectorised backward do."""
     if torch.compiler.is_compiling():
         return False
-    return _functorch.is_legacy_batchedtensor(x) or _functorch.is_batchedtensor(x)
+    many = _functorch.is_legacy_batchedtensor(dy) or _functorch.is_batchedtensor(dy)
+    return many or torch.is_grad_enabled()
+
+
+def autograd_gradients(formula: Callable, inputs: Sequence, needs: Sequence[bool], dy: torch.Tensor) -> list:
+    """The gradients of formula(*inputs) that are needed, else None, by autograd; see `wants_autograd`."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        cut: list = [None if t is None else t.view_as(t) for t in inputs]  # from how they arose
+        y = formula(*cut)
+    wanted = [t for t, need in zip(cut, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]

@@ -20,7 +20,7 @@ from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import dispatch, eager
 from ffn.ops.dropout import dropped, noise
-from ffn.ops.library import autocasts, is_batched
+from ffn.ops.library import autocasts, autograd_gradients, wants_autograd
 from ffn.ops.mask import draw_seed
 
 
@@ -105,8 +105,8 @@ class AdaptedRule(torch.autograd.Function):
         x, seeds, *tensors, pre, pre_gate = ctx.saved_tensors
         arguments = dy, x, seeds, ctx.options, tensors, ctx.needs_input_grad
         with torch.autocast(dy.device.type, enabled=False):
-            if torch.is_grad_enabled() or is_batched(dy):
-                return _differentiable_backward(*arguments)
+            if wants_autograd(dy):
+                return _textbook_backward(*arguments)
             return _backward(*arguments, pre, pre_gate)
 
 
@@ -222,9 +222,8 @@ def _sum(parts: tuple[Tensor | None, ...], like: Tensor | None) -> Tensor | None
     return torch.stack([part.to(wide) for part in parts if part is not None]).sum(0).to(like.dtype)
 
 
-def _differentiable_backward(dy, x, seeds, options: Options, tensors, needs):
-    """The same gradients through plain ops: they can be differentiated, and taken for many dy at once."""
-    create_graph = torch.is_grad_enabled()
+def _textbook_backward(dy, x, seeds, options: Options, tensors, needs):
+    """The same gradients through plain torch ops."""
     row, seed, p = _hidden(seeds, options)
 
     def through(product: Product, x: Tensor) -> Tensor:
@@ -234,16 +233,13 @@ def _differentiable_backward(dy, x, seeds, options: Options, tensors, needs):
         x = x if product.seed is None else x * noise(product.seed, len(x), x.shape[1], product.p, x.dtype)
         return y + product.scale * F.linear(F.linear(x, product.a), product.b)
 
-    with torch.enable_grad():
-        inputs: list = [None if t is None else t.view_as(t) for t in (x, *tensors)]  # cut from how they arose
-        up, down, gate = _products(inputs[0], seeds, options, inputs[1:])
-        pre = through(up, inputs[0])
-        h = row(pre) if gate is None else row(through(gate, inputs[0])) * pre
-        y = through(
+    def block(x: Tensor, *tensors: Tensor | None) -> Tensor:
+        up, down, gate = _products(x, seeds, options, tensors)
+        pre = through(up, x)
+        h = row(pre) if gate is None else row(through(gate, x)) * pre
+        return through(
             down, h if seed is None else h * _passes(options).noise(seed, len(h), h.shape[1], p, h.dtype)
         )
-    needs = (needs[0], *needs[3:])
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
-    dx, *rest = (next(found) if need else None for need in needs)
+
+    dx, *rest = autograd_gradients(block, (x, *tensors), (needs[0], *needs[3:]), dy)
     return dx, None, None, *rest
