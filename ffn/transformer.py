@@ -206,39 +206,27 @@ class Transformer(nn.Module):
             ValueError: no (B, T), a window that is too long, a token outside the vocabulary, token types but
                 no table, or positions, a mask or a cache that do not fit. TypeError: a mask of floats.
         """
-        blocks = self.blocks
+        c, blocks = self.config, self.blocks
         if cache is not None and len(cache) != len(blocks):
             raise ValueError(f"cache wants one LayerCache a block, {len(blocks)} of them; got {len(cache)}")
         start = cache[0].length if cache else 0
         S = start + tokens.shape[-1] if tokens.ndim == 2 else 0
-        if tokens.ndim != 2 or self.config.max_seq_len < S:
+        if tokens.ndim != 2 or c.max_seq_len < S:
             held = f" after {start} cached" if start else ""
             raise ValueError(
-                f"Transformer wants tokens (B, T) with T <= {self.config.max_seq_len}; got "
+                f"Transformer wants tokens (B, T) with T <= {c.max_seq_len}; got "
                 f"{tuple(tokens.shape)}{held}; cut the sequence or build with a larger max_seq_len"
             )
         mask = None
         if attention_mask is not None:
             attention_mask = _real(attention_mask, (tokens.shape[0], S))
-            mask = padding_mask(attention_mask, S - start, self.config.causal)
+            mask = padding_mask(attention_mask, S - start, c.causal)
         if positions is not None:
-            rows = {
-                1: (tokens.shape[1:],),
-                2: (tokens.shape, (1, S - start)),
-            }  # export guards what is compared
-            if positions.shape not in rows.get(positions.ndim, ()):
-                like, got = tuple(tokens.shape), tuple(positions.shape)
-                raise ValueError(f"positions want (T) or (B, T) of the tokens, which are {like}; got {got}")
-        elif self.config.position != "none":
-            if self.config.pad_token_id is not None:
-                found = tokens != self.config.pad_token_id
-                positions = torch.where(found, found.cumsum(-1) - 1, -1)
-            elif attention_mask is None:
-                positions = torch.arange(start, S, device=tokens.device)
-            else:
-                positions = (attention_mask.cumsum(-1) - 1).clamp_(min=0)[:, start:]
+            _check_positions(positions, tokens)
+        elif c.position != "none":
+            positions = _positions(tokens, start, attention_mask, c.pad_token_id)
         x = self.embedding(tokens, positions, token_types)
-        rotary, c = None, self.config
+        rotary = None
         if c.position == "rotary" and positions is not None:
             rotary = rotary_tables(positions, c.rope_channels, c.rope_base, c.rotary_scaling)
         for i, block in enumerate(blocks):
@@ -290,6 +278,23 @@ class Transformer(nn.Module):
 
     def _table(self) -> Tensor | None:
         return self.embedding.weight if self.config.tie_embeddings else None
+
+
+def _check_positions(positions: Tensor, tokens: Tensor) -> None:
+    shapes = {1: (tokens.shape[1:],), 2: (tokens.shape, (1, tokens.shape[1]))}
+    if positions.shape not in shapes.get(positions.ndim, ()):  # only its own rank's: export guards the others
+        like, got = tuple(tokens.shape), tuple(positions.shape)
+        raise ValueError(f"positions want (T) or (B, T) of the tokens, which are {like}; got {got}")
+
+
+def _positions(tokens: Tensor, start: int, real: Tensor | None, pad_token_id: int | None) -> Tensor:
+    """The place of each token behind `start` cached ones: (T), or (B, T) where not all of (B, S) are real."""
+    if pad_token_id is not None:
+        found = tokens != pad_token_id
+        return torch.where(found, found.cumsum(-1) - 1, -1)
+    if real is None:
+        return torch.arange(start, start + tokens.shape[1], device=tokens.device)
+    return (real.cumsum(-1) - 1).clamp_(min=0)[:, start:]
 
 
 def _real(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
