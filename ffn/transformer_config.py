@@ -14,6 +14,7 @@ from ffn.nn.head import check_head_activation
 from ffn.nn.init import check_init
 from ffn.nn.rotary import Linear, Llama3, Scaling, Yarn
 from ffn.ops.arguments import check_options
+from ffn.ops.dropout import check_probability
 
 _POSITIVE = (
     "vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "max_seq_len",
@@ -98,8 +99,7 @@ class TransformerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: want 0 or more")
         for name in ("dropout", "ffn_dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)}: want a probability in [0, 1)")
+            check_probability(name, getattr(self, name))
         check_options(activations.resolve(self.activation), 0.0, self.save, self.chunk_tokens, "auto")
         check_init(self.init)
         check_heads(self.dim, self.num_heads, self.num_kv_heads, self.head_dim)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ffn import activations, ops
 from ffn.ops.arguments import check_size
+from ffn.ops.dropout import check_probability
 
 Pooling = Literal["first", "mean", "last"]
 Transform = Literal["tanh", "relu"]
@@ -57,8 +58,7 @@ class ClassifierHead(nn.Module):
         check_size("num_classes", num_classes)
         if transform not in (None, *get_args(Transform)):
             raise ValueError(f"transform={transform!r}: want {' or '.join(get_args(Transform))}, or None")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout={dropout}: want a probability in [0, 1)")
+        check_probability("dropout", dropout)
         self.transform, self.dropout = transform, dropout
         self.dense = nn.Linear(dim, dim, device=device, dtype=dtype) if transform is not None else None
         self.out_proj = nn.Linear(dim, num_classes, bias=bias, device=device, dtype=dtype)
