@@ -220,10 +220,9 @@ def padding_mask(real: Tensor, T: int, causal: bool) -> Tensor:
     allowed = real[:, None, None, :].expand(-1, 1, T, S)
     if T == 1:
         return allowed
-    if causal:
-        allowed = allowed & causal_mask(T, S, real.device)
-    itself = torch.ones(T, S, dtype=torch.bool, device=real.device)
-    return allowed | (itself.tril(S - T) & itself.triu(S - T))
+    seen = causal_mask(T, S, real.device)
+    itself = seen.triu(S - T)
+    return (allowed & seen if causal else allowed) | itself
 
 
 def attend_in_full(

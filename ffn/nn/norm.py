@@ -57,11 +57,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None = 1e-5) -> Tensor:
     Returns:
         (..., D) in x's dtype.
     """
-    plain = (torch.float32, torch.float64)
     if (
         x.device.type == "cpu"  # elsewhere torch has a fused kernel, and a compiler writes its own
         and x.dtype == weight.dtype
-        and x.dtype in plain
+        and x.dtype in (torch.float32, torch.float64)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not library.needs_textbook()
