@@ -26,8 +26,8 @@ def check_options(row: Activation, p: float, save: str, chunk_tokens: int | None
         raise ValueError(f"save={save!r}: want one of {', '.join(SAVES)}")
     if chunk_tokens is not None:
         check_size("chunk_tokens", chunk_tokens)
-    if chunk_tokens is not None and save != "input":
-        raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want save='input'")
+        if save != "input":
+            raise ValueError(f"chunk_tokens={chunk_tokens} with save={save!r}: want save='input'")
     if backend == "triton" and row.formula is None:
         raise ValueError(f"backend='triton': no kernel has {row.name}; use 'auto', or a row of the table")
     if save != "preact" and (row.formula is None or backend == "reference"):
@@ -63,8 +63,8 @@ def explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate_
     want |= {"gate_bias": (H,), "up_bias": (H,), "down_bias": (out,)}
     names = given.keys() | {"gate"} if row.gated else given.keys() - {"gate", "gate_bias"}
     want = {name: shape for name, shape in want.items() if name in names}
-    fits = x.ndim > 0 and x.shape[-1] == D and want.keys() == given.keys()
-    if not fits or any(tuple(given[name].shape) != shape for name, shape in want.items()):
+    shapes = {name: tuple(t.shape) for name, t in given.items()}
+    if not x.ndim or x.shape[-1] != D or shapes != want:
         rule = ", ".join(f"{name} {_shape(shape)}" for name, shape in want.items())
         came = ", ".join(f"{name} {_shape(t.shape)}" for name, t in got.items())
         if row.gated and gate is None:
@@ -82,13 +82,13 @@ def explain_misfit(row: Activation, x, up, down, gate, up_bias, down_bias, gate_
 
 def named(x, up, down, gate, up_bias, down_bias, gate_bias) -> dict:
     """What was given, by its name; TypeError for what is no tensor."""
-    named = {"x": x, "gate": gate, "up": up, "down": down}
-    named |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-    for name, t in named.items():
+    given = {"x": x, "gate": gate, "up": up, "down": down}
+    given |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    for name, t in given.items():
         if not isinstance(t, Tensor) and (t is not None or name in ("x", "up", "down")):
             kind = f"{type(t).__module__}.{type(t).__name__}".removeprefix("builtins.")
             raise TypeError(f"feed_forward: {name} is a {kind}; want a Tensor") from None
-    return {name: t for name, t in named.items() if t is not None}
+    return {name: t for name, t in given.items() if t is not None}
 
 
 def _shape(shape) -> str:
