@@ -17,7 +17,7 @@ def test_the_mask_is_philoxs(device: torch.device, seed: int) -> None:
     ones, key = torch.ones(SHAPE, device=device), torch.tensor([seed], device=device)
     for row, col in STARTS:
         for p in (0.1, 0.5):
-            ours = torch.ops.ffn.act(ones, None, None, None, key, "identity", p, row, col)
+            ours = torch.ops.ffn.act(ones, None, key, "identity", p, row, col)
             assert torch.equal(ours.cpu(), factors(seed, p, *SHAPE, row, col))
 
 

@@ -51,8 +51,8 @@ def test_more_elements_than_31_bits_count(device: torch.device) -> None:
     pre, dh = (torch.randn(N, H, dtype=BF16, device=device) for _ in range(2))
     rows = [0, 2**31 // H - 1, 2**31 // H, N - 1]
     given, seed = dh[rows].cpu(), torch.tensor([11], device=device)
-    h = torch.ops.ffn.act(pre, None, None, None, seed, name, p, 0, 0)
-    dpre, *_ = torch.ops.ffn.dact_(dh, pre, None, None, None, seed, name, p, 0, 0, True, True)
+    h = torch.ops.ffn.act(pre, None, seed, name, p, 0, 0)
+    dpre, *_ = torch.ops.ffn.dact_(dh, pre, None, seed, name, p, 0, 0, True, True)
     noise = torch.cat([factors(11, p, 1, H, row) for row in rows])
     exact = middle(TABLE[name], given, pre[rows].cpu(), None, noise, F64)
     torch.testing.assert_close(h[rows].cpu(), exact.h.to(BF16))

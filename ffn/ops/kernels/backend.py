@@ -89,7 +89,7 @@ def activate(
     activation: Activation, seed: Tensor | None, p: float, row_start: int,
 ) -> Tensor:  # fmt: skip
     """h (N, H) from the preactivations."""
-    return act.op(pre, pre_gate, None, None, seed, activation.name, p, row_start, 0)
+    return act.op(pre, pre_gate, seed, activation.name, p, row_start, 0)
 
 
 def dactivate_(
@@ -97,7 +97,7 @@ def dactivate_(
     activation: Activation, seed: Tensor | None, p: float, row_start: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(dpre, dpre_gate, h), each (N, H); overwrites dh, which becomes h."""
-    found = dact.op(dh, pre, pre_gate, None, None, seed, activation.name, p, row_start, 0, True, False)
+    found = dact.op(dh, pre, pre_gate, seed, activation.name, p, row_start, 0, True, False)
     return found[0], None if pre_gate is None else found[1], dh
 
 
@@ -113,7 +113,7 @@ def linear_dact(
     if tiling is None:
         h = dy @ down  # dh, which becomes h
         dpre, dpre_gate, dbias, dgate_bias = dact.op(
-            h, pre, pre_gate, None, None, seed, activation.name, p, row_start, 0, need_down, sums
+            h, pre, pre_gate, seed, activation.name, p, row_start, 0, need_down, sums
         )
     else:
         dpre, dpre_gate, h, dbias, dgate_bias = fused_backward.op(
@@ -135,4 +135,4 @@ def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_
 
 def drop(x: Tensor, seed: Tensor, p: float, row_start: int = 0) -> Tensor:
     """x (rows, cols) times these factors."""
-    return act.op(x, None, None, None, seed, "identity", p, row_start, 0)
+    return act.op(x, None, seed, "identity", p, row_start, 0)

@@ -16,7 +16,6 @@ from ffn.ops.kernels.language import (
     formula,
     kept,
     nothing,
-    rounded,
     rows_of,
     scale,
     threshold,
@@ -35,12 +34,10 @@ def stretch(N: int, H: int) -> int:
 
 @triton.jit(do_not_specialize=["N", "row_start", "col_start", "least"])
 def _dact(
-    dh_ptr, pre_ptr, gate_ptr, bias_ptr, gate_bias_ptr,
-    dpre_ptr, dgate_ptr, sums_ptr, gate_sums_ptr, seed_ptr,
+    dh_ptr, pre_ptr, gate_ptr, dpre_ptr, dgate_ptr, sums_ptr, gate_sums_ptr, seed_ptr,
     N, H, dh_stride, pre_stride, gate_stride, row_start, col_start, least, factor,
-    FORMULA: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, KEEP_H: tl.constexpr, SUMS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STRETCH: tl.constexpr,
+    FORMULA: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, KEEP_H: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     first, col = tl.program_id(0).to(tl.int64) * STRETCH, tl.program_id(1) * COLS
     cols = col + tl.arange(0, COLS)[None, :]
@@ -52,15 +49,11 @@ def _dact(
         inside = (rows < N) & (cols < H)
         x = tl.load(pre_ptr + rows * pre_stride + cols, inside, 0.0).to(tl.float32)
         dh = tl.load(dh_ptr + rows * dh_stride + cols, inside, 0.0).to(tl.float32)
-        if BIAS:
-            x = rounded(x + tl.load(bias_ptr + cols, cols < H, 0.0).to(tl.float32), dtype)
         if DROPOUT:
             keep = kept(seed_ptr, row_start + row, col_start + col, least, ROWS, COLS)
             dh = tl.where(keep, dh * factor, 0.0)
         if GATED:
             gate = tl.load(gate_ptr + rows * gate_stride + cols, inside, 0.0).to(tl.float32)
-            if GATE_BIAS:
-                gate = rounded(gate + tl.load(gate_bias_ptr + cols, cols < H, 0.0).to(tl.float32), dtype)
             value, slope = FORMULA(gate)
             h, dpre, dgate = value * x, dh * value, dh * x * slope
             tl.store(dgate_ptr + rows * H + cols, dgate.to(dtype), inside)
@@ -82,12 +75,11 @@ def _dact(
 
 
 def dact_(
-    dh, pre, gate, bias, gate_bias, seed, activation: str, p: float, row_start: int, col_start: int,
-    keep_h: bool, sums: bool,
+    dh, pre, gate, seed, activation: str, p: float, row_start: int, col_start: int, keep_h: bool, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dpre, dgate, dbias, dgate_bias), the last two in float32; dh becomes h where keep_h asks for it."""
     check_offset(col_start)
-    pre, gate, bias, gate_bias = map(rows_of, (pre, gate, bias, gate_bias))
+    pre, gate = rows_of(pre), rows_of(gate)
     assert dh.stride(1) == 1
     (N, H), gated = pre.shape, gate is not None
     dpre = torch.empty(N, H, dtype=pre.dtype, device=pre.device)
@@ -97,12 +89,11 @@ def dact_(
     parts = dpre.new_empty(1 + gated, stretches, H, dtype=torch.float32) if sums else None
     if dpre.numel() > 0:
         _dact[stretches, triton.cdiv(H, COLS)](
-            dh, pre, gate, bias, gate_bias, dpre, dgate if gated else None,
+            dh, pre, gate, dpre, dgate if gated else None,
             None if parts is None else parts[0], parts[1] if parts is not None and gated else None, seed,
             N, H, dh.stride(0), pre.stride(0), 0 if gate is None else gate.stride(0),
             row_start, col_start, threshold(p), scale(p), formula(activation),
-            gated, bias is not None, gate_bias is not None, seed is not None, keep_h, sums,
-            ROWS, COLS, rows, num_warps=4, enable_fp_fusion=True,
+            gated, seed is not None, keep_h, sums, ROWS, COLS, rows, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if parts is None:
         return dpre, dgate, float32_nothing(dpre), float32_nothing(dpre)
@@ -110,9 +101,7 @@ def dact_(
     return dpre, dgate, found[0], found[1].clone() if gated else float32_nothing(dpre)
 
 
-def _fake(
-    dh, pre, gate, bias, gate_bias, seed, activation, p, row_start, col_start, keep_h, sums
-):  # fmt: skip
+def _fake(dh, pre, gate, seed, activation, p, row_start, col_start, keep_h, sums):
     dpre, H = pre.new_empty(pre.shape), pre.shape[1]
     wide = pre.new_empty(H if sums else 0, dtype=torch.float32)
     gate_wide = pre.new_empty(H if sums and gate is not None else 0, dtype=torch.float32)
@@ -120,9 +109,8 @@ def _fake(
 
 
 op = library.define(
-    "dact_(Tensor(a!) dh, Tensor pre, Tensor? gate, Tensor? bias, Tensor? gate_bias, Tensor? seed, "
-    "str activation, float p, SymInt row_start, SymInt col_start, bool keep_h, bool sums) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "dact_(Tensor(a!) dh, Tensor pre, Tensor? gate, Tensor? seed, str activation, float p, SymInt row_start, "
+    "SymInt col_start, bool keep_h, bool sums) -> (Tensor, Tensor, Tensor, Tensor)",
     dact_,
     fake=_fake,
 )

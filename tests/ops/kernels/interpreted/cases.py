@@ -16,25 +16,23 @@ SEED = -(2**40) - 3
 
 
 class Case(NamedTuple):
-    """What `act` and `dact_` take, preactivations (N, H) before their biases; None for what a form lacks."""
+    """What `act` and `dact_` take; None for what a form lacks."""
 
     name: str
     dh: Tensor
     pre: Tensor
     gate: Tensor | None
-    bias: Tensor | None
-    gate_bias: Tensor | None
     seed: Tensor | None
     p: float
     row_start: int
     col_start: int
 
     def saved(self) -> list[Tensor]:
-        return [t for t in (self.pre, self.gate, self.bias, self.gate_bias, self.seed) if t is not None]
+        return [t for t in (self.pre, self.gate, self.seed) if t is not None]
 
     def act(self) -> Tensor:
-        _, _, *rest = self
-        return act.op(self.pre, *rest[1:5], self.name, *rest[5:])
+        _, _, *tensors, p, row_start, col_start = self
+        return act.op(*tensors, self.name, p, row_start, col_start)
 
     def dact(self, dh: Tensor, keep_h: bool = True, sums: bool = True) -> list[Tensor]:
         _, _, *tensors, p, row_start, col_start = self
@@ -46,9 +44,7 @@ class Case(NamedTuple):
 
     def textbook(self, dtype: torch.dtype) -> Results:
         """h and the gradients in dtype, from preactivations rounded to their storage type."""
-        gate = self.gate if self.gate_bias is None or self.gate is None else self.gate + self.gate_bias
-        pre = self.pre if self.bias is None else self.pre + self.bias
-        return middle(TABLE[self.name], self.dh, pre, gate, self.noise(), dtype)
+        return middle(TABLE[self.name], self.dh, self.pre, self.gate, self.noise(), dtype)
 
 
 def draw(
@@ -56,19 +52,14 @@ def draw(
     shape: tuple[int, int],
     dtype: torch.dtype = F32,
     *,
-    bias: bool = True,
     p: float = 0.3,
     seed: int = SEED,
     start: tuple[int, int] = (0, 0),
 ) -> Case:
     """A case whose matrices are views of larger buffers filled with NaN."""
-    gated, H = TABLE[name].gated, shape[1]
     dh, pre, gate = (embedded(torch.randn(shape).to(dtype)) for _ in range(3))
-    offset, gate_offset = (torch.randn(H).to(dtype) if bias else None for _ in range(2))
-    return Case(
-        name, dh, pre, gate if gated else None, offset, gate_offset if gated else None,
-        torch.tensor([seed]) if p > 0.0 else None, p, *start,
-    )  # fmt: skip
+    seeds = torch.tensor([seed]) if p > 0.0 else None
+    return Case(name, dh, pre, gate if TABLE[name].gated else None, seeds, p, *start)
 
 
 @st.composite
@@ -78,7 +69,6 @@ def cases(choose, most_rows: int) -> Case:
         choose(st.sampled_from(NAMES)),
         (choose(st.integers(1, most_rows)), choose(st.integers(1, 70))),
         choose(st.sampled_from(DTYPES)),
-        bias=choose(st.booleans()),
         p=choose(st.sampled_from([0.0, 0.01, 0.5, 0.9])),
         seed=choose(st.integers(-(2**63), 2**63 - 1)),
         start=(choose(st.integers(0, 2**34)), 4 * choose(st.integers(0, 2**20))),

@@ -80,7 +80,7 @@ class Results(NamedTuple):
 def middle(
     row: Activation, dh: Tensor, pre: Tensor, gate: Tensor | None, noise: Tensor, dtype: torch.dtype
 ) -> Results:
-    """The table's formula in dtype, from preactivations that have their biases to h, and back from dh."""
+    """The table's formula in dtype, from preactivations to h, and back from dh."""
     pre, dh, noise = pre.to(dtype), dh.to(dtype) * noise.to(dtype), noise.to(dtype)
     if gate is None:
         h, slope = row.formula(pre)

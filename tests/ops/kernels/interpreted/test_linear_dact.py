@@ -62,7 +62,7 @@ class Case(NamedTuple):
     def apart(self) -> Results:
         """The same in two passes, with dh in memory between them."""
         h, rest = self.dy @ self.down, (self.name, self.p, self.row_start, self.col_start)
-        found = torch.ops.ffn.dact_(h, self.pre, self.gate, None, None, self.seed, *rest, True, True)
+        found = torch.ops.ffn.dact_(h, self.pre, self.gate, self.seed, *rest, True, True)
         return Results(h, *found)
 
 
