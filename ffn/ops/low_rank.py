@@ -153,7 +153,7 @@ class Product(NamedTuple):
 
 
 def _products(x, seeds, options: Options, tensors) -> tuple[Product, Product, Product | None]:
-    """Up, down and gate, the latter None where there is none."""
+    """Up, down and gate; None for the gate of a plain block."""
     cast: list = [None if t is None else t.to(x.dtype) for t in tensors]
     weights, biases, a, b = cast[:3], cast[3:6], cast[6::2], cast[7::2]
     onednn = dispatch.choose("eager", x.device, x.dtype).onednn
@@ -168,7 +168,7 @@ def _products(x, seeds, options: Options, tensors) -> tuple[Product, Product, Pr
 
 
 def _passes(options: Options) -> ModuleType:
-    """The backend of what lies between the products, in backward forward's."""
+    """The backend of what lies between the products: in backward the one that forward took."""
     return dispatch.MODULES[options.backend]
 
 
@@ -196,17 +196,13 @@ def _backward(dy, x, seeds, options: Options, tensors, needs, pre, pre_gate):
                 pre, pre_gate = up.forward(x_c, start), gate and gate.forward(x_c, start)
             dh = down.input_gradient(dy_c, start)
             dpre, dpre_gate, h = _passes(options).dactivate_(dh, pre, pre_gate, *hidden, start)
-            part = [
-                *up.factor_gradients(dpre, x_c, start),
-                *down.factor_gradients(dy_c, h, start),
-                None,
-                None,
-            ]
+            dup, ddown = up.factor_gradients(dpre, x_c, start), down.factor_gradients(dy_c, h, start)
+            dgate = None, None
             dx = up.input_gradient(dpre, start) if needs[0] else None
             if gate is not None and dpre_gate is not None:
-                part[4:] = gate.factor_gradients(dpre_gate, x_c, start)
+                dgate = gate.factor_gradients(dpre_gate, x_c, start)
                 dx = None if dx is None else gate.input_gradient(dpre_gate, start, out=dx)
-            parts.append([dx, *part])
+            parts.append([dx, *dup, *ddown, *dgate])
     dx, *dfactors = zip(*parts, strict=True)
     dx = torch.cat(dx) if needs[0] else None
     return dx, *(None,) * 8, *(_sum(d, t) for d, t in zip(dfactors, tensors[6:], strict=True))
