@@ -236,8 +236,8 @@ def attend_in_full(
 ) -> Tensor:
     """softmax(scale q k^T) v from the whole matrix of scores, with dropout on the weights and a soft cap.
 
-    For the CPU, where torch's fused attention knows no dropout: it takes this road too, with a slower dropout
-    that keeps its mask. And for soft caps, which it knows nowhere.
+    For dropout on the CPU, where torch's scaled_dot_product_attention has no fused kernel either, and its
+    dropout is slower and keeps its mask; and for soft caps, which it has nowhere.
     """
     B, Q, T, C = q_BQTC.shape
     group = Q // k_BGSC.shape[1]

@@ -22,7 +22,6 @@ from ffn.ops.mask import noise as noise
 # F.linear hands to oneDNN too, only by the saved pass over the output.
 _WORTH_ONEDNN = {torch.float32: 1 << 23, torch.bfloat16: 1 << 28}
 
-
 # The terms that oneDNN may add up in a row in float32. Its rounding grows with their number and MKL's, which
 # adds 192 at a time, does not: 1.3 to 1.7 times MKL's at 384, from 512 on twice and more.
 _LONGEST_SUM = 384

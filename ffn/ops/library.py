@@ -18,7 +18,8 @@ _thread = _Thread()
 
 
 def _enter_context(device: torch.device) -> None:
-    """In a new thread, as autograd's is, the copy engine is described before anything has set the context."""
+    """Set the CUDA context of a new thread, as autograd's is: a kernel's tensor descriptors are made before
+    the first launch would set it."""
     if device not in _thread.devices:
         torch.cuda.mem_get_info(device)
         _thread.devices.add(device)
@@ -72,7 +73,8 @@ def autocasts(x: torch.Tensor) -> bool:
 
 
 def is_transposed(weight: torch.Tensor) -> bool:
-    """Whether a weight (out, in) is kept as (in, out), as GPT-2's are; autograd copies other gradients."""
+    """Whether a weight (out, in) lies in memory as (in, out), as GPT-2's do: a gradient laid out otherwise
+    than its weight is copied by autograd."""
     return weight.stride(0) == 1 < weight.stride(1)
 
 
