@@ -66,8 +66,8 @@ def _sum(total, bias, TOKENS: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def _decode(
-    x_ptr, up_ptr, gate_up_ptr, bias_ptr, gate_bias_ptr, h_ptr,
-    N, D, H, x_stride, up_stride, gate_up_stride,
+    x_ptr, up_ptr, gate_w_ptr, bias_ptr, gate_bias_ptr, h_ptr,
+    N, D, H, x_stride, up_stride, gate_w_stride,
     FORMULA: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
     EVEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def _decode(
         x = tl.load(x_ptr + tokens * x_stride + cols, of_x, 0.0)
         pre = _more(pre, x, tl.load(up_ptr + rows * up_stride + cols, of_w, 0.0), TOKENS)
         if GATED:
-            gate = _more(gate, x, tl.load(gate_up_ptr + rows * gate_up_stride + cols, of_w, 0.0), TOKENS)
+            gate = _more(gate, x, tl.load(gate_w_ptr + rows * gate_w_stride + cols, of_w, 0.0), TOKENS)
     pre = _sum(pre, bias, TOKENS, dtype)
     if GATED:
         value, _ = FORMULA(_sum(gate, gate_bias, TOKENS, dtype))
@@ -98,23 +98,23 @@ def _decode(
     tl.store(h_ptr + tokens * H + units, h.to(dtype), (tokens < N) & (units < H))
 
 
-def decode(x, up, gate_up, bias, gate_bias, activation: str) -> Tensor:
-    """h (N, H) of x (N, D) and up, gate_up (H, D); for inference: nothing is kept.
+def decode(x, up, gate_w, bias, gate_bias, activation: str) -> Tensor:
+    """h (N, H) of x (N, D) and up, gate_w (H, D); for inference: nothing is kept.
 
     Raises:
         ValueError: more tokens than a program holds.
     """
-    (N, D), H, gated = x.shape, up.shape[0], gate_up is not None
+    (N, D), H, gated = x.shape, up.shape[0], gate_w is not None
     if N > MOST_TOKENS:
         raise ValueError(f"ffn::decode wants x (up to {MOST_TOKENS}, D), got {N, D}: take ffn::linear_act")
     h = torch.empty(N, H, dtype=x.dtype, device=x.device)
     if h.numel() == 0:
         return h
-    x, up, gate_up, bias, gate_bias = map(rows_of, (x, up, gate_up, bias, gate_bias))
-    strides = x.stride(0), up.stride(0), gate_up.stride(0) if gated else 0
+    x, up, gate_w, bias, gate_bias = map(rows_of, (x, up, gate_w, bias, gate_bias))
+    strides = x.stride(0), up.stride(0), gate_w.stride(0) if gated else 0
     t = tile(N, H, x.itemsize, gated, aligned=all(size % 16 == 0 for size in (D, *strides)))
     _decode[(triton.cdiv(H, t.rows),)](
-        x, up, gate_up, bias, gate_bias, h,
+        x, up, gate_w, bias, gate_bias, h,
         N, D, H, *strides, formula(activation), gated, bias is not None, gate_bias is not None,
         D % t.depth == 0, t.tokens, t.rows, t.depth, STAGES, num_warps=t.warps, enable_fp_fusion=True,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def decode(x, up, gate_up, bias, gate_bias, activation: str) -> Tensor:
 
 
 op = library.define(
-    "decode(Tensor x, Tensor up, Tensor? gate_up, Tensor? bias, Tensor? gate_bias, str activation) -> Tensor",
+    "decode(Tensor x, Tensor up, Tensor? gate_w, Tensor? bias, Tensor? gate_bias, str activation) -> Tensor",
     decode,
-    fake=lambda x, up, gate_up, bias, gate_bias, activation: x.new_empty(x.shape[0], up.shape[0]),
+    fake=lambda x, up, gate_w, bias, gate_bias, activation: x.new_empty(x.shape[0], up.shape[0]),
 )

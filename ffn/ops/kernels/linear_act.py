@@ -59,7 +59,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["N", "row_start", "col_start", "least"])
 def _linear_act(
-    x_desc, up_desc, gate_up_desc, pre_desc, gate_desc, h_desc, bias_ptr, gate_bias_ptr, seed_ptr,
+    x_desc, up_desc, gate_w_desc, pre_desc, gate_desc, h_desc, bias_ptr, gate_bias_ptr, seed_ptr,
     N, D, H, row_start, col_start, least, factor,
     FORMULA: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, KEEP_PRE: tl.constexpr,
@@ -73,7 +73,7 @@ def _linear_act(
         x = x_desc.load([row, k])
         pre = tl.dot(x, up_desc.load([col, k]).T, pre, input_precision="ieee")
         if GATED:
-            gate = tl.dot(x, gate_up_desc.load([col, k]).T, gate, input_precision="ieee")
+            gate = tl.dot(x, gate_w_desc.load([col, k]).T, gate, input_precision="ieee")
     WIDTH: tl.constexpr = COLS // PARTS
     pres, gates = pieces(pre, PARTS), pieces(gate, PARTS)
     for part in tl.static_range(PARTS):
@@ -85,13 +85,13 @@ def _linear_act(
 
 
 def linear_act(
-    x, up, gate_up, bias, gate_bias, seed, activation: str, p: float, row_start: int, col_start: int,
+    x, up, gate_w, bias, gate_bias, seed, activation: str, p: float, row_start: int, col_start: int,
     keep_pre: bool, tiling: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(h, pre, gate), each (N, H); the last two only where keep_pre asks for them."""
     check_offset(col_start)
     bias, gate_bias, t = rows_of(bias), rows_of(gate_bias), Tiling(*tiling)
-    (N, D), H, gated = x.shape, up.shape[0], gate_up is not None
+    (N, D), H, gated = x.shape, up.shape[0], gate_w is not None
     h = torch.empty(N, H, dtype=x.dtype, device=x.device)
     pre = torch.empty_like(h) if keep_pre else nothing(h)
     gate = torch.empty_like(h) if keep_pre and gated else nothing(h)
@@ -103,7 +103,7 @@ def linear_act(
     weights = [t.cols, t.depth]
     _linear_act[grid](
         TensorDescriptor.from_tensor(x, inner), TensorDescriptor.from_tensor(up, weights),
-        TensorDescriptor.from_tensor(gate_up, weights) if gated else None,
+        TensorDescriptor.from_tensor(gate_w, weights) if gated else None,
         TensorDescriptor.from_tensor(pre, outer) if keep_pre else None,
         TensorDescriptor.from_tensor(gate, outer) if keep_pre and gated else None,
         result, bias, gate_bias, seed,
@@ -116,15 +116,15 @@ def linear_act(
 
 
 def _fake(
-    x, up, gate_up, bias, gate_bias, seed, activation, p, row_start, col_start, keep_pre, tiling
+    x, up, gate_w, bias, gate_bias, seed, activation, p, row_start, col_start, keep_pre, tiling
 ):  # fmt: skip
     shape = x.shape[0], up.shape[0]
     h, pre = x.new_empty(shape), x.new_empty(shape if keep_pre else 0)
-    return h, pre, x.new_empty(shape if keep_pre and gate_up is not None else 0)
+    return h, pre, x.new_empty(shape if keep_pre and gate_w is not None else 0)
 
 
 op = library.define(
-    "linear_act(Tensor x, Tensor up, Tensor? gate_up, Tensor? bias, Tensor? gate_bias, Tensor? seed, "
+    "linear_act(Tensor x, Tensor up, Tensor? gate_w, Tensor? bias, Tensor? gate_bias, Tensor? seed, "
     "str activation, float p, SymInt row_start, SymInt col_start, bool keep_pre, int[] tiling) "
     "-> (Tensor, Tensor, Tensor)",
     linear_act,

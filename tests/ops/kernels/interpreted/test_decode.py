@@ -25,7 +25,7 @@ class Arguments(NamedTuple):
 
     x: Tensor
     up: Tensor
-    gate_up: Tensor | None
+    gate_w: Tensor | None
     bias: Tensor | None
     gate_bias: Tensor | None
 
@@ -37,15 +37,15 @@ def draw(name: str, N: int, D: int, H: int, dtype: torch.dtype = F32, bias: bool
     """Matrices are views of larger buffers filled with NaN."""
     gated = TABLE[name].gated
     x = embedded(torch.randn(N, D).to(dtype))
-    up, gate_up = (embedded((torch.randn(H, D) / max(D, 1) ** 0.5).to(dtype)) for _ in range(2))
+    up, gate_w = (embedded((torch.randn(H, D) / max(D, 1) ** 0.5).to(dtype)) for _ in range(2))
     offset, gate_offset = (torch.randn(H).to(dtype) if bias else None for _ in range(2))
-    return Arguments(x, up, gate_up if gated else None, offset, gate_offset if gated else None)
+    return Arguments(x, up, gate_w if gated else None, offset, gate_offset if gated else None)
 
 
 def textbook(name: str, arguments: Arguments, dtype: torch.dtype) -> Tensor:
-    x, up, gate_up, bias, gate_bias = (None if t is None else t.to(dtype) for t in arguments)
+    x, up, gate_w, bias, gate_bias = (None if t is None else t.to(dtype) for t in arguments)
     pre = linear(x, up, bias)
-    return TABLE[name](pre) if gate_up is None else TABLE[name](linear(x, gate_up, gate_bias)) * pre
+    return TABLE[name](pre) if gate_w is None else TABLE[name](linear(x, gate_w, gate_bias)) * pre
 
 
 def check(name: str, arguments: Arguments) -> Tensor:
@@ -116,7 +116,7 @@ def test_columns_that_lie_apart_and_halves_of_one_packed_weight(N: int) -> None:
     check("swiglu", apart)
     check("swiglu", arguments._replace(x=torch.randn(1, 40).expand(N, 40)))
     for halves in (torch.randn(40, 40).chunk(2), torch.randn(20, 80).chunk(2, 1)):
-        check("swiglu", arguments._replace(gate_up=halves[0], up=halves[1]))
+        check("swiglu", arguments._replace(gate_w=halves[0], up=halves[1]))
 
 
 def test_one_bias_without_the_other() -> None:

@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
     x: Tensor
     up: Tensor
-    gate_up: Tensor | None
+    gate_w: Tensor | None
     bias: Tensor | None
     gate_bias: Tensor | None
     seed: Tensor | None
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
         return [
             product(self.up, self.bias),
-            None if self.gate_up is None else product(self.gate_up, self.gate_bias),
+            None if self.gate_w is None else product(self.gate_w, self.gate_bias),
         ]
 
     def noise(self) -> Tensor:
@@ -84,10 +84,10 @@ def draw(
     """A case of N, D, H whose matrices are views of larger buffers filled with NaN."""
     (N, D, H), gated = sizes, TABLE[name].gated
     x = embedded(torch.randn(N, D).to(dtype))
-    up, gate_up = (embedded((torch.randn(H, D) / D**0.5).to(dtype)) for _ in range(2))
+    up, gate_w = (embedded((torch.randn(H, D) / D**0.5).to(dtype)) for _ in range(2))
     offset, gate_offset = (torch.randn(H).to(dtype) if bias else None for _ in range(2))
     return Case(
-        x, up, gate_up if gated else None, offset, gate_offset if gated else None,
+        x, up, gate_w if gated else None, offset, gate_offset if gated else None,
         torch.tensor([seed]) if p > 0.0 else None, name, p, *start,
     )  # fmt: skip
 
@@ -104,7 +104,7 @@ def check_case(case: Case, tiling: list[int] = TILING, ulps: int = 4) -> None:
             assert ours.numel() == 0
         else:
             check(field, ours, exact, plain, ulps)
-    pre, gate = pres[0], None if case.gate_up is None else pres[1]
+    pre, gate = pres[0], None if case.gate_w is None else pres[1]
     check("h", h, case.h(pre, gate, F64), case.h(pre, gate, F32), ulps)
     assert all(torch.equal(bits(whole(t)), b) for t, b in zip(tensors, before, strict=True))
 
@@ -186,7 +186,7 @@ def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
     expected = case.run()
     rows, cols = slice(3, 20), slice(40, 96)
     shard = case._replace(
-        x=case.x[rows], up=case.up[cols], gate_up=case.gate_up[cols], bias=case.bias[cols],
+        x=case.x[rows], up=case.up[cols], gate_w=case.gate_w[cols], bias=case.bias[cols],
         gate_bias=case.gate_bias[cols], row_start=start[0] + rows.start, col_start=start[1] + cols.start,
     )  # fmt: skip
     check_case(case)

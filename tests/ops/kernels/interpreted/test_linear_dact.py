@@ -152,9 +152,9 @@ def test_h_is_that_of_forward(name: str) -> None:
     for dtype in DTYPES:
         x, up = torch.randn(19, 16).to(dtype), torch.randn(72, 16).to(dtype) / 4
         case = draw(name, dtype=dtype, start=(2**33 + 1, 2**20))
-        gate_up = None if case.gate is None else up.flip(0)
+        gate_w = None if case.gate is None else up.flip(0)
         rest = case.seed, name, case.p, case.row_start, case.col_start
-        h, pre, gate = torch.ops.ffn.linear_act(x, up, gate_up, None, None, *rest, True, TILING)
+        h, pre, gate = torch.ops.ffn.linear_act(x, up, gate_w, None, None, *rest, True, TILING)
         back = case._replace(pre=pre, gate=None if case.gate is None else gate)
         assert torch.equal(bits(back.run().h), bits(h))
 
