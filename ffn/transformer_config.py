@@ -12,7 +12,7 @@ from ffn.nn.block import check_norms
 from ffn.nn.feed_forward import gated_hidden_dim
 from ffn.nn.head import check_head_activation
 from ffn.nn.init import check_init
-from ffn.nn.rotary import Linear, Llama3, Scaling, Yarn
+from ffn.nn.rotary import Interpolation, Llama3, Scaling, Yarn
 from ffn.ops.arguments import check_options
 from ffn.ops.dropout import check_probability
 
@@ -180,7 +180,7 @@ class TransformerConfig:
             amplitude = self.rope_attention_factor or (0.1 * log(factor) + 1.0 if factor > 1 else 1.0)
             fast, slow = self.rope_beta_fast, self.rope_beta_slow
             return Yarn(factor, original, amplitude, fast, slow, self.rope_truncate)
-        return Linear(factor)
+        return Interpolation(factor)
 
     def window(self, layer: int) -> int | None:
         """How many positions back a layer sees; None for all."""

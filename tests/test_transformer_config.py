@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ffn.nn.rotary import Linear, Llama3, Yarn
+from ffn.nn.rotary import Interpolation, Llama3, Yarn
 from ffn.transformer import TransformerConfig
 from tests.models import SMALL, variants
 
@@ -124,7 +124,7 @@ def test_defaults_that_follow() -> None:
 
 
 def test_how_rotary_frequencies_stretch() -> None:
-    assert dataclasses.replace(SMALL, rope_scaling=2.0).rotary_scaling == Linear(2.0)
+    assert dataclasses.replace(SMALL, rope_scaling=2.0).rotary_scaling == Interpolation(2.0)
     llama3 = dataclasses.replace(SMALL, rope_type="llama3", rope_scaling=2.0, rope_high_freq_factor=3.0)
     assert llama3.rotary_scaling == Llama3(2.0, original=12, low=1.0, high=3.0)
     yarn = dataclasses.replace(SMALL, rope_type="yarn", rope_scaling=2.0, rope_original_seq_len=6)

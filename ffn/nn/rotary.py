@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Linear:
-    """Every position divided by `factor`, which fits a model into a window that many times longer.
+class Interpolation:
+    """Every position divided by `factor`, for a window that many times longer; rope_type "linear" in configs.
 
     Source: Chen et al. 2023.
     """
@@ -79,7 +79,7 @@ class Yarn:
         return 2 * pairs * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
-Scaling = Linear | Llama3 | Yarn
+Scaling = Interpolation | Llama3 | Yarn
 
 
 def rotary_tables(
@@ -95,7 +95,7 @@ def rotary_tables(
         channels: of a head that turn, even; C, or fewer of them. Channel i is paired with channel
             i + channels/2, as Llama's weights are (the paper pairs neighbours).
         base: of the geometric row of frequencies; larger turns slower.
-        scaling: how the frequencies are stretched; a number is Linear's factor.
+        scaling: how the frequencies are stretched; a number is Interpolation's factor.
 
     Returns:
         two of (..., T, 1, channels), float32 in any model: [cos, cos] and [-sin, sin].
@@ -109,7 +109,7 @@ def rotary_tables(
         raise ValueError(
             f"rotary positions turn pairs of channels; head_dim={channels} is odd; choose an even one"
         )
-    scaling = Linear(scaling) if isinstance(scaling, int | float) else scaling
+    scaling = Interpolation(scaling) if isinstance(scaling, int | float) else scaling
     places = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device)
     frequencies = scaling.frequencies(base ** (places / channels), base)
     signed = torch.cat((-frequencies, frequencies))  # cos is even and sin odd: this signs only sin

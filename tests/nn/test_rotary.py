@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ffn.nn.attention import rotate
-from ffn.nn.rotary import Linear, Llama3, Yarn, rotary_tables
+from ffn.nn.rotary import Interpolation, Llama3, Yarn, rotary_tables
 
 F64 = torch.float64
 
@@ -81,7 +81,7 @@ def frequencies(scaling, base: float = 10_000.0) -> torch.Tensor:
 
 
 def test_llama3_keeps_fast_turns_and_divides_slow_ones() -> None:
-    plain, stretched = frequencies(Linear()), frequencies(Llama3(8.0, original=256))
+    plain, stretched = frequencies(Interpolation()), frequencies(Llama3(8.0, original=256))
     wavelengths = 2 * math.pi / plain
     fast, slow = wavelengths < 64, wavelengths > 256
     assert fast.any() and slow.any() and not (fast | slow).all()  # noqa: PT018
@@ -93,7 +93,7 @@ def test_llama3_keeps_fast_turns_and_divides_slow_ones() -> None:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_yarn_ramps_over_the_channels(whole: bool) -> None:
-    plain = frequencies(Linear())
+    plain = frequencies(Interpolation())
     scaling = Yarn(4.0, original=256, amplitude=1.0, fast=16.0, slow=1.0, whole=whole)
     stretched = frequencies(scaling)
     turns = 256 * plain / (2 * math.pi)
