@@ -151,6 +151,7 @@ def pack_where_possible(model: nn.Module, kind: type[Packed] = Packed) -> list[n
 
 
 def is_packed(module: nn.Module) -> bool:
+    """Whether this module's own forward reads packed weights; those of its children do not count."""
     return _owner(module) is not None
 
 

@@ -41,6 +41,9 @@ class ClassifierHead(nn.Module):
 
     Shape:
         (..., D) -> (..., num_classes).
+
+    Raises:
+        ValueError: no positive number of classes, no such transform, or a dropout that is no probability.
     """
 
     def __init__(

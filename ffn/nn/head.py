@@ -59,6 +59,12 @@ class Head(nn.Module):
         softcap: bounds the logits; None leaves them.
         transform: a module (..., D) -> (..., D) before the product; None for none.
 
+    Shape:
+        hidden (..., D) -> (..., V); a tied head's calls bring the table (V, D).
+
+    Raises:
+        ValueError: a tied head without the table, or an untied one with it.
+
     Sources: Press, Wolf 2017 for tying; Gemma Team 2024 for the softcap.
     """
 

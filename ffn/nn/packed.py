@@ -112,6 +112,8 @@ def _is_more_than_numbers() -> bool:
 
 
 class PackedBlock(PackedForward):
+    """A FeedForward's, chunk by chunk where the block says so."""
+
     module: FeedForward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ class PackedBlock(PackedForward):
 
 
 class PackedProduct(PackedForward):
-    """Of a weight and a bias."""
+    """What Linears, heads and attentions share: weights with a bias or without, multiplied and no more."""
 
     def copies(self, x: Tensor, tensors: Tensors) -> Packed | None:
         return super().copies(x, tensors) if type(x) is Tensor else None
@@ -161,6 +163,8 @@ class PackedProduct(PackedForward):
 
 
 class PackedLinear(PackedProduct):
+    """A Linear's."""
+
     module: nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
@@ -210,6 +214,9 @@ class PackedAttention(PackedProduct):
 
 
 class PackedHead(PackedProduct):
+    """The product alone: what comes before and behind it is the module's own. A tied head's table comes with
+    the call, so there is no first look that would do for all."""
+
     module: Head
 
     def forward(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
