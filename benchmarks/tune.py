@@ -115,7 +115,7 @@ def runner(case: Case, t: dict[str, Tensor | None]) -> Callable[[], tuple]:
     bias = t["bias"] is not None
     return partial(
         backend.linear_dact,
-        *(t["dy"], t["down"], t["pre"], t["pre_gate"], row, None, 0.0, 0, True, bias, False),
+        *(t["dy"], t["down"], t["pre"], t["pre_gate"], row, None, 0.0, 0, True, bias, False, False),
     )
 
 

@@ -94,8 +94,8 @@ class Activation:
     name: how users ask for it.
     formula: x -> (value, slope), both of x's shape; None for a callable that is not in the table.
     forward: torch's own x -> value; None where the formula serves.
-    backward: torch's own (dvalue, x, grad_input=where to write) -> grad of x; None as above. A named overload
-        of an ATen op spares the search for one at each call.
+    backward: torch's own (dvalue, x, grad_input=where it may write, on either) -> grad of x; None as above. A
+        named overload of an ATen op spares the search for one at each call.
     gated: whether the block multiplies the value with a second product, up.
     """
 
@@ -112,18 +112,21 @@ class Activation:
         assert self.formula is not None
         return self.formula(_widen(x))[0].to(x.dtype)
 
-    def grad_(self, dvalue: Tensor, x: Tensor) -> Tensor:
-        """The gradient of x, dvalue * slope(x), written over dvalue; half precision computes in float32."""
+    def grad(self, dvalue: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        """The gradient of x, dvalue * slope(x), in `out`, which may be either of the two.
+
+        Half precision computes in float32.
+        """
         if self.backward is not None:
-            return self.backward(dvalue, x, grad_input=dvalue)
+            return self.backward(dvalue, x, grad_input=out)
         assert self.formula is not None
-        return dvalue.copy_(self.formula(_widen(x))[1].mul_(dvalue))
+        return out.copy_(self.formula(_widen(x))[1].mul_(dvalue))
 
 
 _aten = torch.ops.aten
 
 PLAIN = [
-    Activation("identity", identity, torch.clone, lambda dvalue, x, grad_input: dvalue),
+    Activation("identity", identity, torch.clone, lambda dvalue, x, grad_input: grad_input.copy_(dvalue)),
     Activation("relu", relu, F.relu, partial(_aten.threshold_backward.grad_input, threshold=0)),
     Activation("leaky_relu", leaky_relu, F.leaky_relu,
                partial(_aten.leaky_relu_backward.grad_input, negative_slope=0.01, self_is_result=False)),
@@ -135,7 +138,8 @@ PLAIN = [
     Activation("silu", silu, F.silu, _aten.silu_backward.grad_input),
     Activation("sigmoid", sigmoid, torch.sigmoid),
     Activation("tanh", tanh, torch.tanh),
-    Activation("mish", mish, F.mish, lambda dvalue, x, grad_input: _aten.mish_backward.default(dvalue, x)),
+    Activation("mish", mish, F.mish,
+               lambda dvalue, x, grad_input: grad_input.copy_(_aten.mish_backward.default(dvalue, x))),
     Activation("softplus", softplus, F.softplus,
                partial(_aten.softplus_backward.grad_input, beta=1, threshold=20)),
 ]  # fmt: skip

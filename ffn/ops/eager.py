@@ -122,21 +122,23 @@ def activate(
 def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
     activation: Activation, seed: Tensor | None, p: float, row_start: int,
-    need_down: bool, need_up_bias: bool, need_gate_bias: bool,
+    need_down: bool, need_up_bias: bool, need_gate_bias: bool, reuse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Back through the second product and the activation: (dpre, dpre_gate, ddown, dup_bias, dgate_bias).
 
-    dpre and dpre_gate (N, H), ddown (O, H), the biases' (H); None for what need_* does not ask for.
+    dpre and dpre_gate (N, H), written over the preactivations if `reuse`; ddown (O, H), the biases' (H); None
+    for what need_* does not ask for.
     """
     if seed is not None:
-        dpre, dpre_gate, h = dactivate_(product(dy, down), pre, pre_gate, activation, seed, p, row_start)
+        dh = product(dy, down)
+        dpre, dpre_gate, h = dactivate_(dh, pre, pre_gate, activation, seed, p, row_start, reuse)
         ddown = weight_gradient(dy, h, down) if need_down else None
     else:
         value = activation(pre if pre_gate is None else pre_gate)
         h = value if pre_gate is None else value * pre
         ddown = weight_gradient(dy, h, down) if need_down else None
         dh = product(dy, down, out=h)  # h is done with
-        dpre, dpre_gate = _through(activation, dh, value, pre, pre_gate)
+        dpre, dpre_gate = _through(activation, dh, value, pre, pre_gate, reuse)
     dup_bias = dpre.sum(0) if need_up_bias else None
     dgate_bias = dpre_gate.sum(0) if need_gate_bias and dpre_gate is not None else None
     return dpre, dpre_gate, ddown, dup_bias, dgate_bias
@@ -144,19 +146,20 @@ def linear_dact(
 
 def dactivate_(
     dh: Tensor, pre: Tensor, pre_gate: Tensor | None,
-    activation: Activation, seed: Tensor | None, p: float, row_start: int,
+    activation: Activation, seed: Tensor | None, p: float, row_start: int, reuse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """(dpre, dpre_gate, h), each (N, H); overwrites dh, which is the caller's own."""
+    """(dpre, dpre_gate, h), each (N, H); overwrites dh and, if `reuse`, the preactivations."""
     value = activation(pre if pre_gate is None else pre_gate)
     h = value if pre_gate is None else value * pre
     if seed is not None:
         drop_((h, dh), seed, p, row_start)  # one mask for both
-    return *_through(activation, dh, value, pre, pre_gate), h
+    return *_through(activation, dh, value, pre, pre_gate, reuse), h
 
 
-def _through(activation, dh, value, pre, pre_gate) -> tuple[Tensor, Tensor | None]:
-    """(dpre, dpre_gate), written over dh and, when gated, over value."""
+def _through(activation, dh, value, pre, pre_gate, reuse: bool) -> tuple[Tensor, Tensor | None]:
+    """(dpre, dpre_gate), written over the preactivations if `reuse`, else over what is done with."""
     if pre_gate is None:
-        return activation.grad_(dh, pre), None
-    dpre = value.mul_(dh)
-    return dpre, activation.grad_(dh.mul_(pre), pre_gate)
+        return activation.grad(dh, pre, out=pre if reuse else dh), None
+    into = pre_gate if reuse else torch.empty_like(dh)
+    dpre_gate = activation.grad(dh, pre_gate, out=into).mul_(pre)
+    return torch.mul(dh, value, out=pre if reuse else value), dpre_gate

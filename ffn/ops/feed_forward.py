@@ -19,7 +19,14 @@ from ffn.activations import Activation
 from ffn.ops import dispatch, reference
 from ffn.ops.arguments import check_options, explain_misfit, fits, named
 from ffn.ops.eager import float32_in_onednn, product, weight_gradient
-from ffn.ops.library import autocasts, autograd_gradients, cast, needs_textbook, wants_autograd
+from ffn.ops.library import (
+    autocasts,
+    autograd_gradients,
+    cast,
+    is_last_reader,
+    needs_textbook,
+    wants_autograd,
+)
 from ffn.ops.mask import draw_seed
 
 TRANSFORMS = "torch.func, forward-mode differentiation or torch.export"
@@ -210,12 +217,14 @@ def _backward(options, choice, needs, dy, x, seed, weights, pre, pre_gate, row_s
     need_x, _, need_up, need_down, need_gate, need_up_bias, need_down_bias, need_gate_bias, _, _ = needs
     backend, row = dispatch.MODULES[choice.backend], activations.TABLE[options.activation]
     dx = dup = ddown = dgate = dup_bias = dgate_bias = None
+    reuse = options.save == "input" or is_last_reader()
     into_hidden = need_x or need_up or need_gate or need_up_bias or need_gate_bias
     if options.save == "input" and (into_hidden or need_down):
         pre, pre_gate = backend.linear_pre(x, up, up_bias, gate, gate_bias, choice.onednn, after=dy)
     if into_hidden:
         dpre, dpre_gate, ddown, dup_bias, dgate_bias = backend.linear_dact(
-            dy, down, pre, pre_gate, row, seed, options.p, row_start, need_down, need_up_bias, need_gate_bias
+            *(dy, down, pre, pre_gate, row, seed, options.p, row_start),
+            *(need_down, need_up_bias, need_gate_bias, reuse),
         )
         dup = weight_gradient(dpre, x, up) if need_up else None
         dx = product(dpre, up) if need_x else None

@@ -93,6 +93,13 @@ def wants_autograd(dy: torch.Tensor) -> bool:
     return many or torch.is_grad_enabled()
 
 
+def is_last_reader() -> bool:
+    """Whether the backward that runs gives up what was saved for it, which it may then write over."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def autograd_gradients(formula: Callable, inputs: Sequence, needs: Sequence[bool], dy: torch.Tensor) -> list:
     """The gradients of formula(*inputs) that are needed, else None, by autograd; see `wants_autograd`."""
     create_graph = torch.is_grad_enabled()

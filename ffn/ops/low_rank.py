@@ -20,7 +20,7 @@ from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import dispatch, eager
 from ffn.ops.dropout import dropped, noise
-from ffn.ops.library import autocasts, autograd_gradients, wants_autograd
+from ffn.ops.library import autocasts, autograd_gradients, is_last_reader, wants_autograd
 from ffn.ops.mask import draw_seed
 
 
@@ -188,6 +188,7 @@ def _backward(dy, x, seeds, options: Options, tensors, needs, pre, pre_gate):
     """What backward returns, a chunk of tokens at a time."""
     up, down, gate = _products(x, seeds, options, tensors)
     hidden, parts = _hidden(seeds, options), []
+    reuse = options.save != "preact" or is_last_reader()
     in_onednn = dispatch.choose("eager", x.device, x.dtype).float32_in_onednn
     with eager.float32_in_onednn() if in_onednn else nullcontext():
         for rows in _chunks(x, options):
@@ -195,7 +196,7 @@ def _backward(dy, x, seeds, options: Options, tensors, needs, pre, pre_gate):
             if options.save != "preact":
                 pre, pre_gate = up.forward(x_c, start), gate and gate.forward(x_c, start)
             dh = down.input_gradient(dy_c, start)
-            dpre, dpre_gate, h = _passes(options).dactivate_(dh, pre, pre_gate, *hidden, start)
+            dpre, dpre_gate, h = _passes(options).dactivate_(dh, pre, pre_gate, *hidden, start, reuse)
             dup, ddown = up.factor_gradients(dpre, x_c, start), down.factor_gradients(dy_c, h, start)
             dgate = None, None
             dx = up.input_gradient(dpre, start) if needs[0] else None

@@ -51,9 +51,12 @@ def activate(
 def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
     activation: Activation, seed: Tensor | None, p: float, row_start: int,
-    need_down: bool, need_up_bias: bool, need_gate_bias: bool,
+    need_down: bool, need_up_bias: bool, need_gate_bias: bool, reuse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dpre, dpre_gate, ddown, dup_bias, dgate_bias): back through the second product and the activation."""
+    """(dpre, dpre_gate, ddown, dup_bias, dgate_bias): back through the second product and the activation.
+
+    What memory is used again is the compiler's choice.
+    """
     back = torch.ops.ffn.dactivate(dy @ down, pre, pre_gate, seed, activation.name, p, row_start)
     dpre, dpre_gate, h = back
     ddown = dy.t() @ h if need_down else None
@@ -68,7 +71,7 @@ def _activate(pre, pre_gate, seed, activation, p, row_start):
 
 def _dactivate(dh, pre, pre_gate, seed, activation, p, row_start):
     row = activations.TABLE[activation]
-    dpre, dpre_gate, h = eager.dactivate_(dh.clone(), pre, pre_gate, row, seed, p, row_start)
+    dpre, dpre_gate, h = eager.dactivate_(dh.clone(), pre, pre_gate, row, seed, p, row_start, reuse=False)
     return dpre, dpre.new_empty(0) if dpre_gate is None else dpre_gate, h
 
 

@@ -28,7 +28,8 @@ def test_fused_products_of_a_shard_drop_what_the_whole_drops(device: torch.devic
     for row, col in ((0, 0), (130, 64), (600, 384)):
         given, x = (seed, "identity", 0.5, row, col), eye.new_ones(256, 128)
         h, pre, _ = torch.ops.ffn.linear_act(x, eye, None, None, None, *given, True, tiling)
-        dpre, _, again, *_ = torch.ops.ffn.linear_dact(x, eye, pre, None, *given, True, True, tiling)
+        dpre = pre  # in its place
+        again, *_ = torch.ops.ffn.linear_dact(x, eye, pre, None, dpre, None, *given, True, True, tiling)
         assert_equal([h, dpre, again], [whole[row : row + 256, col : col + 128]] * 3)
 
 

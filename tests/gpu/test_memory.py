@@ -27,7 +27,7 @@ def test_saved_elements_are_counted_exactly(
             assert kept_for_backward(run, arguments.given()[1:]) == {dtype: N * elements} | seed
 
 
-def test_the_peak_is_the_preactivations_and_three_of_their_size(device: torch.device) -> None:
+def test_the_peak_is_the_preactivations_and_one_of_their_size(device: torch.device) -> None:
     N, D, H = 4096, 256, 8192
     arguments, dy = sample("swiglu", device, BF16, (N,), (D, H, D), False), torch.randn(N, D, device=device)
     peaks = []
@@ -39,8 +39,8 @@ def test_the_peak_is_the_preactivations_and_three_of_their_size(device: torch.de
         results(run, arguments, dy)
         peaks.append((torch.cuda.max_memory_allocated(device) - before) / (N * H * BF16.itemsize))
     preact, saved_input, chunks = peaks
-    assert preact <= 5.5
-    assert saved_input <= 5.5
+    assert preact <= 3.5
+    assert saved_input <= 3.5
     assert chunks <= 2.0
 
 
@@ -52,9 +52,10 @@ def test_more_elements_than_31_bits_count(device: torch.device) -> None:
     rows = [0, 2**31 // H - 1, 2**31 // H, N - 1]
     given, seed = dh[rows].cpu(), torch.tensor([11], device=device)
     h = torch.ops.ffn.act(pre, None, seed, name, p, 0, 0)
-    dpre, *_ = torch.ops.ffn.dact_(dh, pre, None, seed, name, p, 0, 0, True, True)
+    given_pre, dpre = pre[rows].cpu(), pre
+    torch.ops.ffn.dact_(dh, pre, None, dpre, None, seed, name, p, 0, 0, True, True)
     noise = torch.cat([factors(11, p, 1, H, row) for row in rows])
-    exact = middle(TABLE[name], given, pre[rows].cpu(), None, noise, F64)
+    exact = middle(TABLE[name], given, given_pre, None, noise, F64)
     torch.testing.assert_close(h[rows].cpu(), exact.h.to(BF16))
     torch.testing.assert_close(dpre[rows].cpu(), exact.dpre.to(BF16))
     assert all(torch.equal(a, b) for a, b in zip(dh.split(8192), h.split(8192), strict=True))

@@ -104,7 +104,7 @@ def test_fused_products_give_what_the_passes_give(
     with torch.no_grad():
         for _ in range(2):
             h, *pre = backend.linear_act(x, up, up_bias, gate, gate_bias, row, seed, 0.1, 0, False, True)
-            back = backend.linear_dact(dy, down, *pre, row, seed, 0.1, 0, True, True, row.gated)
+            back = backend.linear_dact(dy, down, *pre, row, seed, 0.1, 0, True, True, row.gated, False)
             assert_equal([back[2]], [h])
             found.append([t for t in (h, *pre, *back) if t is not None])
             monkeypatch.setattr(tilings, "choose", lambda *case: None)

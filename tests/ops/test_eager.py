@@ -48,11 +48,16 @@ def test_activate_and_back(name: str, backend) -> None:
         torch.testing.assert_close(backend.activate(pre, pre_gate, *rest), h)
         gated = pre_gate is not None
         sums = dpre.sum(0), dpre_gate.sum(0) if gated else None
-        found = backend.linear_dact(dy, down, pre, pre_gate, *rest, True, True, gated)
+        found = backend.linear_dact(dy, down, pre, pre_gate, *rest, True, True, gated, False)
         torch.testing.assert_close(tuple(found), (dpre, dpre_gate, dy.t() @ h, *sums))
-        found = backend.linear_dact(dy, down, pre, pre_gate, *rest, False, False, False)
+        found = backend.linear_dact(dy, down, pre, pre_gate, *rest, False, False, False, False)
         torch.testing.assert_close(tuple(found), (dpre, dpre_gate, None, None, None))
         assert all(torch.equal(a, b) for a, b in zip(kept, (pre, dy, down), strict=True))
+        spent = pre.clone(), pre_gate.clone() if gated else None
+        found = backend.linear_dact(dy, down, *spent, *rest, True, True, gated, True)
+        torch.testing.assert_close(tuple(found), (dpre, dpre_gate, dy.t() @ h, *sums))
+        if backend is eager:
+            assert found[:2] == spent
 
 
 @needs_onednn

@@ -94,38 +94,44 @@ def activate(
 
 def dactivate_(
     dh: Tensor, pre: Tensor, pre_gate: Tensor | None,
-    activation: Activation, seed: Tensor | None, p: float, row_start: int,
+    activation: Activation, seed: Tensor | None, p: float, row_start: int, reuse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """(dpre, dpre_gate, h), each (N, H); overwrites dh, which becomes h."""
-    found = dact.op(dh, pre, pre_gate, seed, activation.name, p, row_start, 0, True, False)
-    return found[0], None if pre_gate is None else found[1], dh
+    """(dpre, dpre_gate, h), each (N, H): h written over dh, the others over the preactivations if `reuse`."""
+    dpre, dpre_gate = _place(pre, reuse), _place(pre_gate, reuse)
+    dact.op(dh, pre, pre_gate, dpre, dpre_gate, seed, activation.name, p, row_start, 0, True, False)
+    return dpre, dpre_gate, dh
 
 
 def linear_dact(
     dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
     activation: Activation, seed: Tensor | None, p: float, row_start: int,
-    need_down: bool, need_up_bias: bool, need_gate_bias: bool,
+    need_down: bool, need_up_bias: bool, need_gate_bias: bool, reuse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dpre, dpre_gate, ddown, dup_bias, dgate_bias): back through the second product and the activation."""
     gated, sums = pre_gate is not None, need_up_bias or need_gate_bias
+    dpre, dpre_gate = _place(pre, reuse), _place(pre_gate, reuse)
+    given = pre, pre_gate, dpre, dpre_gate, seed, activation.name, p, row_start, 0, need_down, sums
     saved = [down, pre] if pre_gate is None else [down, pre, pre_gate]
     tiling = _tiling(False, gated, dy, saved, *down.shape)
     if tiling is None:
         h = dy @ down  # dh, which becomes h
-        dpre, dpre_gate, dbias, dgate_bias = dact.op(
-            h, pre, pre_gate, seed, activation.name, p, row_start, 0, need_down, sums
-        )
+        dbias, dgate_bias = dact.op(h, *given)
     else:
-        dpre, dpre_gate, h, dbias, dgate_bias = fused_backward.op(
-            dy, down, pre, pre_gate, seed, activation.name, p, row_start, 0, need_down, sums, tiling
-        )
+        h, dbias, dgate_bias = fused_backward.op(dy, down, *given, tiling)
     return (
         dpre,
-        dpre_gate if gated else None,
+        dpre_gate,
         None if not need_down else (h.t() @ dy).t() if is_transposed(down) else dy.t() @ h,
         dbias.to(dy.dtype) if need_up_bias else None,
         dgate_bias.to(dy.dtype) if need_gate_bias else None,
     )
+
+
+def _place(pre: Tensor | None, reuse: bool) -> Tensor | None:
+    """Where the gradient of a preactivation (N, H) is written."""
+    if pre is None or (reuse and pre.is_contiguous()):
+        return pre
+    return torch.empty(pre.shape, dtype=pre.dtype, device=pre.device)
 
 
 def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_start: int = 0) -> Tensor:

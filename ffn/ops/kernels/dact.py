@@ -1,7 +1,8 @@
 """Back through dropout, gate and activation in one pass: from dh to dpre, with h rebuilt.
 
-h takes the place of dh, which is the backward's own; nothing that was saved is written. The gradients of the
-biases are sums over rows: each program sums its own in float32, and what they leave is added up in order.
+h takes the place of dh, which is the backward's own; dpre may take the place of pre, and dgate that of gate.
+The gradients of the biases are sums over rows: each program sums its own in float32, and what they leave is
+added up in order.
 """
 
 import torch
@@ -15,7 +16,6 @@ from ffn.ops.kernels.language import (
     float32_nothing,
     formula,
     kept,
-    nothing,
     rows_of,
     scale,
     threshold,
@@ -75,42 +75,44 @@ def _dact(
 
 
 def dact_(
-    dh, pre, gate, seed, activation: str, p: float, row_start: int, col_start: int, keep_h: bool, sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dpre, dgate, dbias, dgate_bias), the last two in float32; dh becomes h where keep_h asks for it."""
+    dh, pre, gate, dpre, dgate, seed, activation: str, p: float, row_start: int, col_start: int,
+    keep_h: bool, sums: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write dpre and dgate (N, H), contiguous; dh becomes h where keep_h asks for it.
+
+    Returns (dbias, dgate_bias), (H) in float32, where `sums` asks for them.
+    """
     check_offset(col_start)
     pre, gate = rows_of(pre), rows_of(gate)
     assert dh.stride(1) == 1
     (N, H), gated = pre.shape, gate is not None
-    dpre = torch.empty(N, H, dtype=pre.dtype, device=pre.device)
-    dgate = torch.empty_like(dpre) if gated else nothing(dpre)
     rows = stretch(N, H)
     stretches = triton.cdiv(N, rows)
     parts = dpre.new_empty(1 + gated, stretches, H, dtype=torch.float32) if sums else None
     if dpre.numel() > 0:
         _dact[stretches, triton.cdiv(H, COLS)](
-            dh, pre, gate, dpre, dgate if gated else None,
+            dh, pre, gate, dpre, dgate,
             None if parts is None else parts[0], parts[1] if parts is not None and gated else None, seed,
             N, H, dh.stride(0), pre.stride(0), 0 if gate is None else gate.stride(0),
             row_start, col_start, threshold(p), scale(p), formula(activation),
             gated, seed is not None, keep_h, sums, ROWS, COLS, rows, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if parts is None:
-        return dpre, dgate, float32_nothing(dpre), float32_nothing(dpre)
+        return float32_nothing(dpre), float32_nothing(dpre)
     found = parts.sum(1)
-    return dpre, dgate, found[0], found[1].clone() if gated else float32_nothing(dpre)
+    return found[0], found[1].clone() if gated else float32_nothing(dpre)
 
 
-def _fake(dh, pre, gate, seed, activation, p, row_start, col_start, keep_h, sums):
-    dpre, H = pre.new_empty(pre.shape), pre.shape[1]
+def _fake(dh, pre, gate, dpre, dgate, seed, activation, p, row_start, col_start, keep_h, sums):
+    H = pre.shape[1]
     wide = pre.new_empty(H if sums else 0, dtype=torch.float32)
-    gate_wide = pre.new_empty(H if sums and gate is not None else 0, dtype=torch.float32)
-    return dpre, pre.new_empty(0 if gate is None else pre.shape), wide, gate_wide
+    return wide, pre.new_empty(H if sums and gate is not None else 0, dtype=torch.float32)
 
 
 op = library.define(
-    "dact_(Tensor(a!) dh, Tensor pre, Tensor? gate, Tensor? seed, str activation, float p, SymInt row_start, "
-    "SymInt col_start, bool keep_h, bool sums) -> (Tensor, Tensor, Tensor, Tensor)",
+    "dact_(Tensor(a!) dh, Tensor pre, Tensor? gate, Tensor(b!) dpre, Tensor(c!)? dgate, Tensor? seed, "
+    "str activation, float p, SymInt row_start, SymInt col_start, bool keep_h, bool sums) "
+    "-> (Tensor, Tensor)",
     dact_,
     fake=_fake,
 )

@@ -1,7 +1,8 @@
 """The product dh = dy down with all that lies before it behind: dropout, gate, activation, h, bias sums.
 
 dh never reaches memory: its tile is turned into dpre (and dgate), with h rebuilt beside it. Each row of tiles
-leaves its float32 sums over rows, which are added up in order for the gradients of the biases.
+leaves its float32 sums over rows, which are added up in order for the gradients of the biases. dpre may take
+the place of pre, and dgate that of gate: a piece is read before it is written.
 """
 
 import torch
@@ -87,15 +88,13 @@ def _linear_dact(
 
 
 def linear_dact(
-    dy, down, pre, gate, seed, activation: str, p: float, row_start: int, col_start: int,
+    dy, down, pre, gate, dpre, dgate, seed, activation: str, p: float, row_start: int, col_start: int,
     keep_h: bool, sums: bool, tiling: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dpre, dgate, h, dbias, dgate_bias): the first three (N, H), the sums (H) in float32; as asked for."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Write dpre and dgate (N, H); returns (h, dbias, dgate_bias), (N, H) and float32 (H), as asked for."""
     check_offset(col_start)
     t = Tiling(*tiling)
     (N, width), H, gated = dy.shape, down.shape[1], gate is not None
-    dpre = torch.empty(N, H, dtype=dy.dtype, device=dy.device)
-    dgate = torch.empty_like(dpre) if gated else nothing(dpre)
     h = torch.empty_like(dpre) if keep_h else nothing(dpre)
     tile_rows = triton.cdiv(N, t.rows)
     parts = dpre.new_empty(1 + gated, tile_rows, H, dtype=torch.float32) if sums else None
@@ -112,25 +111,24 @@ def linear_dact(
             num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
         )  # fmt: skip
     if parts is None:
-        return dpre, dgate, h, float32_nothing(dpre), float32_nothing(dpre)
+        return h, float32_nothing(dpre), float32_nothing(dpre)
     found = parts.sum(1)
-    return dpre, dgate, h, found[0], found[1].clone() if gated else float32_nothing(dpre)
+    return h, found[0], found[1].clone() if gated else float32_nothing(dpre)
 
 
 def _fake(
-    dy, down, pre, gate, seed, activation, p, row_start, col_start, keep_h, sums, tiling
+    dy, down, pre, gate, dpre, dgate, seed, activation, p, row_start, col_start, keep_h, sums, tiling
 ):  # fmt: skip
-    dpre, H = pre.new_empty(pre.shape), pre.shape[1]
-    dgate = pre.new_empty(0 if gate is None else pre.shape)
+    H = pre.shape[1]
     dbias = pre.new_empty(H if sums else 0, dtype=torch.float32)
     dgate_bias = pre.new_empty(H if sums and gate is not None else 0, dtype=torch.float32)
-    return dpre, dgate, pre.new_empty(pre.shape if keep_h else 0), dbias, dgate_bias
+    return pre.new_empty(pre.shape if keep_h else 0), dbias, dgate_bias
 
 
 op = library.define(
-    "linear_dact(Tensor dy, Tensor down, Tensor pre, Tensor? gate, Tensor? seed, str activation, float p, "
-    "SymInt row_start, SymInt col_start, bool keep_h, bool sums, int[] tiling) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_dact(Tensor dy, Tensor down, Tensor pre, Tensor? gate, Tensor(a!) dpre, Tensor(b!)? dgate, "
+    "Tensor? seed, str activation, float p, SymInt row_start, SymInt col_start, bool keep_h, bool sums, "
+    "int[] tiling) -> (Tensor, Tensor, Tensor)",
     linear_dact,
     fake=_fake,
 )

@@ -68,7 +68,7 @@ def act_on(arch: int, name: str, p: float, dtype: torch.dtype) -> Compiled:
 
 def dact_on(arch: int, name: str, p: float, dtype: torch.dtype, outputs: bool) -> Compiled:
     dh = tensor(N, H, dtype=dtype)
-    inputs = dh, *with_gate(name, dh), seed(p)
+    inputs = dh, *with_gate(name, dh), *with_gate(name, dh), seed(p)
     return compiled(arch, dact.dact_, *inputs, name, p, 0, 0, outputs, outputs)
 
 
@@ -84,7 +84,7 @@ def linear_dact_on(
     arch: int, tiling: Tiling, name: str, p: float, dtype: torch.dtype, outputs: bool
 ) -> Compiled:
     dy, down, pre = tensor(N, D, dtype=dtype), tensor(D, H, dtype=dtype), tensor(N, H, dtype=dtype)
-    inputs = dy, down, *with_gate(name, pre), seed(p)
+    inputs = dy, down, *with_gate(name, pre), *with_gate(name, pre), seed(p)
     return compiled(arch, linear_dact.linear_dact, *inputs, name, p, 0, 0, outputs, outputs, list(tiling))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ffn.activations import TABLE
 from ffn.ops.kernels import act, dact
-from tests.ops.kernels.interpreted.oracle import DTYPES, F32, NAMES, Results, embedded, middle, noise
+from tests.ops.kernels.interpreted.oracle import DTYPES, F32, NAMES, Results, embedded, middle, noise, places
 
 SEED = -(2**40) - 3
 
@@ -35,9 +35,11 @@ class Case(NamedTuple):
         return act.op(*tensors, self.name, p, row_start, col_start)
 
     def dact(self, dh: Tensor, keep_h: bool = True, sums: bool = True) -> list[Tensor]:
-        _, _, *tensors, p, row_start, col_start = self
-        found = dact.op(dh, *tensors, self.name, p, row_start, col_start, keep_h, sums)
-        return list(found)
+        """dpre, dgate and the biases' gradients, what is lacking without elements."""
+        _, _, pre, gate, seed, *numbers = self
+        dpre, dgate = places(pre, gate)
+        found = dact.op(dh, pre, gate, dpre, dgate, seed, self.name, *numbers, keep_h, sums)
+        return [dpre, pre.new_empty(0) if dgate is None else dgate, *found]
 
     def noise(self) -> Tensor:
         return noise(self.seed, self.p, self.pre.shape, self.row_start, self.col_start)

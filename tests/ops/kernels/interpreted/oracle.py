@@ -104,6 +104,11 @@ def check(name: str, ours: Tensor, exact: Tensor, plain: Tensor, ulps: int = 4) 
     assert worst <= allowed, f"{name}: off by {worst:.2e} beyond storing, {allowed:.2e} allowed"
 
 
+def places(*preactivations: Tensor | None) -> list[Tensor | None]:
+    """Where their gradients may be written."""
+    return [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in preactivations]
+
+
 def bits(x: Tensor) -> Tensor:
     """x as integers: equal only where every bit is, of zeros and NaNs too."""
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])

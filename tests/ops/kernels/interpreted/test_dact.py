@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 from torch.library import opcheck
 
 from ffn.ops.kernels import dact
@@ -18,6 +17,7 @@ from tests.ops.kernels.interpreted.oracle import (
     check,
     embedded,
     guarded,
+    places,
     whole,
 )  # fmt: skip
 
@@ -154,8 +154,21 @@ def test_what_is_dropped_is_zero_even_where_it_overflowed() -> None:
 def test_torchs_contract_for_ops(name: str) -> None:
     for rows in (3, 0):
         for p, asked in ((0.3, True), (0.0, False)):
-            _, *tensors, seed, p, row, col = draw(name, (rows, 20), p=p)
-            arguments: list[Tensor | None] = [*tensors, seed]
-            opcheck(dact.op, (*arguments, name, p, row, col, asked, asked))
+            _, dh, pre, gate, seed, p, row, col = draw(name, (rows, 20), p=p)
+            arguments = dh, pre, gate, *places(pre, gate), seed, name, p, row, col, asked, asked
+            opcheck(dact.op, arguments)
     schema = torch.ops.ffn.dact_.default._schema
-    assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == ["dh"]
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert written == ["dh", "dpre", "dgate"]
+
+
+@names
+def test_gradients_in_the_place_of_what_was_saved(name: str) -> None:
+    case = draw(name, (9, 72))
+    case = case._replace(
+        pre=case.pre.contiguous(), gate=None if case.gate is None else case.gate.contiguous()
+    )
+    want, (_, dh, pre, gate, seed, *numbers) = case.dact(case.dh.clone()), case
+    dact.op(dh, pre, gate, pre, gate, seed, name, *numbers, True, True)
+    for found, exact in zip((pre, gate), want, strict=False):
+        assert found is None or torch.equal(bits(found), bits(exact))

@@ -30,6 +30,7 @@ from tests.ops.kernels.interpreted.oracle import (
     guarded,
     middle,
     noise,
+    places,
     whole,
 )  # fmt: skip
 
@@ -51,8 +52,12 @@ class Case(NamedTuple):
     col_start: int
 
     def run(self, keep_h: bool = True, sums: bool = True, tiling: list[int] = TILING) -> Results:
-        dpre, dgate, h, dbias, dgate_bias = torch.ops.ffn.linear_dact(*self, keep_h, sums, tiling)
-        return Results(h, dpre, dgate, dbias, dgate_bias)
+        dy, down, pre, gate, *rest = self
+        dpre, dgate = places(pre, gate)
+        h, *sums_found = torch.ops.ffn.linear_dact(
+            dy, down, pre, gate, dpre, dgate, *rest, keep_h, sums, tiling
+        )
+        return Results(h, dpre, pre.new_empty(0) if dgate is None else dgate, *sums_found)
 
     def textbook(self, dtype: torch.dtype) -> Results:
         dropped = noise(self.seed, self.p, self.pre.shape, self.row_start, self.col_start)
@@ -62,8 +67,9 @@ class Case(NamedTuple):
     def apart(self) -> Results:
         """The same in two passes, with dh in memory between them."""
         h, rest = self.dy @ self.down, (self.name, self.p, self.row_start, self.col_start)
-        found = torch.ops.ffn.dact_(h, self.pre, self.gate, self.seed, *rest, True, True)
-        return Results(h, *found)
+        dpre, dgate = places(self.pre, self.gate)
+        found = torch.ops.ffn.dact_(h, self.pre, self.gate, dpre, dgate, self.seed, *rest, True, True)
+        return Results(h, dpre, self.pre.new_empty(0) if dgate is None else dgate, *found)
 
 
 def draw(
@@ -216,5 +222,17 @@ def test_nothing_is_written_beside_the_results(monkeypatch, name: str) -> None:
 def test_torchs_contract_for_ops(name: str) -> None:
     for rows in (3, 0):
         for p, asked in ((0.3, True), (0.0, False)):
-            arguments = (*draw(name, (rows, 8, 16), p=p), asked, asked, [16, 16, 16, 1, 1, 4, 2])
-            opcheck(torch.ops.ffn.linear_dact.default, arguments)
+            dy, down, pre, gate, *rest = draw(name, (rows, 8, 16), p=p)
+            given = dy, down, pre, gate, *places(pre, gate), *rest
+            opcheck(torch.ops.ffn.linear_dact.default, (*given, asked, asked, [16, 16, 16, 1, 1, 4, 2]))
+
+
+@pytest.mark.parametrize("tiling", [TILING, [16, 64, 16, 2, 4, 4, 2]], ids=["whole", "in_parts"])
+@names
+def test_gradients_in_the_place_of_what_was_saved(name: str, tiling: list[int]) -> None:
+    case = draw(name, p=0.3)
+    want = case.run(tiling=tiling)
+    dy, down, pre, gate, *rest = case
+    h, *_ = torch.ops.ffn.linear_dact(dy, down, pre, gate, pre, gate, *rest, True, True, tiling)
+    for found, exact in zip((h, pre, gate), want, strict=False):
+        assert found is None or torch.equal(bits(found), bits(exact))
