@@ -3,6 +3,8 @@
 import os
 import platform
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -43,13 +45,25 @@ def _cpu_vendor() -> str:
     return platform.processor()
 
 
+def _holds(probe: Callable[[], bool]) -> bool:
+    """Whether the probe finds torch's private ops and what they should give.
+
+    In a thread of its own, where no trace and no mode of the caller's is on.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(probe).result()
+        except (AttributeError, RuntimeError):  # absent from some builds
+            return False
+
+
 @cache
 def _has_onednn_linear() -> bool:
-    x = torch.ones(1, 1, **_PLAIN)
-    try:
+    def probe() -> bool:
+        x = torch.ones(1, 1, **_PLAIN)
         return bool(torch.ops.mkldnn._linear_pointwise.default(x, x, None, "none", [], "") == 1)
-    except (AttributeError, RuntimeError):  # a private op of torch, absent from some builds
-        return False
+
+    return _holds(probe)
 
 
 @cache
@@ -83,30 +97,30 @@ def packs(dtype: torch.dtype) -> bool:
 @cache
 def int8_in_onednn() -> bool:
     """Whether oneDNN multiplies int8 here by instructions made for it, whose sums do not saturate (VNNI)."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    x = torch.full((1, 64), 255, dtype=torch.uint8, device="cpu")
-    weight = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
-    one, zero = torch.ones(16, **_PLAIN), torch.zeros(16, dtype=torch.int64, device="cpu")
-    try:
+
+    def probe() -> bool:
+        x = torch.full((1, 64), 255, dtype=torch.uint8, device="cpu")
+        weight = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
+        one, zero = torch.ones(16, **_PLAIN), torch.zeros(16, dtype=torch.int64, device="cpu")
         laid_out = torch.ops.onednn.qlinear_prepack.default(weight, None)
         product = torch.ops.onednn.qlinear_pointwise.default
         y = product(x, 1.0, 128, laid_out, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
-    except (AttributeError, RuntimeError):  # private ops of torch, absent from some builds
-        return False
-    return bool((y == 64 * 127 * 127).all())
+        return bool((y == 64 * 127 * 127).all())
+
+    return platform.machine() in ("x86_64", "AMD64") and _holds(probe)
 
 
 @cache
 def int8_in_fbgemm() -> bool:
     """Whether FBGEMM multiplies int8 here and its sums do not saturate; torch means to drop it one day."""
-    values = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
-    try:
+
+    def probe() -> bool:
+        values = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
         laid_out = fbgemm_layout(values, torch.ones(16, **_PLAIN), None)
         y = torch.ops.quantized.linear_dynamic.default(torch.ones(1, 64, **_PLAIN), laid_out, False)
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((y - 64 * 127).abs().max() < 1)
+        return bool((y - 64 * 127).abs().max() < 1)
+
+    return _holds(probe)
 
 
 def fbgemm_layout(

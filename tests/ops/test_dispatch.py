@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ffn.ops import dispatch
 from ffn.ops.dispatch import Choice, check_backend, choose
@@ -186,3 +187,20 @@ def test_while_compiling_the_compiler_owns_the_products() -> None:
     assert seen == [("traced", "compiled: the compiler owns the products", False, False)]
     with pytest.raises(ValueError, match="backend='cuda'"):
         choose("cuda", CPU, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "probe", [dispatch._has_onednn_linear, dispatch.int8_in_onednn, dispatch.int8_in_fbgemm]
+)
+def test_what_the_processor_can_is_found_within_a_trace_too(probe) -> None:
+    can, found = probe(), []
+
+    def first_call(x: torch.Tensor) -> torch.Tensor:
+        probe.cache_clear()
+        found.append(probe())
+        return x + 1
+
+    for run in (torch.jit.trace, lambda f, x: make_fx(f)(x)):
+        run(first_call, torch.ones(2))
+    assert set(found) == {can}
