@@ -169,7 +169,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found: Found) -> str | None:
-    """Why the same does not hold in shorter dtypes, up to their largest values, for a single token too."""
+    """Why the same does not hold in shorter dtypes up to their largest values, for NaN, or for one token."""
     cases = ((torch.float64, 1), (torch.float32, None), (torch.bfloat16, None), (torch.float16, None))
     for dtype, tokens in cases:
         top, eps = torch.finfo(dtype).max, max(torch.finfo(dtype).eps, 1e-10)
@@ -178,6 +178,7 @@ def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found
         if plain and tokens is None:  # products of two such would overflow
             end = top if dtype == torch.float16 else 0.4 * top
             pre[0].view(-1)[::17], pre[0].view(-1)[1::17] = end, -end
+        pre[0].view(-1)[-1] = torch.nan
         pre = [values.to(dtype) for values in pre]
         try:
             h = h_of(pre)
@@ -189,7 +190,8 @@ def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found
         room = 16 * eps * (1.0 + a.abs().clamp(max=12.0)) * b.abs().clamp(min=1.0) + 4 * eps * value.abs()
         sure = (value.abs() <= (1.0 if plain else 0.9) * top) | (value.abs() > 1.1 * top)
         near = ((h - value).abs() <= room) | (h == value.to(dtype))
-        if h.dtype != dtype or not bool((near | ~sure).all()):
+        right = torch.where(value.isnan(), h.isnan(), near | ~sure)
+        if h.dtype != dtype or not bool(right.all()):
             return f"in {str(dtype)[6:]}{', for one token,' if tokens else ''} its values are others"
     return None
 

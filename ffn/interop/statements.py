@@ -37,7 +37,7 @@ def is_closed(tree: ast.FunctionDef, place: Place, first: set[str], last: str) -
         known |= _stored(node) if not isinstance(node, ast.If) else set()
     if any(x in _stored(s) for s in place.body[place.start : place.read]):
         return False  # the products read different values
-    assigned = {name for statement in run for name in _stored(statement)}
+    assigned = {name for node in (*run, call.args[0]) for name in _stored(node)}
     outside = {id(node) for s in (*run, call.args[0]) for node in ast.walk(s)}
     replaced = {t.id for t in getattr(final, "targets", []) if isinstance(t, ast.Name)}
     later = _loaded(tree, outside, after=place.body[place.start].lineno)

@@ -67,6 +67,16 @@ def straight(self, x):
     return self.fc2(self.act(self.fc1(x)))
 
 
+def named_within(self, x):
+    h = x.mean()
+    y = self.fc2(F.gelu(h := self.fc1(x)))
+    return y + h.mean()
+
+
+def nan_made_a_number(self, x):
+    return self.fc2(torch.nan_to_num(self.act(self.fc1(x))))
+
+
 def no_grad_between(self, x):
     return self.fc2(self.act(self.fc1(x).detach()))
 
@@ -88,6 +98,8 @@ ALMOST = {
     "mask": (masked_by_x, F.gelu, NO_CHAIN),
     "flip": (transposed, F.gelu, NO_ROW),
     "tokens": (tokens_mixed, F.gelu, NO_ROW),
+    "walrus": (named_within, F.gelu, NO_CHAIN),
+    "nan": (nan_made_a_number, F.gelu, "in float64, for one token, its values are others"),
     "detach": (no_grad_between, F.gelu, "the last product does not depend on the first"),
     "buffer": (times_a_buffer, F.gelu, "one takes part between the products"),
     "label": (straight, tanh_labelled_gelu, NO_ROW),
