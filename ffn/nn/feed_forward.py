@@ -158,7 +158,7 @@ class FeedForward(nn.Module):
 
         Asked at each call, since an adapter, hook or quantized weight may have arrived since the last.
         """
-        if self.act is not None or (type(x) is not Tensor and type(x) is not nn.Parameter):
+        if self.act is not None or (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_nested:
             return None
         if has_global_hooks():
             return None
@@ -180,6 +180,8 @@ class FeedForward(nn.Module):
             return f"{self.activation} is not in the table of activations"
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}"
+        if x.is_nested:
+            return "the input is nested"
         if has_global_hooks():
             return "a hook is registered for all modules"
         children = {name: self._modules[name] for name in PROJECTIONS if name in self._modules}

@@ -107,7 +107,6 @@ def _is_more_than_numbers() -> bool:
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or needs_textbook()
-        or torch._C._get_tracing_state() is not None
     )
 
 

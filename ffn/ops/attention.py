@@ -32,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """
     if _short(q, k):
         return ShortAttentionRule.apply(q, k, v, causal)
-    gqa = q.shape[1] != k.shape[1]
+    gqa = bool(q.shape[1] != k.shape[1])  # torch.jit.trace has tensors for sizes
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
 
 

@@ -29,7 +29,7 @@ from ffn.ops.library import (
 )
 from ffn.ops.mask import draw_seed
 
-TRANSFORMS = "torch.func, forward-mode differentiation or torch.export"
+TRANSFORMS = "torch.func, forward-mode differentiation, torch.jit.trace or torch.export"
 
 
 class Options(NamedTuple):

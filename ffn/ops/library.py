@@ -57,10 +57,10 @@ def constant_in_graphs(function: Callable) -> Callable:
 
 @constant_in_graphs  # torch guards a graph by the transforms that it was made under
 def needs_textbook() -> bool:
-    """Whether torch.func, forward-mode differentiation or torch.export want to see plain torch ops."""
+    """Whether torch.func, forward-mode differentiation, torch.jit.trace or torch.export want torch's ops."""
     if _functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0:
         return True
-    return torch.compiler.is_exporting()
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def autocasts(x: torch.Tensor) -> bool:

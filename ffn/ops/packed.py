@@ -91,7 +91,7 @@ class Packed:
 
     def fit(self, x: Tensor) -> bool:
         """Whether x (..., width) can be multiplied."""
-        strided = x.layout is torch.strided
+        strided = x.layout is torch.strided and not x.is_nested
         return strided and x.dtype == self.dtype and x.is_cpu and x.shape[-1:] == self.width
 
     def linear(self, x: Tensor) -> Tensor:

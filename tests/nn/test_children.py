@@ -195,3 +195,15 @@ def test_input_subclasses_go_through_the_children() -> None:
     x = torch.randn(3, 6).as_subclass(Tagged)
     assert block.explain(x) == "children: the input is a Tagged"
     assert type(block(x)) is Tagged
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_a_nested_input_goes_through_the_children() -> None:
+    block, parts = (
+        FeedForward(6, 10, activation="swiglu", dtype=F64),
+        [torch.randn(n, 6, dtype=F64) for n in (2, 3)],
+    )
+    nested = torch.nested.nested_tensor(parts)
+    assert block.explain(nested) == "children: the input is nested"
+    for found, part in zip(block(nested).unbind(), parts, strict=True):
+        torch.testing.assert_close(found, block(part))

@@ -164,6 +164,14 @@ def test_compiled_errors_keep_their_one_line() -> None:
         compiled(build())(torch.randn(3, 7, dtype=F64))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_traced_by_torchscript(name: str) -> None:
+    block, x = FeedForward(16, 32, activation=name), torch.randn(3, 16)
+    traced, other = torch.jit.trace(block, x), torch.randn(2, 5, 16)
+    torch.testing.assert_close(traced(other), block(other))
+
+
 @pytest.mark.parametrize("name", ["gelu", "relu2", "swiglu"])
 @pytest.mark.parametrize("strict", [False, True], ids=["free", "strict"])
 def test_export(name: str, strict: bool) -> None:
