@@ -13,6 +13,7 @@ from ffn.ops.mask import draw_seed
 from tests.ops.samples import F64, Arguments, draw, gradients, leaf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FEWEST = 1 << 15  # elements of h from which on products are fused here, where blocks are small
 FUSED = (300,), (256, 1024, 256)  # tokens and widths D, H, O of products that are fused in half precision
 ODD = (33,), (37, 61, 29)  # and of such as no copy engine reads
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from ffn.ops import dispatch
+from ffn.ops.kernels import tilings
+from tests.gpu.compare import FEWEST
 
 
 @cache
@@ -18,10 +20,11 @@ def _warm(device: torch.device) -> None:
 
 
 @pytest.fixture(autouse=True)
-def device() -> torch.device:
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     device = torch.device("cuda", 0)
     reason = dispatch.why_not_triton(device, torch.float32)
     if reason is not None:
         pytest.skip(reason)
     _warm(device)
+    monkeypatch.setattr(tilings, "FEWEST", FEWEST)
     return device

@@ -153,7 +153,9 @@ def test_a_device_that_is_not_the_current_one() -> None:
 PASSES = """
 import torch
 from ffn.ops import feed_forward
-from tests.gpu.compare import FUSED, ODD, results, sample
+from ffn.ops.kernels import tilings
+from tests.gpu.compare import FEWEST, FUSED, ODD, results, sample
+tilings.FEWEST = FEWEST
 device = torch.device("cuda")
 for name in ("gelu", "swiglu"):
     for case in (FUSED, ODD):

@@ -38,7 +38,11 @@ _LARGE = {
     (False, True): Tiling(128, 128, 64, 8, 8, 8, 3),
 }
 DEFAULTS = {9: _LARGE, 10: _LARGE}
-FUSE_UP_TO = 2048  # D above which the library's product alone is worth more than the saved passes
+# Estimates, unmeasured. Up to which D the saved passes are worth more than the library's faster product, by
+# (forward, gated): the gated forward has a processor to itself, so nothing runs while a tile is finished.
+FUSE_UP_TO = {(True, False): 2048, (True, True): 1024, (False, False): 2048, (False, True): 2048}
+# Fewer elements than two tiles for each of an H100's processors leave some idle, and the launch costs more.
+FEWEST = 2 * 132 * 128 * 128
 
 
 def key(forward: bool, capability: tuple[int, int], dtype: str, gated: bool, D: int, H: int, N: int) -> str:
@@ -83,7 +87,7 @@ def choose(
     if name in measured:
         return measured[name]
     narrow = dtype in ("bfloat16", "float16")
-    if not narrow or N < 128 or capability[0] not in DEFAULTS or D > FUSE_UP_TO:
+    if not narrow or N * H < FEWEST or FUSE_UP_TO[forward, gated] < D or capability[0] not in DEFAULTS:
         return None
     return DEFAULTS[capability[0]][forward, gated]
 

@@ -60,7 +60,7 @@ def test_off_the_table_the_defaults_serve(table, capability, dtype: str, forward
     [
         ((9, 0), "float32", 8192),
         ((9, 0), "float64", 8192),
-        ((9, 0), "bfloat16", 127),
+        ((9, 0), "bfloat16", 1407),
         ((9, 0), "bfloat16", 0),
         ((8, 0), "bfloat16", 8192),
         ((8, 9), "float16", 8192),
@@ -71,10 +71,16 @@ def test_some_cases_stay_apart(table, capability, dtype: str, N: int, forward: b
     assert choose(forward, capability, dtype, gated, 768, 3072, N) is None
 
 
-@pytest.mark.parametrize("forward", [True, False])
-def test_a_deep_product_is_the_librarys(table, forward: bool) -> None:
-    assert choose(forward, (9, 0), "bfloat16", True, 2048, 5632, 8192) is not None
-    assert choose(forward, (9, 0), "bfloat16", True, 4096, 14336, 8192) is None
+@pytest.mark.parametrize(("forward", "gated"), FORMS)
+def test_a_deep_product_is_the_librarys(table, forward: bool, gated: bool) -> None:
+    deepest = 1024 if forward and gated else 2048
+    assert choose(forward, (9, 0), "bfloat16", gated, deepest, 5632, 8192) is not None
+    assert choose(forward, (9, 0), "bfloat16", gated, deepest + 8, 5632, 8192) is None
+
+
+@pytest.mark.parametrize(("forward", "gated"), FORMS)
+def test_two_tiles_a_processor_are_enough(table, forward: bool, gated: bool) -> None:
+    assert choose(forward, (9, 0), "bfloat16", gated, 768, 3072, 1408) is not None
 
 
 def test_the_table_wins_over_the_defaults(table: Path) -> None:
