@@ -45,13 +45,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tens
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """a (M, K) @ b (K, N), written over `out` or added to it; in oneDNN a piece of K at a time."""
+    """a (M, K) @ b (K, N), written over `out` or added to it; in oneDNN a piece of K at a time.
+
+    By addmm, since torch's FlopCounterMode passes over addmm_.
+    """
     if torch.compiler.is_compiling() or not _within or a.dtype != torch.float32 or a.shape[1] <= _LONGEST_SUM:
-        return out.addmm_(a, b) if add and out is not None else torch.mm(a, b, out=out)
+        return torch.addmm(out, a, b, out=out) if add and out is not None else torch.mm(a, b, out=out)
     step = max(_LONGEST_SUM, a.shape[1] // 768 * 64)  # some 12 pieces, where MKL adds up more
     for k in range(0, a.shape[1], step):
         piece = a[:, k : k + step], b[k : k + step]
-        out = out.addmm_(*piece) if out is not None and (add or k > 0) else torch.mm(*piece, out=out)
+        if out is not None and (add or k > 0):
+            torch.addmm(out, *piece, out=out)
+        else:
+            out = torch.mm(*piece, out=out)
     assert out is not None
     return out
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import peak_bytes
 from ffn.activations import TABLE
@@ -31,6 +32,18 @@ def test_saved_elements_are_counted_exactly(name: str) -> None:
                     arguments.given()[1:],
                 )
                 assert counts == {dtype: N * elements} | seed
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+@pytest.mark.parametrize("options", SAVES, ids=str)
+def test_torch_counts_every_product(name: str, options: dict) -> None:
+    arguments = draw(name, shape=(7,))
+    with FlopCounterMode(display=False) as counter:
+        y = feed_forward(*arguments, activation=name, **options)
+        gradients(y, arguments, torch.ones_like(y))
+    first = arguments.up.numel() * (2 if TABLE[name].gated else 1)  # save="input" repeats this product
+    again = 2 * 7 * first if options["save"] == "input" else 0
+    assert counter.get_total_flops() == 6 * 7 * (first + arguments.down.numel()) + again
 
 
 def test_autocast_keeps_the_cast_weights_besides() -> None:

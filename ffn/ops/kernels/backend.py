@@ -8,8 +8,9 @@ tokens without gradients take one pass over the weights (`decode`).
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from ffn.activations import Activation
 from ffn.ops.kernels import act, dact, decode, tilings
@@ -37,7 +38,12 @@ def _tiling(forward: bool, gated: bool, tokens: Tensor, others: list[Tensor], D:
 
 
 def _describable(t: Tensor) -> bool:
-    """Whether rows follow one another from multiples of 16 bytes on, their elements side by side."""
+    """Whether rows follow one another from multiples of 16 bytes on, their elements side by side.
+
+    Of a subclass, as a fake tensor is, nobody knows where it lies.
+    """
+    if type(t) not in (Tensor, nn.Parameter):
+        return False
     apart = t.stride(0) >= t.shape[1] and t.stride(0) * t.itemsize % 16 == 0
     return apart and t.stride(1) == 1 and t.data_ptr() % 16 == 0
 
@@ -142,3 +148,14 @@ def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_
 def drop(x: Tensor, seed: Tensor, p: float, row_start: int = 0) -> Tensor:
     """x (rows, cols) times these factors."""
     return act.op(x, None, seed, "identity", p, row_start, 0)
+
+
+@register_flop_formula([torch.ops.ffn.linear_act, torch.ops.ffn.decode])
+def _flops_forward(x, up, gate_w, *_, **__) -> int:
+    """Of shapes, as the one below, for FlopCounterModes made after this file is loaded: by a first call."""
+    return 2 * x[0] * x[1] * up[0] * (1 if gate_w is None else 2)
+
+
+@register_flop_formula(torch.ops.ffn.linear_dact)
+def _flops_backward(dy, down, *_, **__) -> int:
+    return 2 * dy[0] * dy[1] * down[1]

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ffn import FeedForward
 from ffn.activations import TABLE
@@ -240,3 +242,27 @@ def test_few_tokens_in_float32_are_the_librarys(monkeypatch: pytest.MonkeyPatch)
         feed_forward(*arguments, activation="gelu", backend="triton")
         with pytest.raises(TypeError):
             feed_forward(*arguments._replace(x=arguments.x[:1]), activation="gelu", backend="triton")
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+@pytest.mark.parametrize("choose", [lambda *case: FUSED, lambda *case: None], ids=["fused", "apart"])
+def test_torch_counts_every_product(monkeypatch: pytest.MonkeyPatch, name: str, choose) -> None:
+    monkeypatch.setattr(tilings, "choose", choose)
+    arguments = draw(name, shape=(18,), widths=(24, 40, 16), dtype=torch.bfloat16)
+    forward = 2 * 18 * sum(w.numel() for w in arguments.given()[1:] if w.ndim == 2)
+    dispatch.choose("triton", arguments.x.device, torch.bfloat16)  # a counter knows what is loaded before it
+    with FlopCounterMode(display=False) as counter:
+        y = feed_forward(*arguments, activation=name, backend="triton")
+        gradients(y, arguments, torch.ones_like(y))
+    assert counter.get_total_flops() == 3 * forward
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        feed_forward(*arguments, activation=name, backend="triton")
+    assert counter.get_total_flops() == forward
+
+
+def test_fake_tensors_are_asked_for_no_address() -> None:
+    with FakeTensorMode():
+        arguments = draw("swiglu", shape=(18,), widths=(24, 40, 16), dtype=torch.bfloat16)
+        y = feed_forward(*arguments, activation="swiglu", dropout=0.1, backend="triton")
+        found = gradients(y, arguments, torch.ones_like(y))
+    assert [t.shape for t in (y, *found)] == [(18, 16), *(t.shape for t in arguments.given())]
