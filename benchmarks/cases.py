@@ -12,7 +12,9 @@ DTYPES = ("float32", "bfloat16", "autocast")  # autocast: float32 weights and in
 WORKS = ("training", "inference", WARM)  # forward and backward; forward alone, without gradients; repeated
 BASELINE, CEILING = "torch", "ceiling"  # what all are compared with; the yardstick of the machine
 WRONG = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # relative errors that rounding never reaches
-EIGHT_BITS = {"torchao float8": 0.1, "ffn int8": 0.1}  # implementations whose rounding is larger
+# Implementations whose rounding is larger. float8's worst gradient is off by 0.093 even when emulated on a
+# CPU, which adds up more exactly.
+EIGHT_BITS = {"torchao float8": 0.15, "ffn int8": 0.1}
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ def build_ffn(case: Case, weights: Weights, *, save: str = "preact", backend: st
     return contender._replace(note=f"backend {backend}")
 
 
+def build_ffn_compiled(case: Case, weights: Weights) -> Contender:
+    contender = build_ffn(case, weights)
+    contender.module.compile(dynamic=False)
+    return contender._replace(note=f"{contender.note}, compiled")
+
+
 def build_pinned(case: Case, weights: Weights, choose: Callable[..., "Tiling | None"]) -> Contender:
     peers.require_gpu(weights)
     from ffn.ops.kernels import tilings
@@ -97,6 +103,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Case, Weights], Contender]] = {
     "quack tuned": partial(peers.build_quack, tuned=True),
     "torchao float8": peers.build_float8,
     "ffn": build_ffn,
+    "ffn compiled": build_ffn_compiled,
     "ffn eager": partial(build_ffn, backend="eager"),
     "ffn triton": partial(build_ffn, backend="triton"),
     "ffn save=input": partial(build_ffn, save="input"),

@@ -38,6 +38,7 @@ LOOKS = {
     "ffn int8": ("#00A3B5", "H"),
     "ffn triton": ("#3C5A78", "o"),
     "ffn eager": ("#7A8FD6", "s"),
+    "ffn compiled": ("#00A3B5", "D"),
     "ffn fused": ("#1B2A6B", "H"),
     "ffn unfused": ("#56B4E9", "p"),
     BASELINE: (GREY, "h"),

@@ -181,7 +181,7 @@ def build_liger_fused(case: Case, weights: Weights) -> Contender:
     require(case.dtype != "autocast", "takes no part in autocast")
     contender = build_liger(case, weights, {"swiglu": "LigerMLP"})
     forward = contender.module.forward  # of (B, T, D) alone
-    contender.module.forward = lambda x: forward(x[None])[0]
+    contender.module.forward = lambda x: forward(x[None]).squeeze(0)  # [0] would copy in backward
     return contender
 
 

@@ -10,7 +10,7 @@ turn that none finds its weights in the cache.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from statistics import median
 
@@ -141,7 +141,8 @@ def noted(row: dict) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 another's package may fail in any way; the row says how
         row["note"] = reason(error)
     if "note" in row and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with suppress(Exception):  # some errors of a GPU fail whatever follows them
+            torch.cuda.empty_cache()
 
 
 def guarded(run: Run, row: dict) -> Run:
@@ -211,14 +212,24 @@ def run_case(
             if run is not None:
                 runs[name] = run
     del exact
-    clock = clock_of(device, cold=case.tokens <= FEW and case.work != WARM, warm=case.work == WARM)
-    once = host_seconds(lambda: [clock(run) for run in runs.values()])  # what the clock adds, too
-    rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / once)))
-    taken = measure(runs, rounds=rounds, warmup=2, clock=clock)
+    try:
+        taken = timed(case, runs, device, seconds)
+    except Exception as error:  # noqa: BLE001 the device itself fails; what went wrong before is still told
+        for name in runs:
+            rows.get(name, rows[CEILING])["note"] = f"failed: {reason(error)}"
+        return list(rows.values())
     if failed(rows[CEILING]):
         taken = {name: s for name, s in taken.items() if not name.startswith(CEILING)}
     fill_in(rows, case, weights, {name: s for name, s in taken.items() if not failed(rows.get(name, {}))})
     return list(rows.values())
+
+
+def timed(case: Case, runs: dict[str, Run], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """The seconds of each run in each round, in so many seconds or five rounds."""
+    clock = clock_of(device, cold=case.tokens <= FEW and case.work != WARM, warm=case.work == WARM)
+    once = host_seconds(lambda: [clock(run) for run in runs.values()])  # what the clock adds, too
+    rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / once)))
+    return measure(runs, rounds=rounds, warmup=2, clock=clock)
 
 
 def fill_in(rows: dict[str, dict], case: Case, weights: Weights, taken: dict[str, list[float]]) -> None:

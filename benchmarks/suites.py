@@ -23,9 +23,10 @@ class Job:
 OURS = (BASELINE, "ffn", "ffn save=input")
 PLAIN = ("TransformerEncoderLayer", "hf GPT2MLP", "x-transformers", "timm")
 GATED = ("hf LlamaMLP", "x-transformers", "timm")
-COMPILED = ("torch.compile", "torch max-autotune")
+COMPILED = ("torch.compile", "torch max-autotune", "ffn compiled")
 PACKED = (BASELINE, "ffn", "ffn packed", "ffn int8")
-ON_GPU = ("liger", "liger fused", "liger tiled", "ffn unfused", "ffn fused", "ffn eager")
+ON_GPU = ("torch.compile", "ffn compiled", "ffn unfused", "ffn fused", "ffn eager")
+LIGER = ("liger", "liger fused", "liger tiled")
 SMALL = ("small", "minilm", "bert-base", "gpt2", "qwen2.5-0.5b")  # whose weights a processor's cache may hold
 BOTH = ("float32", "bfloat16")
 
@@ -84,14 +85,14 @@ def gpu() -> list[Job]:
 
     gated = ("llama-3-8b", "qwen2.5-0.5b", "tinyllama-1.1b")
     few = cases(["llama-3-8b"], [1, 4, 16], ["bfloat16"], "inference")
-    compiled = (*OURS, "torch.compile", *ON_GPU)
     jobs = [
-        Job(at("gpt2"), (*compiled, *PLAIN)),
-        *(Job(at(block), (*compiled, *GATED)) for block in gated[:2]),
+        Job(at("gpt2"), (*OURS, *ON_GPU, *PLAIN)),
+        *(Job(at(block), (*OURS, *ON_GPU, *GATED)) for block in gated[:2]),
     ]
-    jobs += [Job(at("gpt2", p=0.1), (*compiled, *PLAIN)), Job(at(gated[2]), (*compiled, *GATED))]
-    jobs += [Job(few, (BASELINE, "torch.compile", "liger", "ffn", "ffn eager"))]
+    jobs += [Job(at("gpt2", p=0.1), (*OURS, *ON_GPU, *PLAIN)), Job(at(gated[2]), (*OURS, *ON_GPU, *GATED))]
+    jobs += [Job(few, (BASELINE, "torch.compile", "ffn", "ffn compiled", "ffn eager"))]
     every = sum((at(block) for block in gated), ())
+    jobs += [Job((*every, *few), (BASELINE, "ffn", *LIGER), limit=100)]
     jobs += [Job((*every, *few), (BASELINE, "ffn", "quack"), limit=100)]
     jobs += [Job(every, (BASELINE, "ffn", "torchao float8"), limit=100)]  # it changes the compiler for all
     for block, p in (("gpt2", 0.0), ("gpt2", 0.1), *((block, 0.0) for block in gated)):

@@ -14,7 +14,7 @@ from benchmarks.cases import Block, Case
 from benchmarks.implementations import IMPLEMENTATIONS, Contender, Weights, always, never, pinned
 from benchmarks.plain import MODULES, Plain
 from benchmarks.report import version
-from ffn import activations
+from ffn import FeedForward, activations
 from ffn.ops.kernels import tilings
 
 GELU = Case(Block("gelu", 7, 13, "gelu", True, ""), 5)
@@ -115,11 +115,12 @@ def test_versions_and_backends_are_noted() -> None:
 
 
 @TORCHS_OWN
-def test_compiled_is_the_plain_block_compiled() -> None:
-    for name in ("torch.compile", "torch max-autotune"):
-        module = build(name, GELU).module
-        assert isinstance(module, Plain)
+def test_compiled_is_the_block_compiled() -> None:
+    for name in ("torch.compile", "torch max-autotune", "ffn compiled"):
+        module, _, _, note = build(name, GELU)
+        assert isinstance(module, FeedForward if name == "ffn compiled" else Plain)
         assert module._compiled_call_impl is not None
+        assert note == ("backend eager, compiled" if name == "ffn compiled" else "")
 
 
 def test_the_packed_block_is_for_inference_on_the_cpu() -> None:

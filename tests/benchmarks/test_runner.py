@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import timing
+from benchmarks import runner, timing
 from benchmarks.cases import BLOCKS, WARM, Case
 from benchmarks.implementations import IMPLEMENTATIONS, Contender
 from benchmarks.runner import run_case
@@ -165,6 +165,26 @@ def test_one_that_raises_leaves_the_others_their_rows() -> None:
     assert all("ms" not in rows[name] for name in builders)
     assert rows["torch"]["ms"] > 0
     assert rows["ceiling"]["ms"] > 0
+
+
+def test_a_device_that_fails_takes_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_, **__):
+        raise RuntimeError("an illegal memory access")
+
+    def culprit(case, weights):
+        monkeypatch.setattr(runner, "clock_of", broken)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+        raise RuntimeError("an illegal instruction")
+
+    rows = rows_of(CASE, culprit=culprit, ffn=IMPLEMENTATIONS["ffn"])
+    assert {name: row["note"] for name, row in rows.items()} == {
+        "torch": "failed: RuntimeError: an illegal memory access",
+        "culprit": "RuntimeError: an illegal instruction",
+        "ffn": "failed: RuntimeError: an illegal memory access",
+        "ceiling": "failed: RuntimeError: an illegal memory access",
+    }
+    assert all("ms" not in row for row in rows.values())
 
 
 def test_a_case_that_is_too_large_is_rows_that_say_so() -> None:
