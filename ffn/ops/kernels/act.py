@@ -21,7 +21,8 @@ def _act(
     FORMULA: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row, col = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1) * COLS
+    program, across = tl.program_id(0), tl.cdiv(H, COLS)
+    row, col = (program // across).to(tl.int64) * ROWS, program % across * COLS
     rows, cols = row + tl.arange(0, ROWS)[:, None], col + tl.arange(0, COLS)[None, :]
     inside = (rows < N) & (cols < H)
     x = tl.load(pre_ptr + rows * pre_stride + cols, inside, 0.0).to(tl.float32)
@@ -43,7 +44,7 @@ def act(pre, gate, seed, activation: str, p: float, row_start: int, col_start: i
     pre, gate = rows_of(pre), rows_of(gate)
     (N, H), dtype = pre.shape, pre.dtype
     h = torch.empty(N, H, dtype=dtype, device=pre.device)
-    grid = (triton.cdiv(N, ROWS), triton.cdiv(H, COLS))
+    grid = (triton.cdiv(N, ROWS) * triton.cdiv(H, COLS),)  # one axis: the others end at 65535
     if h.numel() == 0:
         return h
     _act[grid](

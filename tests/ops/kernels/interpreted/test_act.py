@@ -64,6 +64,21 @@ def test_any_shape_in_the_tiles_that_a_gpu_gets(monkeypatch, name: str, shape: t
     check_case(draw(name, shape))
 
 
+def test_the_grid_has_room_for_a_row_of_any_length(monkeypatch) -> None:
+    class Launch:
+        def __class_getitem__(cls, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    grids = []
+    monkeypatch.setattr(act, "_act", Launch)
+    monkeypatch.setattr(act, "COLS", 1024)
+    act.act(torch.empty(1, 2**30 + 1, device="meta"), None, None, "identity", 0.0, 0, 0)
+    ((along, *others),) = grids
+    assert along < 2**31
+    assert all(count <= 65535 for count in others)
+
+
 @pytest.mark.parametrize("name", ["relu", "geglu"])
 def test_nothing_is_written_beside_h(monkeypatch, name: str) -> None:
     for shape in ((7, 70), (4, 64), (1, 1)):
