@@ -1,4 +1,4 @@
-"""The measured tables of README.md and docs/measured.md, from the newest row of each case in ``results/``.
+"""The measured tables of README.md and docs/measured.md, from the newest rows in ``results/``.
 
 python -m benchmarks readme     writes the tables anew, each found by its first line, and docs/ffn-*.png
 """
@@ -22,10 +22,15 @@ DROPOUTS = (0.0, 0.1)
 KINDS = {"gelu": "GELU", "gelu_tanh": "tanh-GELU", "swiglu": "SwiGLU", "geglu_tanh": "GeGLU"}
 
 
+def timed(name: str) -> list[dict]:
+    """The newest rows with a time in results/NAME.jsonl; of blocks, a case's rows are of one run."""
+    rows = report.newest([row for row in read(RESULTS / f"{name}.jsonl") if "ms" in row or "seconds" in row])
+    return report.last_runs(rows) if name == "ffn" else rows
+
+
 def newest(name: str, keys: tuple[str, ...], **wanted: object) -> dict[tuple, dict]:
-    """The last row of each case in results/NAME.jsonl that has the wanted values; cases go by `keys`."""
-    timed = [row for row in read(RESULTS / f"{name}.jsonl") if "ms" in row or "seconds" in row]
-    rows = [row for row in report.newest(timed) if all(row.get(k) == v for k, v in wanted.items())]
+    """The rows of `timed` that have the wanted values; cases go by `keys`."""
+    rows = [row for row in timed(name) if all(row.get(k) == v for k, v in wanted.items())]
     return {tuple(row[key] for key in keys): row for row in rows}
 
 
@@ -48,7 +53,7 @@ def of_the_block() -> list[str]:
     table = []
     for name in ("small", "bert-base", "qwen2.5-0.5b"):
         for tokens in (512, 2048):
-            found = [rows[name, tokens, dtype, p] for dtype in dtypes for p in DROPOUTS]
+            found = [rows.get((name, tokens, dtype, p)) for dtype in dtypes for p in DROPOUTS]
             table.append([f"{label(name)}, {tokens}", *ratios(found)])
     return lines_of(header, table)
 
@@ -179,7 +184,7 @@ def main(argv: list[str]) -> None:
     for page in PAGES:
         atomic.write_file(page, rewritten(page, page.read_text("utf-8")))
     with TemporaryDirectory() as folder:
-        plots.draw(report.newest(read(RESULTS / "ffn.jsonl")), Path(folder), "ffn")
+        plots.draw(timed("ffn"), Path(folder), "ffn")
         for name in PICTURES:
             picture = f"ffn-{name}.png"
             atomic.write_file(README.parent / "docs" / picture, (Path(folder) / picture).read_bytes())

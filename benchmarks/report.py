@@ -159,10 +159,23 @@ CASE = (
 MACHINE = ("cpu", "gpu", "device", "threads", "torch")
 
 
+def values(row: dict, keys: tuple[str, ...]) -> tuple:
+    return tuple(row.get(key) for key in keys)
+
+
 def newest(rows: list[dict]) -> list[dict]:
     """The last row of each case and implementation, from the machine that the last row of all is from."""
-    here = [row for row in rows if all(row.get(key) == rows[-1].get(key) for key in MACHINE)]
-    return list({tuple(row.get(key) for key in CASE): row for row in here}.values())
+    here = [row for row in rows if values(row, MACHINE) == values(rows[-1], MACHINE)]
+    return list({values(row, CASE): row for row in here}.values())
+
+
+def last_runs(rows: list[dict]) -> list[dict]:
+    """Of newest rows those of each case's last run, which one call of `keep` wrote: they took turns."""
+    last: dict[tuple, str] = {}
+    for row in rows:
+        case = values(row, CASE[:-1])
+        last[case] = max(last.get(case, ""), row["time"])
+    return [row for row in rows if row["time"] == last[values(row, CASE[:-1])]]
 
 
 def reason(error: BaseException) -> str:

@@ -1,7 +1,10 @@
 """The measured tables of the README and of docs/measured.md are those that the committed rows give."""
 
+import json
+
 import pytest
 
+from benchmarks import readme
 from benchmarks.readme import PAGES, README, of_the_block, rewritten
 
 TABLES = [(page, make) for page, tables in PAGES.items() for make in tables]
@@ -29,3 +32,21 @@ def test_a_table_that_is_not_there() -> None:
             ValueError, match=r"^README.md wants one table that begins with \| shape, tokens "
         ):
             rewritten(README, other)
+
+
+def test_a_case_is_of_one_run_which_timed_something(tmp_path, monkeypatch) -> None:
+    case = {"block": "small", "tokens": 512, "dtype": "float32", "work": "training", "dropout": 0.0}
+
+    def run(hour: int, **seconds: float | None) -> list[dict]:
+        told = ({"ms": ms} if ms else {"note": "skipped"} for ms in seconds.values())
+        stamp = case | {"time": f"2026-01-01T{hour:02}:00:00Z"}
+        return [stamp | {"implementation": name} | found for name, found in zip(seconds, told, strict=True)]
+
+    other = [row | {"tokens": 2048} for row in run(0, torch=8.0)]
+    rows = [*run(1, torch=1.0, timm=2.0), *run(2, torch=3.0, ffn=4.0), *other, *run(3, torch=None, timm=None)]
+    (tmp_path / "ffn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert [(row["tokens"], row["implementation"], row["ms"]) for row in readme.timed("ffn")] == [
+        (512, "torch", 3.0), (512, "ffn", 4.0), (2048, "torch", 8.0),
+    ]  # fmt: skip
+    assert {name for (name,) in readme.newest("ffn", ("implementation",), tokens=512)} == {"torch", "ffn"}
