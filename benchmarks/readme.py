@@ -61,7 +61,7 @@ def of_the_block() -> list[str]:
 def of_peers() -> list[str]:
     names = ("ffn", "torch.compile", "TransformerEncoderLayer", "hf", "x-transformers", "timm")
     words = {"torch.compile": "compiled", "TransformerEncoderLayer": "torch's layer", "hf": "transformers"}
-    header = ["a block of"] + [words.get(name, name) for name in names] + ["ffn, bf16", "saved"]
+    header = ["a block of"] + [words.get(name, name) for name in names] + ["ffn, bf16", "saved", "peak"]
     keys = ("block", "dtype", "implementation")
     rows = newest("ffn", keys, work="training", tokens=512, dropout=0.0)
     table = []
@@ -70,9 +70,10 @@ def of_peers() -> list[str]:
             continue
         hf = "hf LlamaMLP" if block.gated else "hf GPT2MLP"
         found = [rows.get((name, "float32", hf if each == "hf" else each)) for each in names]
-        saved = [rows[name, "float32", each]["saved_per_token"] for each in ("ffn", "torch")]
+        ours, plain = (rows[name, "float32", each] for each in ("ffn", "torch"))
+        memory = [f"{ours[key] / plain[key]:.2f}" for key in ("saved_per_token", "peak_MB")]
         half = rows.get((name, "bfloat16", "ffn"))
-        table.append([f"{name}, {label(name)}", *ratios([*found, half]), f"{saved[0] / saved[1]:.2f}"])
+        table.append([f"{name}, {label(name)}", *ratios([*found, half]), *memory])
     return lines_of(header, table)
 
 
