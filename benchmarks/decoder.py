@@ -26,8 +26,9 @@ import torch
 from benchmarks import page
 from benchmarks.cases import BASELINE
 from benchmarks.models import WRONG, Case, prompt_of, run_case
-from benchmarks.report import Progress, arguments, table, words
+from benchmarks.report import Progress, arguments, check_count, check_device, listed, table
 from benchmarks.report import keep as kept
+from benchmarks.runner import ROUNDS
 from benchmarks.twins import GENERATION, SHAPES, TRAINING, Build
 
 COLUMNS = ["work", "shape", "batch", "dtype", "dropout", "implementation", "ms", "iqr", "rounds"]
@@ -43,14 +44,9 @@ def plan(
     """Cases and who takes part. Shapes that are named take part in every work that is.
 
     Raises:
-        ValueError: a word of `only` or `dtypes` names nothing, or no case is left.
+        ValueError: no case is left.
     """
     only, dtypes = set(only), set(dtypes)
-    if unknown := sorted(only - {*IMPLEMENTATIONS, *SHAPES, *GENERATION}):
-        known = ", ".join([*IMPLEMENTATIONS, *SHAPES, *GENERATION])
-        raise ValueError(f"--only {','.join(unknown)}: want any of {known}")
-    if unknown := sorted(dtypes - WRONG.keys()):
-        raise ValueError(f"--dtype {','.join(unknown)}: want any of {', '.join(WRONG)}")
     trained = [name for name in SHAPES if name != "gpt2" or device.type == "cuda"]
     shapes = {"training step": trained, "generation": ["gpt2"]}
     found: list[tuple[Case, dict[str, Build]]] = []
@@ -86,7 +82,7 @@ def run(
 
     Args:
         cases: see `plan`.
-        rounds: of training; of generation, whose calls are long, a quarter.
+        rounds: of training; of generation, whose calls are long, a quarter but five.
         left: the seconds that there still are; a case gets its share of them.
     """
     rows: list[dict] = []
@@ -95,9 +91,11 @@ def run(
             advance(0, str(case))
             share = left() / (len(cases) - i)
             if share > 0:
-                found = run_case(case, builders, device, rounds if case.training else -(-rounds // 4), share)
+                several = rounds if case.training else min(rounds, max(ROUNDS[0], rounds // 4))
+                found = run_case(case, builders, device, several, share)
             else:
                 found = [case.columns(name) | {"note": "skipped: the budget is spent"} for name in builders]
+            found = [row | {"device": device.type} for row in found]
             keep(found)
             rows += found
             advance(effort(case), "")
@@ -111,15 +109,17 @@ def effort(case: Case) -> float:
 def main(argv: list[str]) -> None:
     parser = arguments("decoder", __doc__)
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(here))
-    parser.add_argument("--dtype", type=words, default=[], help=f"any of {','.join(WRONG)}")
-    parser.add_argument("--only", type=words, default=[], help="works, shapes, implementations")
+    parser.add_argument("--device", type=check_device, choices=("cuda", "cpu"), default=here)
+    parser.add_argument("--dtype", type=listed(*WRONG), default=[], help=f"any of {','.join(WRONG)}")
+    known = listed(*IMPLEMENTATIONS, *SHAPES, *GENERATION)
+    parser.add_argument("--only", type=known, default=[], help="works, shapes, implementations")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all cases, roughly")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=check_count, default=20)
+    parser.add_argument("--new-tokens", type=check_count, default=128)
     options = parser.parse_args(argv)
+    where = torch.device(options.device)
     try:
-        cases = plan(options.device, options.dtype, options.only, options.new_tokens)
+        cases = plan(where, options.dtype, options.only, options.new_tokens)
     except ValueError as error:
         raise SystemExit(f"python -m benchmarks decoder: {error}") from None
     end = time.monotonic() + options.budget
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
         rows.extend(found)
 
     try:
-        run(cases, options.device, rounds=options.rounds, left=lambda: end - time.monotonic(), keep=keep)
+        run(cases, where, rounds=options.rounds, left=lambda: end - time.monotonic(), keep=keep)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the rows of the finished cases are kept") from None
     finally:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.cases import BASELINE, CEILING, EIGHT_BITS
 from benchmarks.report import reason
-from benchmarks.runner import failed, guarded, noted
+from benchmarks.runner import ROUNDS, failed, guarded, noted
 from benchmarks.timing import (
     Run,
     comparison,
@@ -222,7 +222,7 @@ def products(case: Case, device: torch.device) -> tuple[Run, int]:
 def run_case(
     case: Case, builders: dict[str, Build], device: torch.device, rounds: int, seconds: float
 ) -> list[dict]:
-    """One row an implementation; at most so many rounds, and fewer where they do not fit the seconds."""
+    """One row an implementation; at most so many rounds, fewer where they exceed the seconds, but five."""
     start = time.perf_counter()
     try:
         rows, runs = prepare(case, builders, device)
@@ -245,7 +245,8 @@ def run_case(
 
     once = sum(map(clock, runs.values()))
     left = seconds - (time.perf_counter() - start)
-    taken = measure(runs, rounds=max(min(3, rounds), int(min(rounds, left / once))), warmup=0, clock=clock)
+    rounds = max(min(rounds, ROUNDS[0]), int(min(rounds, left / once)))
+    taken = measure(runs, rounds=rounds, warmup=0, clock=clock)
     all_rows = {**rows, CEILING: ceiling}
     taken = {name: s for name, s in taken.items() if not failed(all_rows[name.removeprefix(FIRST)])}
     for name, row in rows.items():

@@ -75,6 +75,8 @@ def machine() -> dict[str, object]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     facts |= clocks()
+    with suppress(AttributeError, OSError):  # Windows does not tell
+        facts["load"] = round(os.getloadavg()[0], 1)
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         facts |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "gpu_bytes": gpu.total_memory}
@@ -115,10 +117,43 @@ def arguments(name: str, description: str | None, *, keeps_rows: bool = True) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if keeps_rows:
-        parser.add_argument(
-            "--out", type=Path, default=OUT, help="the folder of the rows, %(default)s if not given"
-        )
+        told = "the folder of the rows, %(default)s if not given"
+        parser.add_argument("--out", type=check_folder, default=str(OUT), help=told)
     return parser
+
+
+def check_folder(text: str) -> Path:
+    """A folder that is there, or can be made."""
+    there = path = Path(text).absolute()
+    while not os.access(there, os.F_OK):
+        there = there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise argparse.ArgumentTypeError(f"{path} wants a folder to write in; {there} is none")
+    return path
+
+
+def check_device(text: str) -> str:
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU; want cpu")
+    return text
+
+
+def check_count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"want a number from 1 up; got {text}")
+    return int(text)
+
+
+def listed(*known: str) -> Callable[[str], list[str]]:
+    """What takes words apart at commas; where some are known, no others."""
+
+    def split(text: str) -> list[str]:
+        found = text.split(",")
+        if known and (unknown := [word for word in found if word not in known]):
+            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: want any of {', '.join(known)}")
+        return found
+
+    return split
 
 
 def publish(name: str, rows: list[dict], columns: list[str], folder: Path) -> None:
@@ -129,10 +164,11 @@ def publish(name: str, rows: list[dict], columns: list[str], folder: Path) -> No
 
 def keep(name: str, rows: list[dict], folder: Path) -> None:
     """Append the rows, each with the machine's facts, to FOLDER/NAME.jsonl."""
-    facts = machine()
+    facts, path = machine(), folder / f"{name}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.jsonl").open("a") as file:
-        file.writelines(json.dumps({**row, **facts}) + "\n" for row in rows)
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by one that was killed
+    with path.open("a") as file:
+        file.write("\n" * torn + "".join(json.dumps({**row, **facts}) + "\n" for row in rows))
 
 
 def read(file: Path) -> list[dict]:
@@ -141,7 +177,7 @@ def read(file: Path) -> list[dict]:
     for line in file.read_text("utf-8").splitlines() if file.exists() else []:
         with suppress(json.JSONDecodeError):  # half a line, of one that was killed
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 CASE = (
@@ -163,9 +199,13 @@ def values(row: dict, keys: tuple[str, ...]) -> tuple:
     return tuple(row.get(key) for key in keys)
 
 
+def machine_of(row: dict) -> tuple:
+    return values({"device": "cuda" if "gpu" in row else "cpu"} | row, MACHINE)
+
+
 def newest(rows: list[dict]) -> list[dict]:
     """The last row of each case and implementation, from the machine that the last row of all is from."""
-    here = [row for row in rows if values(row, MACHINE) == values(rows[-1], MACHINE)]
+    here = [row for row in rows if machine_of(row) == machine_of(rows[-1])]
     return list({values(row, CASE): row for row in here}.values())
 
 
@@ -184,10 +224,6 @@ def reason(error: BaseException) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return "out of memory"
     return str(error) if type(error) is ValueError else text
-
-
-def words(text: str) -> list[str]:
-    return text.split(",")
 
 
 class Progress:

@@ -22,7 +22,7 @@ import torch
 from benchmarks import page
 from benchmarks.cases import DTYPES, Case
 from benchmarks.implementations import IMPLEMENTATIONS
-from benchmarks.report import Progress, arguments, commit, keep, read, table, words
+from benchmarks.report import Progress, arguments, check_device, commit, keep, listed, read, table
 from benchmarks.runner import run_case
 from benchmarks.suites import SUITES, Job, narrowed, toy
 
@@ -36,19 +36,16 @@ RESERVE = 6.0  # seconds of the budget for the pictures
 def options_of(suite: str, argv: list[str]) -> argparse.Namespace:
     parser = arguments(suite, __doc__)
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if suite == "gpu" else here)
-    parser.add_argument("--dtype", type=words, default=list(DTYPES), help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--only", type=words, default=[], help="blocks and implementations, with commas")
+    default = "cuda" if suite == "gpu" else here
+    parser.add_argument("--device", type=check_device, choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--dtype", type=listed(*DTYPES), default=list(DTYPES), help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--only", type=listed(), default=[], help="blocks and implementations, with commas")
     parser.add_argument(
         "--budget", type=float, default=BUDGETS[suite], help="seconds, %(default)s if not given"
     )
     parser.add_argument("--base", metavar="REV", help="compare ffn with this commit's instead")
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)  # one job, in a process of its own
-    options = parser.parse_args(argv)
-    options.out = options.out.resolve()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU; --device cpu makes a dry run")
-    return options
+    return parser.parse_args(argv)
 
 
 def main(suite: str, argv: list[str]) -> None:

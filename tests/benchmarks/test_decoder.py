@@ -112,7 +112,7 @@ def test_rows_of_generation(tmp_path: Path) -> None:
     assert [(row["batch"], row["implementation"]) for row in rows] == [
         (batch, name) for batch in (1, 8) for name in GENERATION
     ]
-    assert all({"torch", "cpu", "commit"} <= row.keys() for row in rows)
+    assert all({"torch", "cpu", "commit"} <= row.keys() and row["device"] == "cpu" for row in rows)
     timed = [row for row in rows if "ms" in row]
     assert {"torch", "ffn"} <= {row["implementation"] for row in timed} <= {*GENERATION}
     for row in timed:
@@ -284,6 +284,18 @@ def test_a_spent_budget_is_rows(tmp_path: Path) -> None:
     assert {row["shape"] for row in rows if row["work"] == "training step"} == {"tiny", "small"}
 
 
+@pytest.mark.parametrize(("asked", "training", "generation"), [(2, 2, 2), (20, 20, 5), (40, 40, 10)])
+def test_an_interval_is_of_five_rounds_unless_fewer_are_asked_for(
+    asked: int, training: int, generation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(decoder, "run_case", lambda *words: given.append(words[3]) or [])
+    decoder.run([(TRAINED, {}), (GENERATED, {})], CPU, rounds=asked)
+    assert given == [training, generation]
+    (row,) = run_case(TRAINED, {"torch": TRAINING["torch"]}, CPU, rounds=asked, seconds=0)
+    assert row["rounds"] == min(asked, 5)
+
+
 def test_names_choose_cases_and_implementations() -> None:
     def chosen(only: str, device: torch.device = CPU) -> set[tuple]:
         plan = decoder.plan(device, [], only.split(",") if only else [], 128)
@@ -296,10 +308,6 @@ def test_names_choose_cases_and_implementations() -> None:
     assert chosen("ffn int8") == {("generation", "gpt2", "torch", "ffn int8")}
     with pytest.raises(SystemExit, match="none of these implementations does this work"):
         decoder.main(["--only", "training step,ffn int8"])
-    with pytest.raises(SystemExit, match="--dtype float8: want any of float32, bfloat16, autocast"):
-        decoder.main(["--dtype", "float32,float8"])
-    with pytest.raises(SystemExit, match="--only gpt3: want any of training step, generation, tiny"):
-        decoder.main(["--only", "gpt3"])
 
 
 def test_the_ceiling_has_the_models_products() -> None:

@@ -1,4 +1,4 @@
-"""What a row says of the machine."""
+"""What a row says of the machine, and what a file of rows holds."""
 
 import platform
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from benchmarks.report import MACHINE
 
 
 def test_clocks_stand_where_the_machine_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +21,37 @@ def test_clocks_stand_where_the_machine_tells_them(monkeypatch: pytest.MonkeyPat
 
 def test_a_row_names_its_python() -> None:
     assert report.machine()["python"] == platform.python_version()
+
+
+def test_a_row_says_how_busy_its_machine_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report.os, "getloadavg", lambda: (1.26, 0.0, 0.0), raising=False)
+    assert report.machine()["load"] == 1.3
+    rows = [{"block": "a", "load": 0.1}, {"block": "b", "load": 3.0}]
+    assert report.newest(rows) == rows
+
+
+def test_half_a_line_of_a_killed_process_is_passed_over_and_swallows_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert report.read(file) == []
+    file.write_text('{"block": "gpt2"}\n[1]\n2\n{"block": "gp')
+    assert report.read(file) == [{"block": "gpt2"}]
+    for name in ("small", "minilm"):
+        report.keep("rows", [{"block": name}], tmp_path)
+    assert [row["block"] for row in report.read(file)] == ["gpt2", "small", "minilm"]
+    assert file.read_text().count("\n") == 6
+
+
+@pytest.mark.parametrize("key", MACHINE)
+def test_the_newest_rows_are_of_the_last_rows_machine(key: str) -> None:
+    here = {"cpu": "a", "gpu": "b", "device": "cuda", "threads": 2, "torch": "3"}
+    rows = [here | {"block": "gpt2"}, here | {"block": "small", key: "another"}, here | {"block": "small"}]
+    assert report.newest(rows) == [rows[0], rows[2]]
+    assert report.newest(rows[:2]) == [rows[1]]
+
+
+def test_rows_that_name_no_device_are_of_the_gpu_where_there_is_one() -> None:
+    for device, facts in (("cpu", {}), ("cuda", {"gpu": "H100"})):
+        rows = [{"block": "a"} | facts, {"block": "b", "device": device} | facts]
+        assert report.newest(rows) == rows
+    dry = {"block": "b", "gpu": "H100", "device": "cpu"}
+    assert report.newest([{"block": "a", "gpu": "H100"}, dry]) == [dry]

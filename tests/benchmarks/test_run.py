@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import base, report, run, suites
+from benchmarks import base, run, suites
 from benchmarks.__main__ import main
 from benchmarks.cases import BLOCKS, Case
 from benchmarks.implementations import IMPLEMENTATIONS
@@ -94,13 +94,6 @@ def test_ctrl_c_keeps_the_finished_rows(
     assert "stopped: 3 rows are in" in capsys.readouterr().err
 
 
-def test_half_a_line_of_a_killed_process_is_passed_over(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"block": "gpt2"}\n{"block": "gp')
-    assert report.read(file) == [{"block": "gpt2"}]
-    assert report.read(tmp_path / "none.jsonl") == []
-
-
 def test_what_takes_seconds_a_call_is_a_row_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +156,28 @@ def test_base_compares_the_cases_with_another_commit(monkeypatch: pytest.MonkeyP
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         run.main("gpu", [])
-    assert "torch sees no GPU; --device cpu makes a dry run" in capsys.readouterr().err
+    assert "torch sees no GPU; want cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["quick", "decoder"])
+def test_an_option_that_cannot_be_met_is_refused_before_anything_runs(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused = {("--out", str(file / "rows")): f"{file / 'rows'} wants a folder to write in; {file} is none"}
+    refused["--dtype", "float32,float8"] = "float8: want any of float32, bfloat16, autocast"
+    refused["--device", "tpu"] = "invalid choice: 'tpu'"
+    if not torch.cuda.is_available():
+        refused["--device", "cuda"] = "torch sees no GPU; want cpu"
+    if name == "decoder":
+        refused["--rounds", "0"] = refused["--new-tokens", "0"] = "want a number from 1 up; got 0"
+        refused["--only", "tiny,gpt3"] = "gpt3: want any of training step, generation, tiny"
+    for words, why in refused.items():
+        with pytest.raises(SystemExit):
+            main([name, *words])
+        assert f"error: argument {words[0]}: {why}" in capsys.readouterr().err
+    assert file.read_text() == "mine"
 
 
 def test_the_door_names_what_there_is(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
