@@ -10,6 +10,7 @@ where a process happens to lie in memory moves its times for as long as it lives
 
 from pathlib import Path
 
+from benchmarks.cases import BASELINE, CEILING
 from benchmarks.report import CASE, arguments, newest, read, table
 
 COLUMNS = ["before", "after", "change"]
@@ -24,12 +25,16 @@ def rows_of(file: Path) -> dict[tuple, dict]:
     """
     try:
         rows = read(file)
-        timed = [row for row in rows if {"speedup", "low", "high"} <= row.keys()]
-    except (OSError, ValueError, AttributeError) as error:
+        timed = [row for row in rows if {"speedup", "low", "high"} <= row.keys() and compared(row)]
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: no rows of a benchmark: {error}") from None
     if not rows:
         raise ValueError(f"{file}: no rows of a benchmark")
     return {tuple((key, row[key]) for key in CASE if key in row): row for row in newest(timed)}
+
+
+def compared(row: dict) -> bool:
+    return row.get("implementation") not in (BASELINE, CEILING)
 
 
 def changed(before: dict[tuple, dict], after: dict[tuple, dict]) -> list[dict]:

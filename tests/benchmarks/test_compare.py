@@ -45,6 +45,15 @@ def test_the_newest_row_of_a_case_counts(tmp_path: Path, capsys: pytest.CaptureF
     assert "1 faster, 0 slower, 1 within the noise; 0 cases" in capsys.readouterr().out
 
 
+def test_the_baseline_and_the_ceiling_are_no_news(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = []
+    for name, speedup in (("a", 1.0), ("b", 2.0)):
+        rows = [row("x", speedup) | {"implementation": each} for each in ("ceiling", "ffn", "torch")]
+        files.append(write(tmp_path / name, *rows))
+    main(files)
+    assert capsys.readouterr().out.count("\n| ") == 1
+
+
 def test_cases_are_told_apart_by_all_that_rows_say_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
