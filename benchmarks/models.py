@@ -23,6 +23,7 @@ from benchmarks.timing import (
     quartiles,
     relative_error,
     saved_bytes,
+    worst,
 )
 from benchmarks.twins import SHAPES, Build, Shape, Twin, Weights, build_torch, config_of, draw
 from benchmarks.yardstick import fast_products
@@ -116,8 +117,7 @@ def exactly(case: Case, weights: Weights, device: torch.device) -> Exact:
 
 def error_of(case: Case, twin: Twin, exact: Exact) -> float:
     found = answers(case, twin, exact.tokens)
-    errors = [relative_error(one, other) for one, other in zip(found, exact.answers, strict=True)]
-    return max(errors, key=lambda error: (error != error, error))
+    return worst(relative_error(*pair) for pair in zip(found, exact.answers, strict=True))
 
 
 def regret(exact: Exact, prompt: Tensor, made: Tensor) -> float:
@@ -260,9 +260,7 @@ def run_case(
 
 def said_of_times(case: Case, name: str, taken: dict[str, list[float]]) -> dict[str, float]:
     seconds = taken[name]
-    row = comparison(taken.get(BASELINE, seconds), seconds)
-    if BASELINE not in taken:
-        row = {key: row[key] for key in ("ms", "iqr")}
+    row = comparison(taken.get(BASELINE), seconds)
     row |= {"rounds": len(seconds), "tokens_per_s": case.tokens / row["ms"] * 1e3}
     if FIRST + name in taken:
         row["ttft_ms"] = 1e3 * quartiles(taken[FIRST + name])[1]

@@ -32,6 +32,7 @@ from benchmarks.timing import (
     peak_bytes,
     relative_error,
     saved_bytes,
+    worst,
 )
 from benchmarks.yardstick import FEW, blocks_of, reads_weights, yardstick, yardsticks
 
@@ -91,8 +92,8 @@ def prepare(
         return run, row | {"error": relative_error(output(), exact["y"])}
     module.train(case.dropout == 0.0)
     found = {"y": training(case, contender, x, dy), "x": x.grad} | contender.gradients()
-    errors = [relative_error(found[name], exact[name]) for name in exact]
-    row: dict[str, object] = {"error": max(errors, key=lambda error: (error != error, error))}
+    errors = (relative_error(found[name], exact[name]) for name in exact)
+    row: dict[str, object] = {"error": worst(errors)}
     module.train()
     run = partial(training, case, contender, x, dy)
     y = run()
@@ -239,9 +240,7 @@ def fill_in(rows: dict[str, dict], case: Case, weights: Weights, taken: dict[str
         taken[CEILING] = least[0]
         rows[CEILING] |= least[1]
     for name, seconds in taken.items():
-        row, found = rows[name], comparison(taken.get(BASELINE, seconds), seconds)
-        if BASELINE not in taken:
-            found = {key: found[key] for key in ("ms", "iqr")}
+        row, found = rows[name], comparison(taken.get(BASELINE), seconds)
         row |= found | {"rounds": len(seconds)}
         if name != CEILING:
             row["tflops"] = case.flops / found["ms"] / 1e9

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,16 @@ from torch.utils._pytree import tree_leaves
 
 Run = Callable[[], object]
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
-CACHE_BYTES = 64 << 20  # more than that of a CPU
 HEAD_START = 4_000_000  # of the GPU's cycles, some 2 ms
+
+
+def twice_the_cache(caches: Path) -> int:
+    """Bytes that the largest of a core's caches cannot hold; at least 64 MiB, where the system tells less."""
+    sizes = [int(file.read_text().strip().removesuffix("K")) << 10 for file in caches.glob("index*/size")]
+    return max([64 << 20, *(2 * size for size in sizes)])
+
+
+CACHE_BYTES = twice_the_cache(Path("/sys/devices/system/cpu/cpu0/cache"))
 
 
 def host_seconds(run: Run) -> float:
@@ -125,11 +134,13 @@ def speedup(base: list[float], other: list[float], *, draws: int = 2000) -> tupl
     return ratio(rounds), drawn[int(0.025 * draws)], drawn[int(0.975 * draws)]
 
 
-def comparison(base: list[float], other: list[float]) -> dict[str, float]:
-    """What a row says of the seconds of `other`: their median and spread in ms, the speedup over `base`."""
+def comparison(base: list[float] | None, other: list[float]) -> dict[str, float]:
+    """What a row says of the seconds of `other`: their median and spread in ms, any speedup over `base`."""
     first, median, third = quartiles(other)
-    ratio, low, high = speedup(base, other)
-    return {"ms": 1e3 * median, "iqr": 1e3 * (third - first), "speedup": ratio, "low": low, "high": high}
+    row = {"ms": 1e3 * median, "iqr": 1e3 * (third - first)}
+    if base is not None:
+        row["speedup"], row["low"], row["high"] = speedup(base, other)
+    return row
 
 
 def saved_bytes(forward: Callable[[], Tensor], owned: Iterable[Tensor]) -> int:
@@ -210,3 +221,8 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 def relative_error(out: Tensor, exact: Tensor) -> float:
     """||out - exact|| / ||exact||."""
     return ((out.to(exact.dtype) - exact).norm() / exact.norm()).item()
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN where there is one."""
+    return max(errors, key=lambda error: (error != error, error))

@@ -13,7 +13,6 @@ from benchmarks import runner, timing
 from benchmarks.cases import BLOCKS, WARM, Case
 from benchmarks.implementations import IMPLEMENTATIONS, Contender
 from benchmarks.runner import run_case
-from benchmarks.yardstick import yardstick
 
 CPU = torch.device("cpu")
 BLOCK = replace(BLOCKS["qwen2.5-0.5b"], dim=16, hidden_dim=24)
@@ -46,7 +45,6 @@ def test_one_that_sleeps_is_slower_by_its_sleep(work: str) -> None:
     assert rows["slow"]["ms"] >= 100
     assert rows["slow"]["speedup"] == pytest.approx(rows["torch"]["ms"] / rows["slow"]["ms"])
     assert rows["slow"]["low"] <= rows["slow"]["speedup"] <= rows["slow"]["high"]
-    assert rows["slow"]["speedup"] < 0.9  # 0.1 on a machine that does nothing else
     assert rows["torch"]["speedup"] == 1.0
     assert rows["slow"]["rounds"] == 5
     ceiling = rows["torch"]["of_ceiling"]
@@ -209,20 +207,6 @@ def test_saved_bytes_are_those_counted_by_hand(name: str) -> None:
     assert saved["torch"] == 4 * (dim + (4 if block.gated else 2) * hidden)
     assert saved["ffn"] == 4 * (dim + (2 if block.gated else 1) * hidden)
     assert saved["ffn save=input"] == 4 * dim
-
-
-@pytest.mark.parametrize("products", [0.1, 0.0001])
-def test_few_tokens_are_measured_against_the_products_or_reading_the_weights(products: float) -> None:
-    case, weights = replace(CASE, work="inference"), {"up_proj.weight": torch.zeros(1 << 18)}
-    taken = {"ceiling joined": [2 * products] * 3, "ceiling apart": [products] * 3}
-    taken |= {"ceiling copy": [1.0] * 3}
-    seconds, rate = yardstick(case, weights, taken)
-    reading = 4 * (1 << 18) / (2 * (1 << 27))
-    assert seconds == pytest.approx([max(products, reading)] * 3)
-    copied, multiplied = {"gbs": (1 << 28) / 1e9}, {"tflops": case.flops / products / 1e12}
-    assert rate == pytest.approx(copied if products < reading else copied | multiplied)
-    assert taken == {}
-    assert yardstick(case, weights, {}) is None
 
 
 def noisy(draw: random.Random, slow: float) -> float:

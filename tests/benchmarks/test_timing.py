@@ -1,7 +1,11 @@
 """The instruments are right in what they count, compare and average."""
 
+import itertools
+import math
 from functools import partial
+from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 from hypothesis import given, settings
@@ -41,6 +45,48 @@ def test_a_row_says_what_the_rounds_give() -> None:
     ratio, low, high = timing.speedup(base, other)
     row = timing.comparison(base, other)
     assert row == {"ms": 1500.0, "iqr": 3000.0, "speedup": ratio, "low": low, "high": high}
+
+
+def test_without_a_baseline_a_row_has_times_alone() -> None:
+    assert timing.comparison(None, [1.0, 10.0, 1.0, 2.0]) == {"ms": 1500.0, "iqr": 3000.0}
+
+
+def test_the_worst_error_is_the_one_that_is_no_number() -> None:
+    assert timing.worst([1.0, 3.0, 2.0]) == 3.0
+    for errors in itertools.permutations([1.0, math.nan, math.inf]):
+        assert math.isnan(timing.worst(errors))
+
+
+def test_no_cache_holds_what_fills_it(tmp_path: Path) -> None:
+    assert timing.twice_the_cache(tmp_path) == 64 << 20
+    for level, size in enumerate(("32K", "32K", "2048K", "107520K")):
+        (tmp_path / f"index{level}").mkdir()
+        (tmp_path / f"index{level}" / "size").write_text(f"{size}\n")
+    assert timing.twice_the_cache(tmp_path) == 2 * 107520 << 10
+    (tmp_path / "index3" / "size").unlink()
+    assert timing.twice_the_cache(tmp_path) == 64 << 20
+
+
+def test_a_cold_clock_fills_the_cache_before_each_call(monkeypatch) -> None:
+    done = []
+    buffer = SimpleNamespace(sum=lambda: done.append("fill"))
+    monkeypatch.setattr(timing.torch, "zeros", lambda count, **how: done.append(4 * count) or buffer)
+    clock = clock_of(torch.device("cpu"), cold=True)
+    for _ in range(2):
+        clock(partial(done.append, "run"))
+    assert done == [timing.CACHE_BYTES, "fill", "run", "fill", "run"]
+
+
+def test_a_warm_clock_is_the_mean_of_calls_after_as_many(monkeypatch) -> None:
+    called, now = [], [0.0]
+
+    def run() -> None:
+        called.append(1)
+        now[0] += 100.0 if len(called) <= 10 else len(called) - 10.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    assert clock_of(torch.device("cpu"), warm=True)(run) == 5.5
+    assert len(called) == 20
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
