@@ -13,6 +13,7 @@ each sitting: leave it alone meanwhile.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.cases import WRONG, Case
-from benchmarks.report import table
+from benchmarks.report import CASE, table
 from benchmarks.timing import measure, relative_error, speedup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +35,7 @@ SIDES = ("before", "after")  # the commit, the working tree
 SITTINGS = 8  # with 8 the interval of an unchanged case excludes 1 in one of twenty, with 3 in one of four
 ROUNDS = (2, 20)  # the least and the most of a sitting
 VERDICTS = ("faster", "slower", "within the noise", "not timed")
-COLUMNS = ["block", "tokens", "dtype", "work", "dropout", "implementation"]
-COLUMNS += ["before_ms", "after_ms", "speedup", "low", "high", "verdict", "note"]
+COLUMNS = [*CASE, "before_ms", "after_ms", "speedup", "low", "high", "verdict", "note"]
 
 
 def git(root: Path, *words: str, check: bool = True) -> str:
@@ -236,6 +236,7 @@ def run(
 
 def main(rev: str, cases: Sequence[Case], names: Sequence[str], *, device: str, budget: float) -> None:
     """Print what changed, what failed and how many there are of each."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the worktree goes then, too
     try:
         rows = run(rev, cases, names, device=device, budget=budget)
     except ValueError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.cases import BASELINE, CEILING
 from benchmarks.report import CASE, arguments, newest, read, table
 
-COLUMNS = ["before", "after", "change"]
+COLUMNS = [*CASE, "before", "after", "change"]
 LEAST_CHANGE = 1.05  # as a ratio, either way
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"python -m benchmarks compare: {error}") from None
     moved, both = changed(before, after), len(before.keys() & after.keys())
     if moved:
-        print(table(moved, [key for key in CASE if any(key in row for row in moved)] + COLUMNS) + "\n")
+        print(table(moved, COLUMNS) + "\n")
     faster = sum(row["change"] > 1 for row in moved)
     print(f"{faster} faster, {len(moved) - faster} slower, {both - len(moved)} within the noise", end="")
     print(f"; {len(before) + len(after) - 2 * both} cases are in one file only")

@@ -10,7 +10,6 @@ and gradients equal), "left" (and why), "wrong" (they differ), "none" (no dense 
 Rows go to DIR/coverage.jsonl, and as a table to DIR/coverage.md (for benchmarks/results to docs/coverage.md).
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -19,14 +18,13 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ffn
-from benchmarks.report import OUT, RESULTS, machine
+from benchmarks.report import RESULTS, arguments, listed, machine, read
 from ffn.atomic import write_file
 
 KINDS = {  # (name of transformers' list of types, its class)
@@ -263,10 +261,9 @@ def table(rows: list[dict], versions: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks coverage", description=__doc__.split("\n")[0])
-    parser.add_argument("--kind", default=",".join(KINDS), help="comma-separated")
-    parser.add_argument("--only", default="", help="model types, comma-separated; nothing is written")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser = arguments("coverage", __doc__)
+    parser.add_argument("--kind", type=listed(*KINDS), default=[*KINDS], help=f"any of {', '.join(KINDS)}")
+    parser.add_argument("--only", type=listed(), default=[], help="model types; nothing is written")
     options = parser.parse_args(argv)
     import transformers
     from transformers.models.auto import modeling_auto
@@ -274,9 +271,9 @@ def main(argv: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     rows, facts = [], machine() | {"transformers": transformers.__version__}
-    for kind in options.kind.split(","):
+    for kind in options.kind:
         types = getattr(modeling_auto, KINDS[kind][0])
-        for model_type in options.only.split(",") if options.only else types:
+        for model_type in options.only or types:
             if model_type in types:
                 row = examine(kind, model_type)
                 rows.append(row | facts)
@@ -286,8 +283,7 @@ def main(argv: list[str]) -> None:
     if not options.only:
         options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / "coverage.jsonl"
-        before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        rows = [row for row in before if row["kind"] not in options.kind.split(",")] + rows
+        rows = [row for row in read(file) if row["kind"] not in options.kind] + rows
         versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
         write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
         page = RESULTS.parents[1] / "docs" if options.out.resolve() == RESULTS.resolve() else options.out

@@ -26,14 +26,13 @@ import torch
 from benchmarks import page
 from benchmarks.cases import BASELINE
 from benchmarks.models import WRONG, Case, prompt_of, run_case
-from benchmarks.report import Progress, arguments, check_count, check_device, listed, table
+from benchmarks.report import CASE, Progress, arguments, check_count, check_device, listed, table
 from benchmarks.report import keep as kept
 from benchmarks.runner import ROUNDS
 from benchmarks.twins import GENERATION, SHAPES, TRAINING, Build
 
-COLUMNS = ["work", "shape", "batch", "dtype", "dropout", "implementation", "ms", "iqr", "rounds"]
-COLUMNS += ["tokens_per_s", "ttft_ms", "speedup", "low", "high", "over_transformers", "mfu"]
-COLUMNS += ["saved_MB", "saved_ratio", "peak_MB", "error", "note"]
+COLUMNS = [*CASE, "ms", "iqr", "rounds", "tokens_per_s", "ttft_ms", "speedup", "low", "high"]
+COLUMNS += ["over_transformers", "mfu", "saved_MB", "saved_ratio", "peak_MB", "error", "note"]
 IMPLEMENTATIONS = {"training step": TRAINING, "generation": GENERATION}
 DTYPES = {"training step": ("float32", "autocast"), "generation": ("float32", "bfloat16")}
 
@@ -136,6 +135,5 @@ def main(argv: list[str]) -> None:
         raise SystemExit("stopped; the rows of the finished cases are kept") from None
     finally:
         if rows:
-            columns = [column for column in COLUMNS if any(row.get(column) not in (None, "") for row in rows)]
-            print(table(rows, columns), flush=True)
+            print(table(rows, COLUMNS), flush=True)
             page.present("decoder", options.out)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.look import is_ours
-from benchmarks.report import cell, newest, read
+from benchmarks.report import CASE, cell, newest, read, values
 from ffn import atomic
 
 STAMP = ("gpu", "capability", "gpu_bytes", "cpu", "threads", "torch", "cuda", "triton", "commit", "time")
-CASE = ("shape", "block", "batch", "tokens", "dtype", "work", "dropout")
 FIRST = (
     "tokens_per_s",
     "ms",
@@ -167,16 +166,16 @@ def table(rows: list[dict]) -> Iterator[str]:
     if not rows:
         return
     keys = dict.fromkeys(key for row in rows for key in row if key not in STAMP and key != "note")
-    known = [key for key in (*CASE, "implementation", *FIRST) if key in keys]
+    known = [key for key in (*CASE, *FIRST) if key in keys]
     columns = [*known, *(key for key in keys if key not in known), "note"]
     numbers = {key for key in columns if all(isinstance(row.get(key), int | float | None) for row in rows)}
     looks = {key: ' class="number"' if key in numbers else "" for key in columns} | {"note": ' class="note"'}
     yield '<div class="wide" tabindex="0"><table><thead><tr>'
     yield "".join(f"<th{looks[key]}>{escape(key)}</th>" for key in columns) + "</tr></thead><tbody>"
-    start = len([key for key in columns if key in (*CASE, "implementation")])
+    start = len([key for key in columns if key in CASE])
     before = None
     for row in rows:
-        case = [row.get(key) for key in CASE]
+        case = values(row, CASE[:-1])
         kinds = ["begins"] * (before not in (None, case)) + ["ours"] * is_ours(str(row.get("implementation")))
         cells = [f"<td{looks[key]}>{escape(cell(row.get(key)))}</td>" for key in columns]
         if not measured(row):  # what there is to say stands where the numbers would

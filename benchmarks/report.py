@@ -105,7 +105,8 @@ def lines_of(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def table(rows: list[dict], columns: list[str]) -> str:
-    """A Markdown table of the named columns; a row that lacks one leaves it empty."""
+    """A Markdown table of the named columns that any row fills."""
+    columns = [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
     return "\n".join(lines_of(columns, [[cell(row.get(column)) for column in columns] for row in rows]))
 
 
@@ -180,18 +181,8 @@ def read(file: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-CASE = (
-    "block",
-    "shape",
-    "case",
-    "batch",
-    "tokens",
-    "new_tokens",
-    "dtype",
-    "dropout",
-    "work",
-    "implementation",
-)
+CASE = ("work", "shape", "block", "case", "batch", "tokens", "new_tokens")
+CASE += ("dtype", "dropout", "implementation")
 MACHINE = ("cpu", "gpu", "device", "threads", "torch")
 
 

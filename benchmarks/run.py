@@ -22,13 +22,13 @@ import torch
 from benchmarks import page
 from benchmarks.cases import DTYPES, Case
 from benchmarks.implementations import IMPLEMENTATIONS
-from benchmarks.report import Progress, arguments, check_device, commit, keep, listed, read, table
+from benchmarks.report import CASE, Progress, arguments, check_device, commit, keep, listed, read, table
 from benchmarks.runner import run_case
 from benchmarks.suites import SUITES, Job, narrowed, toy
 
 BUDGETS = {"quick": 60.0, "ffn": 1800.0, "gpu": 500.0}  # seconds
-COLUMNS = ["block", "tokens", "dtype", "work", "dropout", "implementation", "ms", "speedup", "low", "high"]
-COLUMNS += ["of_ceiling", "saved_per_token", "peak_MB", "error", "setup_s", "note"]
+COLUMNS = [*CASE, "ms", "speedup", "low", "high", "of_ceiling", "saved_per_token", "peak_MB", "error"]
+COLUMNS += ["setup_s", "note"]
 BEARABLE = 3.5e11  # operations a call on a CPU: a second or two on two cores
 RESERVE = 6.0  # seconds of the budget for the pictures
 

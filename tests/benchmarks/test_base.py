@@ -1,12 +1,15 @@
 """What --base says of two commits of a tiny `ffn`: the second is slow, wrong or fatal where it says so."""
 
+import math
 import random
 import shutil
+import signal
 import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import base
 from benchmarks.cases import Block, Case
@@ -123,6 +126,14 @@ def test_the_verdict_is_on_stdout(
     assert any("NotImplementedError: no such block" in line for line in lines)
 
 
+def test_a_number_is_no_agreement_where_it_is_none() -> None:
+    good, bad = {"y": torch.ones(3), "x": torch.ones(2)}, torch.tensor([1.0, math.nan])
+    assert base.disagreement(good, good, "float32") == ""
+    assert base.disagreement(good, good | {"x": bad}, "float32") == "the gradient of x differs by nan"
+    assert base.disagreement({"y": bad}, {"y": torch.ones(2)}, "bfloat16") == "y differs by nan"
+    assert base.disagreement(good, {"y": torch.ones(3)}, "float32").startswith("the outputs differ")
+
+
 class Steady:
     """A worker whose process is slow by up to a fifth, and each of its turns by up to a tenth."""
 
@@ -170,12 +181,15 @@ def test_what_the_budget_does_not_reach_is_skipped(monkeypatch: pytest.MonkeyPat
     assert [row["note"] for row in rows] == ["sat", "skipped: the budget of -1 s is spent"]
 
 
-def test_an_interrupt_leaves_nothing_behind(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing_behind(
+    number: signal.Signals, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = []
 
     def interrupted(worker: base.Worker, *case: object) -> None:
         started.append(worker.process)
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(base.Worker, "prepare", interrupted)
     with pytest.raises(SystemExit, match=r"^stopped before there is a verdict$"):

@@ -73,7 +73,7 @@ def test_a_suite_leaves_rows_a_table_pictures_and_a_page(
             assert row["error"] < 1e-6, block
             assert row["low"] <= row["speedup"] <= row["high"]
     said = capsys.readouterr().out
-    assert "| gpt2 | 4 | float32 | training | 0 | ffn |" in said
+    assert "| training | gpt2 | 4 | float32 | 0 | ffn |" in said
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 
 
