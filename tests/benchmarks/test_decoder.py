@@ -1,4 +1,4 @@
-"""Whole models: three codes are one function of one set of weights, and the rows say truly how they fare."""
+"""Whole models: the rows say truly how each code fares."""
 
 import json
 from functools import partial
@@ -13,12 +13,11 @@ import ffn
 from benchmarks import decoder, models, twins
 from benchmarks.models import Case, products, run_case
 from benchmarks.twins import GENERATION, SHAPES, TRAINING, Shape, Twin, Weights
-from ffn.cost import parameter_table
+from ffn.cost import flops_per_token, parameter_table
 
 CPU = torch.device("cpu")
 TRAINED = Case("training step", "tiny", 2, "float32", dropout=0.1)
 GENERATED = Case("generation", "gpt2", 2, "float32", new_tokens=5)
-NAMES = ["torch", "transformers", "ffn"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +25,6 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", Shape(11, 16, 2, 2, 8, 2, "gelu"))
     monkeypatch.setitem(SHAPES, "small", Shape(13, 16, 1, 2, 8, 2, "gelu"))
     monkeypatch.setitem(SHAPES, "gpt2", Shape(40, 16, 2, 2, 24, 2, "gelu_tanh"))
-
-
-def twin(name: str, case: Case, dtype: torch.dtype = torch.float64) -> Twin:
-    if name == "transformers":
-        pytest.importorskip("transformers")
-    return GENERATION[name](case.shape, 0.0, twins.draw(case.shape, CPU), dtype)
 
 
 def rows_of(case: Case, **builders) -> dict[str, dict]:
@@ -44,46 +37,11 @@ def run(words: str, folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "decoder.jsonl").read_text().splitlines()]
 
 
-def test_the_cache_changes_no_token() -> None:
-    model = twin("torch", GENERATED).model
-    prompt = torch.randint(40, (3, 7))
-    assert torch.equal(model.generate(prompt, 9), model.generate(prompt, 9, cache=False))
-
-
-@pytest.mark.parametrize("case", [TRAINED, GENERATED], ids=["erf", "tanh"])
-@pytest.mark.parametrize("name", NAMES)
-def test_all_are_one_function_of_the_weights(name: str, case: Case) -> None:
-    tokens = torch.randint(case.shape.vocab_size, (2, 8))
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    plain, other = twin("torch", case), twin(name, case)
-    assert other.parameters == plain.parameters
-    for one in (plain, other):
-        one.model.eval()
-        one.loss(inputs, targets).backward()
-    torch.testing.assert_close(other.logits(inputs), plain.logits(inputs), rtol=1e-11, atol=1e-11)
-    # transformers takes its loss in float32
-    torch.testing.assert_close(other.table.grad, plain.table.grad, rtol=1e-4, atol=1e-7)
-    made = torch.as_tensor(other.generate(inputs[:, :3], 5))
-    assert torch.equal(made, plain.generate(inputs[:, :3], 5))
-
-
-def test_no_weight_is_left_behind() -> None:
-    weights = twins.draw(SHAPES["gpt2"], CPU)
-    assert not any((w == 0).any() or (w == 1).any() for w in weights.values())
-
-
-def test_packed_weights_leave_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, "gpt2", Shape(64, 256, 1, 2, 24, 2, "gelu_tanh"))  # wide enough to pack
-    plain, packed = (twin(name, GENERATED, torch.float32) for name in ("torch", "ffn packed"))
-    tokens = torch.randint(64, (2, 8))
-    with torch.no_grad():
-        torch.testing.assert_close(packed.logits(tokens), plain.logits(tokens), rtol=1e-4, atol=1e-5)
-
-
 def test_int8_is_one_call_and_a_row_where_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Mock()
     monkeypatch.setattr(ffn, "pack", called)
-    model = twin("ffn int8", GENERATED).model
+    build, shape = GENERATION["ffn int8"], GENERATED.shape
+    model = build(shape, 0.0, twins.draw(shape, CPU), torch.float64).model
     called.assert_called_once_with(model, form="int8")
     called.side_effect = ValueError("no such form")
     int8 = rows_of(GENERATED, **{"ffn int8": GENERATION["ffn int8"]})["ffn int8"]
@@ -308,6 +266,20 @@ def test_names_choose_cases_and_implementations() -> None:
     assert chosen("ffn int8") == {("generation", "gpt2", "torch", "ffn int8")}
     with pytest.raises(SystemExit, match="none of these implementations does this work"):
         decoder.main(["--only", "training step,ffn int8"])
+
+
+def test_times_are_of_medians_and_the_rate_that_of_the_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"torch": [4.0, 2.0, 9.0], "first token of torch": [0.5, 0.25, 2.0], "ceiling": [1.0, 2.0, 0.5]}
+    monkeypatch.setattr(models, "measure", lambda runs, **options: {name: known[name] for name in runs})
+    made, trained = (rows_of(case)["torch"] for case in (GENERATED, TRAINED))
+    assert (made["ms"], made["ttft_ms"]) == (4000.0, 500.0)
+    assert made["tokens_per_s"] == 2 * 5 / 4
+    assert not {"mfu", "tflops"} & made.keys()
+    per_token = flops_per_token(twins.config_of(TRAINED.shape, 0.1), 8, training=True)
+    assert trained["tflops"] == pytest.approx(per_token * 2 * 8 / 4 / 1e12)
+    assert trained["ceiling_tflops"] == pytest.approx(products(TRAINED, CPU)[1] / 1e12)
+    assert trained["mfu"] == pytest.approx(trained["tflops"] / trained["ceiling_tflops"])
+    assert "ttft_ms" not in trained
 
 
 def test_the_ceiling_has_the_models_products() -> None:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import plots
 from benchmarks.cases import BLOCKS, Case
 from benchmarks.look import LOOKS, Picture, spaced, styles_of
-from benchmarks.roofline import intensity
+from benchmarks.roofline import intensity, roofline
 from benchmarks.rows import timed
 from tests.benchmarks.fake_rows import decoder_rows, rows_of
 
@@ -101,6 +101,13 @@ def test_roofs_need_not_all_be_there(tmp_path: Path) -> None:
     for number, limits in enumerate(({"gbs": 1.0}, {"tflops": 0.2}, {"gbs": 1e9, "tflops": 1e-9})):
         ceiling = {**ROW, "implementation": "ceiling", **limits}
         assert drawn([row, ceiling], tmp_path / str(number)) == ["roofline-float32"]
+
+
+def test_the_roof_is_the_fastest_copy_and_the_fastest_products() -> None:
+    limits = [{"gbs": 9.0, "tflops": 0.2}, {"gbs": 14.0, "tflops": 0.5}, {"gbs": 11.0, "tflops": 0.3}]
+    rows = [{**ROW, "tflops": 0.1}, *({**ROW, "implementation": "ceiling", **limit} for limit in limits)]
+    (picture,) = roofline(timed(rows), styles_of(["ffn"]))
+    assert {"copy, 14 GB/s", "bare products, 500 GFLOP/s "} <= words(picture)
 
 
 def test_an_implementation_has_one_look_whoever_else_is_there() -> None:
