@@ -1,5 +1,7 @@
 """The count of what `ffn.swap` takes: each outcome found on a model that has it, and the table of them."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -58,3 +60,21 @@ def test_the_table_counts_and_names():
     assert "| causal | 3 | 1 | 1 | 0 | 1 | 0 | 50.0% |" in text
     assert "| causal | b | left | a \\| b |" in text
     assert "Swapped, causal: a." in text
+
+
+def test_the_rows_of_a_kind_are_replaced_and_the_others_kept(tmp_path, monkeypatch):
+    def examine(kind: str, model_type: str) -> dict:
+        return {"kind": kind, "model_type": model_type, "outcome": "none", "reason": ""}
+
+    monkeypatch.setattr(coverage, "examine", examine)
+    file = tmp_path / "coverage.jsonl"
+    old = [{**examine("causal", "gone"), "outcome": "left"}, examine("vision", "vit")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in old))
+    coverage.main(["--kind", "causal", "--only", "llama", "--out", str(tmp_path)])
+    assert coverage.read(file) == old
+    coverage.main(["--kind", "causal", "--out", str(tmp_path)])
+    vit, *causal = coverage.read(file)
+    assert vit == old[1]
+    assert {"llama", "gpt2"} < {row["model_type"] for row in causal}
+    assert {row["kind"] for row in causal} == {"causal"}
+    assert "| vision | vit | none |" in (tmp_path / "coverage.md").read_text()
