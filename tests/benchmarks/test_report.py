@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.report import MACHINE
 
 
 def test_clocks_stand_where_the_machine_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +40,7 @@ def test_half_a_line_of_a_killed_process_is_passed_over_and_swallows_no_row(tmp_
     assert file.read_text().count("\n") == 6
 
 
-@pytest.mark.parametrize("key", MACHINE)
+@pytest.mark.parametrize("key", ["cpu", "gpu", "device", "threads", "torch"])
 def test_the_newest_rows_are_of_the_last_rows_machine(key: str) -> None:
     here = {"cpu": "a", "gpu": "b", "device": "cuda", "threads": 2, "torch": "3"}
     rows = [here | {"block": "gpt2"}, here | {"block": "small", key: "another"}, here | {"block": "small"}]
