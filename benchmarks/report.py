@@ -20,12 +20,15 @@ RESULTS = Path(__file__).parent / "results"  # the rows that are kept with the c
 OUT = Path("runs/benchmarks")
 
 
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, family and model; a virtual machine may give several generations one name."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return facts["model name"] + "".join(
+        f", {key} {facts[key]}" for key in ("cpu family", "model") if key in facts
+    )
 
 
 @cache  # what was measured, however long it took

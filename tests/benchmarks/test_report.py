@@ -54,3 +54,10 @@ def test_rows_that_name_no_device_are_of_the_gpu_where_there_is_one() -> None:
         assert report.newest(rows) == rows
     dry = {"block": "b", "gpu": "H100", "device": "cpu"}
     assert report.newest([{"block": "a", "gpu": "H100"}, dry]) == [dry]
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("vendor_id\t: A\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: A B\n\n")
+    assert report.cpu_model(cpuinfo) == "A B, cpu family 25, model 17"
+    assert report.cpu_model(tmp_path / "absent")
