@@ -258,8 +258,9 @@ def attend_in_full(
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:
     """Raise ValueError unless dim splits into heads and the heads into groups."""
-    sizes = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    for name, size in sizes.items():
+    check_size("dim", dim)
+    check_size("num_heads", num_heads)
+    for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
         if size is not None:
             check_size(name, size)
     if head_dim is None and dim % num_heads:

@@ -94,7 +94,8 @@ class FeedForward(nn.Module):
         check_options(row, dropout, save, chunk_tokens, backend)
         check_probability("out_dropout", out_dropout)
         check_init(init)
-        for name, size in (("dim", dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
+        check_size("dim", dim)
+        for name, size in (("hidden_dim", hidden_dim), ("out_dim", out_dim)):
             if size is not None:
                 check_size(name, size)
         self.dim, self.out_dim = dim, dim if out_dim is None else out_dim

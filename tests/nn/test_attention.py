@@ -235,6 +235,7 @@ def test_widths_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="num_heads=4 is no multiple of num_kv_heads=3; choose a divisor"):
         Attention(8, 4, 3)
     for sizes, message in (
+        ((8, None), "num_heads=None: want a positive whole number"),
         ((8, 0), "num_heads=0: want a positive whole number"),
         ((8, 2, 0), "num_kv_heads=0: want a positive whole number"),
         ((8, 2, 1, -4), "head_dim=-4: want a positive whole number"),

@@ -27,6 +27,7 @@ REFUSED = [
     ({"dim": -1, "hidden_dim": None}, "dim=-1: want a positive whole number$"),
     ({"dim": "6", "hidden_dim": None}, "dim='6': want a positive whole number$"),
     ({"dim": True}, "dim=True: want a positive whole number$"),
+    ({"dim": None}, "dim=None: want a positive whole number$"),
     ({"hidden_dim": -3}, "hidden_dim=-3: want a positive whole number$"),
     ({"out_dim": 0}, "out_dim=0: want a positive whole number$"),
     ({"dropout": "0.1"}, r"dropout='0\.1': want a probability in \[0, 1\)$"),
