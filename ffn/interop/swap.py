@@ -28,8 +28,8 @@ def swap(
     """Reroute the feed-forward blocks of `model`, any torch module, through `ffn.feed_forward`, in place.
 
     Children, names, state dict, hooks, base classes and parameters stay what they are, and a LoRA adapter, a
-    hook or a quantized weight put on a block later takes effect: there the old code runs. Globals that the old
-    code reads are taken to stay what they are now.
+    hook or a quantized weight put on a block later takes effect: there the old code runs. Globals that it
+    reads are taken to stay what they are now.
 
     Args:
         save, chunk_tokens, backend: as for `ffn.feed_forward`.

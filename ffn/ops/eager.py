@@ -51,8 +51,10 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) 
     """
     if torch.compiler.is_compiling() or not _within or a.dtype != torch.float32 or a.shape[1] <= _LONGEST_SUM:
         return torch.addmm(out, a, b, out=out) if add and out is not None else torch.mm(a, b, out=out)
-    step = max(_LONGEST_SUM, a.shape[1] // 768 * 64)  # some 12 pieces, where MKL adds up more
-    for k in range(0, a.shape[1], step):
+    K = a.shape[1]
+    pieces = -(-K // max(_LONGEST_SUM, K // 768 * 64))  # some 12 at most, where MKL adds up more
+    step = -(-K // (64 * pieces)) * 64  # of one size, since a short one is slow
+    for k in range(0, K, step):
         piece = a[:, k : k + step], b[k : k + step]
         if out is not None and (add or k > 0):
             torch.addmm(out, *piece, out=out)
