@@ -47,6 +47,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def constant_in_graphs(function: Callable) -> Callable:
@@ -97,7 +98,7 @@ def is_last_reader() -> bool:
     """Whether the backward that runs gives up what was saved for it, which it may then write over."""
     if torch.compiler.is_compiling():
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    return not _autograd._get_current_graph_task_keep_graph()
 
 
 def autograd_gradients(formula: Callable, inputs: Sequence, needs: Sequence[bool], dy: torch.Tensor) -> list:

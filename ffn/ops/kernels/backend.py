@@ -103,7 +103,7 @@ def dactivate_(
     activation: Activation, seed: Tensor | None, p: float, row_start: int, reuse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(dpre, dpre_gate, h), each (N, H): h written over dh, the others over the preactivations if `reuse`."""
-    dpre, dpre_gate = _place(pre, reuse), _place(pre_gate, reuse)
+    dpre, dpre_gate = _place(pre, reuse), None if pre_gate is None else _place(pre_gate, reuse)
     dact.op(dh, pre, pre_gate, dpre, dpre_gate, seed, activation.name, p, row_start, 0, True, False)
     return dpre, dpre_gate, dh
 
@@ -115,7 +115,7 @@ def linear_dact(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dpre, dpre_gate, ddown, dup_bias, dgate_bias): back through the second product and the activation."""
     gated, sums = pre_gate is not None, need_up_bias or need_gate_bias
-    dpre, dpre_gate = _place(pre, reuse), _place(pre_gate, reuse)
+    dpre, dpre_gate = _place(pre, reuse), None if pre_gate is None else _place(pre_gate, reuse)
     given = pre, pre_gate, dpre, dpre_gate, seed, activation.name, p, row_start, 0, need_down, sums
     saved = [down, pre] if pre_gate is None else [down, pre, pre_gate]
     tiling = _tiling(False, gated, dy, saved, *down.shape)
@@ -133,9 +133,9 @@ def linear_dact(
     )
 
 
-def _place(pre: Tensor | None, reuse: bool) -> Tensor | None:
+def _place(pre: Tensor, reuse: bool) -> Tensor:
     """Where the gradient of a preactivation (N, H) is written."""
-    if pre is None or (reuse and pre.is_contiguous()):
+    if reuse and pre.is_contiguous():
         return pre
     return torch.empty(pre.shape, dtype=pre.dtype, device=pre.device)
 
