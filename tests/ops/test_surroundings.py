@@ -1,13 +1,17 @@
 """What reaches the rule from outside: many gradients or threads at once, patches, contradicting options."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ffn import FeedForward, feed_forward
 from ffn.ops import dispatch
 from ffn.ops.eager import float32_in_onednn
+from tests.ops.samples import draw, gradients
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -75,3 +79,23 @@ def test_explain_sees_autocast() -> None:
 def test_an_empty_module_is_an_activation() -> None:
     block, x = FeedForward(4, 6, activation=torch.nn.Sequential()), torch.randn(2, 4)
     torch.testing.assert_close(block(x), block.down_proj(block.up_proj(x)))
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_what_was_saved_may_be_kept_by_others(name: str) -> None:
+    arguments = draw(name)
+    run = partial(feed_forward, activation=name)
+    want = gradients(run(*arguments), arguments, dy := torch.randn(7, 5, dtype=torch.float64))
+
+    def products_kept(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+        kept = "mm" in str(op) or "linear" in str(op)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, products_kept)
+    ys = [checkpoint(run, *arguments, use_reentrant=False, context_fn=contexts)]
+    for hooks in (torch.autograd.graph.save_on_cpu(), saved_tensors_hooks(lambda t: t, lambda t: t)):
+        with hooks:
+            ys.append(run(*arguments))
+    for y in ys:
+        for ours, theirs in zip(gradients(y, arguments, dy), want, strict=True):
+            assert torch.equal(ours, theirs)
