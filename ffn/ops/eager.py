@@ -91,6 +91,12 @@ def float32_in_onednn() -> Iterator[None]:
                 matmul.fp32_precision = _before
 
 
+def repays_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether float32 products with x (N, in) and such a weight repay oneDNN's set-up; one row never does."""
+    N = x.shape[0]
+    return N > 1 and N * weight.numel() >= _WORTH_ONEDNN[torch.float32]
+
+
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """dy^T x, (O, D), of a linear's dy (N, O) and x (N, D), laid out as its weight."""
     if is_transposed(weight):

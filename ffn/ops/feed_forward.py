@@ -18,7 +18,7 @@ from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import dispatch, reference
 from ffn.ops.arguments import check_options, explain_misfit, fits, named
-from ffn.ops.eager import float32_in_onednn, product, weight_gradient
+from ffn.ops.eager import float32_in_onednn, product, repays_onednn, weight_gradient
 from ffn.ops.library import (
     autocasts,
     autograd_gradients,
@@ -186,7 +186,7 @@ def _gradients(ctx, dy):
     options, choice = ctx.options, ctx.choice
     backward = _backward if options.chunk_tokens is None else _backward_by_chunks
     arguments = options, choice, ctx.needs_input_grad, dy, x, seed, weights, pre, pre_gate
-    if not choice.float32_in_onednn:
+    if not (choice.float32_in_onednn and repays_onednn(x, weights[0])):
         return *backward(*arguments), None, None
     with float32_in_onednn():
         return *backward(*arguments), None, None

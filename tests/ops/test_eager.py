@@ -131,6 +131,7 @@ def test_the_setting_is_put_back_even_when_backward_raises(monkeypatch, precisio
     matmul = torch.backends.mkldnn.matmul
     choice = Choice("eager", "", onednn=False, float32_in_onednn=True)
     force(monkeypatch, choice)
+    monkeypatch.setitem(eager._WORTH_ONEDNN, torch.float32, 0)
     arguments = draw("gelu", dtype=torch.float32)
     inside = []
     real = eager.linear_dact
@@ -158,6 +159,15 @@ def test_the_setting_is_put_back_even_when_backward_raises(monkeypatch, precisio
     assert matmul.fp32_precision == precision
     if precision == "none":  # else torch refuses the question, having two answers
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_few_rows_never_touch_the_setting(monkeypatch) -> None:
+    force(monkeypatch, Choice("eager", "", onednn=False, float32_in_onednn=True))
+    rule = sys.modules["ffn.ops.feed_forward"]
+    monkeypatch.setattr(rule, "float32_in_onednn", lambda: pytest.fail("not worth it"))
+    feed_forward(*draw("gelu", dtype=torch.float32)).sum().backward()
+    monkeypatch.setitem(eager._WORTH_ONEDNN, torch.float32, 0)
+    feed_forward(*draw("gelu", shape=(1,), dtype=torch.float32)).sum().backward()
 
 
 def test_other_dtypes_never_touch_the_setting(monkeypatch) -> None:
