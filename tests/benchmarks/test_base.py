@@ -181,6 +181,16 @@ def test_what_the_budget_does_not_reach_is_skipped(monkeypatch: pytest.MonkeyPat
     assert [row["note"] for row in rows] == ["sat", "skipped: the budget of -1 s is spent"]
 
 
+@pytest.fixture
+def usual_signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing_behind(
     number: signal.Signals, repository: Path, monkeypatch: pytest.MonkeyPatch
