@@ -137,9 +137,9 @@ def run_memory(job: dict) -> dict:
 
 
 def _our_classifier(base: str, what: str) -> nn.Module:
-    from ffn.adapters import add_adapters
     from ffn.classify import read_config
-    from ffn.freeze import train_only
+    from ffn.gpt.adapters import add_adapters
+    from ffn.gpt.freeze import train_only
     from ffn.nn.classifier import Classifier
 
     config = read_config(None, [f"base={base}"])

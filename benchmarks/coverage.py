@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import ffn
 from benchmarks.report import RESULTS, arguments, listed, machine, read
-from ffn.atomic import write_file
+from ffn.files.atomic import write_file
 
 KINDS = {  # (name of transformers' list of types, its class)
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import ffn
-from ffn.batches import derive_seed
 from ffn.classify import ClassifyConfig
 from ffn.classify.batches import TextEncoder, batches, collate
+from ffn.classify.metrics import Scores
 from ffn.classify.parts import Parts
-from ffn.metrics import Scores
-from ffn.optim import lr_factor
+from ffn.text.windows import derive_seed
+from ffn.train.optim import lr_factor
 
 
 class TheirClassifier(nn.Module):

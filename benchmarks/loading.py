@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from benchmarks.report import arguments, publish
+from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.hf.folder import load_folder, save_folder
-from ffn.transformer import Transformer, TransformerConfig
 
 COLUMNS = [
     "implementation",

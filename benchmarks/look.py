@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cases import BASELINE, CEILING
-from ffn import atomic
+from ffn.files import atomic
 
 WIDTH, DPI = 8.0, 150  # inches; text is sized to be read at 800 pixels
 GREY, LIMIT = "#8a8a8a", "#222222"

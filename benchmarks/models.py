@@ -27,7 +27,7 @@ from benchmarks.timing import (
 )
 from benchmarks.twins import SHAPES, Build, Shape, Twin, Weights, build_torch, config_of, draw
 from benchmarks.yardstick import fast_products
-from ffn.cost import flops_per_token
+from ffn.gpt.cost import flops_per_token
 
 WRONG = {"float32": 1e-5, "bfloat16": 3e-2, "autocast": 3e-2}  # relative errors that rounding never reaches
 FIRST = "first token of "  # before the name of an implementation

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import plots
 from benchmarks.look import is_ours
 from benchmarks.report import CASE, cell, newest, read, values
-from ffn import atomic
+from ffn.files import atomic
 
 STAMP = ("gpu", "capability", "gpu_bytes", "cpu", "threads", "torch", "cuda", "triton", "commit", "time")
 FIRST = (

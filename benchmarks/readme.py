@@ -12,7 +12,7 @@ from benchmarks.cases import BLOCKS, WARM
 from benchmarks.report import RESULTS, arguments, lines_of, read
 from benchmarks.suites import SMALL
 from benchmarks.twins import SHAPES
-from ffn import atomic
+from ffn.files import atomic
 
 README = RESULTS.parents[1] / "README.md"
 MEASURED = README.parent / "docs" / "measured.md"

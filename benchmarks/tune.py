@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from benchmarks import report
 from benchmarks.implementations import never, pinned
 from benchmarks.timing import clock_of, measure, quartiles, relative_error, speedup
-from ffn import activations, atomic
+from ffn import activations
+from ffn.files import atomic
 from ffn.nn import gated_hidden_dim
 from ffn.ops import dispatch
 from ffn.ops.kernels import tilings

@@ -20,13 +20,13 @@ The letters of shapes, everywhere: B batch, T time, S keys seen, N = B T tokens,
 width, O output width, Q query heads, G key/value heads, C head channels, V vocabulary.
 """
 
-from ffn.checkpoint import load, load_tokenizer
-from ffn.generate import generate
-from ffn.interop.swap import swap, unswap
+from ffn.disk import load, load_tokenizer
+from ffn.gpt.generate import generate
+from ffn.gpt.transformer import Transformer, TransformerConfig
+from ffn.interop.swap.in_place import swap, unswap
 from ffn.nn import FeedForward, gated_hidden_dim
 from ffn.ops import feed_forward
-from ffn.packing import pack, packing_error, unpack
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.packing.pack import pack, packing_error, unpack
 
 __all__ = [
     "FeedForward",

@@ -19,18 +19,19 @@ from pathlib import Path
 
 import torch
 
-from ffn import checkpoint, recipe
+from ffn import disk as checkpoint
 from ffn.classify.commands import DEVICE, add_commands
-from ffn.cost import flops_per_token, render_kept, render_table
-from ffn.data import open_corpus
-from ffn.device import choose_device, choose_precision, keep_freed_memory
-from ffn.generate import stream
-from ffn.interop.shards import PICKLES, Shards
+from ffn.files.shards import PICKLES, Shards
+from ffn.gpt.cost import flops_per_token, render_kept, render_table
+from ffn.gpt.generate import stream
 from ffn.ops.dispatch import choose, why_not_triton
-from ffn.report import printable
-from ffn.steps import evaluate
-from ffn.tokenizer import Tokenizer, encode_prompt
-from ffn.train import train
+from ffn.text.corpus import open_corpus
+from ffn.text.tokenizer import Tokenizer, encode_prompt
+from ffn.train import config as recipe
+from ffn.train.device import choose_device, choose_precision, keep_freed_memory
+from ffn.train.loop import train
+from ffn.train.report import printable
+from ffn.train.steps import evaluate
 
 MODEL_FILES = {".safetensors", ".json", *PICKLES}
 ALLOCATOR = "DefaultCPUAllocator"  # on the CPU torch says so, and raises a plain RuntimeError

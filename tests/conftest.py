@@ -64,8 +64,8 @@ def nothing_compiled() -> Iterator[None]:
 @pytest.fixture
 def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packing takes weights of any size."""
-    from ffn import packing
     from ffn.ops import dispatch
+    from ffn.packing import pack as packing
 
     if not dispatch.packs(torch.float32):
         pytest.skip("oneDNN packs nothing in this build of torch")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.gpt.transformer import Transformer, TransformerConfig
 
 F64 = torch.float64
 SMALL = TransformerConfig(vocab_size=13, dim=16, num_layers=2, num_heads=4, hidden_dim=24, max_seq_len=12)

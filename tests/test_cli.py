@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffn.checkpoint import load, load_tokenizer
 from ffn.cli import main
-from ffn.config import flatten
-from ffn.data import prepare
-from ffn.train import train
+from ffn.disk import load, load_tokenizer
+from ffn.files.dataclass_toml import flatten
+from ffn.text.corpus import prepare
+from ffn.train.loop import train
 from tests import tiny
 from tests.conftest import ROOT
 from tests.tiny import outcome, quiet
@@ -279,7 +279,7 @@ def test_a_full_disk_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ffn.checkpoint.write_tensors", full)
+    monkeypatch.setattr("ffn.disk.write_tensors", full)
     assert main(["train", *words(tmp_path)]) == 1
     err = capsys.readouterr().err
     message = (

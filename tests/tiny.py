@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ffn.config import apply_overrides
-from ffn.recipe import TrainConfig
-from ffn.transformer import TransformerConfig
+from ffn.files.dataclass_toml import apply_overrides
+from ffn.gpt.transformer import TransformerConfig
+from ffn.train.config import TrainConfig
 
 TEXT = "".join(f"{i} times {i} is {i * i}.\n" for i in range(400))
 MODEL = TransformerConfig(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ffn.classify.vocabulary import STRANGER
-from ffn.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
+from ffn.text.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 
 POOL = 50  # batches at most whose rows are sorted by length together
 

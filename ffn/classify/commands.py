@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
+from ffn.classify.labelled import encode_labels
 from ffn.classify.parts import read_data
 from ffn.classify.recipe import read_config, read_data_config
 from ffn.classify.report import write_predictions
 from ffn.classify.result import TextClassifier, load_classifier
+from ffn.classify.table_files import SUFFIXES, SURROGATE
 from ffn.classify.train import train
-from ffn.device import choose_device, keep_freed_memory
-from ffn.labelled import encode_labels
-from ffn.report import printable
-from ffn.rows import SUFFIXES, SURROGATE
+from ffn.train.device import choose_device, keep_freed_memory
+from ffn.train.report import printable
 
 AT_ONCE = 512  # texts that are read before the first of them is answered
 FILES = (*SUFFIXES, ".txt")  # what ends so and has no blanks was meant as a file

@@ -17,13 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ffn.batches import derive_seed
 from ffn.classify.batches import TextEncoder, batches, collate
 from ffn.classify.objective import Objective, better
 from ffn.classify.recipe import FitConfig
-from ffn.device import Precision, autocast
 from ffn.nn.classifier import Classifier
-from ffn.steps import evaluating
+from ffn.text.windows import derive_seed
+from ffn.train.device import Precision, autocast
+from ffn.train.steps import evaluating
 
 EVALUATION_ROWS = 128  # a batch without gradients
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffn.metrics import (
+from ffn.classify.metrics import (
     CLASS_METRICS,
     NUMBER_METRICS,
     Scores,

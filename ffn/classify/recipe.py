@@ -9,21 +9,21 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from ffn import config as config_file
-from ffn.adapters import AdapterConfig
-from ffn.base import named_base, open_base
 from ffn.classify.objective import METRICS, Loss
-from ffn.config import settle
-from ffn.device import Precision
-from ffn.freeze import check_choice
+from ffn.files import dataclass_toml as config_file
+from ffn.files.dataclass_toml import settle
+from ffn.gpt.adapters import AdapterConfig
+from ffn.gpt.freeze import check_choice
+from ffn.gpt.transformer import TransformerConfig
 from ffn.nn.classifier import Pooling, Transform
-from ffn.optim import Schedule, ScheduledOptimizer, lr_factor
-from ffn.transformer import TransformerConfig
+from ffn.train.base import named_base, open_base
+from ffn.train.device import Precision
+from ffn.train.optim import Schedule, ScheduledOptimizer, lr_factor
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read. A part that is not given is split off, class by class; see `ffn.labelled`."""
+    """What is read. A part that is not given is split off, class by class; see `ffn.classify.labelled`."""
 
     path: str = ""
     val: str = ""
@@ -167,7 +167,7 @@ class ClassifyConfig:
     """Everything a training is. Without `base` the model is built from `model`, and its tokenizer made; with
     one `model` and `data.tokenizer` are its own, and the dropouts of `model` may be others.
 
-    `train` says what trains of a pretrained model; see `ffn.freeze`. Adapters are merged at the end.
+    `train` says what trains of a pretrained model; see `ffn.gpt.freeze`. Adapters are merged at the end.
     """
 
     out: str = "runs/classify"

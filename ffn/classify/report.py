@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ffn.atomic import write_file
+from ffn.classify.labelled import Labelled
 from ffn.classify.loop import Outcome
+from ffn.classify.metrics import Scores
 from ffn.classify.objective import LOWER_IS_BETTER, Objective
-from ffn.labelled import Labelled
-from ffn.metrics import Scores
-from ffn.report import Screen, clock
+from ffn.files.atomic import write_file
+from ffn.train.report import Screen, clock
 
 LONGEST_NAME = 40  # of a class that is still written beside the confusion matrix
 NO_PICTURES = "no pictures: they want matplotlib, pip install 'ffn[app]'"

@@ -24,18 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffn import checkpoint
-from ffn.atomic import publish, temporary_name, write_file
+from ffn import disk as checkpoint
 from ffn.classify.batches import TextEncoder
 from ffn.classify.loop import TokenSource, evaluate
 from ffn.classify.objective import METRICS, Objective
+from ffn.files.atomic import publish, temporary_name, write_file
+from ffn.files.shards import open_shards, write_tensors
+from ffn.files.strict_json import read_json, short
+from ffn.gpt.transformer import Transformer
 from ffn.interop.hf.classifier import load_classifier_folder, save_classifier_folder
 from ffn.interop.hf.folder import is_folder
-from ffn.interop.shards import open_shards, write_tensors
-from ffn.interop.untrusted import read_json, short
 from ffn.nn.classifier import Classifier
-from ffn.tokenizer import HFTokenizer, load_tokenizer
-from ffn.transformer import Transformer
+from ffn.text.tokenizer import HFTokenizer, load_tokenizer
 
 FORMAT = 1
 HEAD, FACTS, TOKENIZER = "head.safetensors", "classifier.json", "tokenizer.json"

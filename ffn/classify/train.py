@@ -19,24 +19,24 @@ from typing import Any
 
 import torch
 
-from ffn.adapters import add_adapters, merge_adapters
-from ffn.atomic import write_file
-from ffn.base import build_from, check_kept, open_base
 from ffn.classify.batches import TextEncoder
 from ffn.classify.loop import Outcome, Source, TokenSource, cache_features, fit
+from ffn.classify.metrics import Scores
 from ffn.classify.objective import Objective
 from ffn.classify.parts import Parts, read_parts
 from ffn.classify.recipe import ClassifyConfig
 from ffn.classify.report import NO_PICTURES, Progress, draw, write_history, write_predictions
 from ffn.classify.result import TextClassifier, check_new, new_folder, save_classifier
 from ffn.classify.vocabulary import train_tokenizer
-from ffn.config import to_toml
-from ffn.device import Precision, choose_device, choose_precision
-from ffn.freeze import render_trained, train_only
-from ffn.metrics import Scores
+from ffn.files.atomic import write_file
+from ffn.files.dataclass_toml import to_toml
+from ffn.gpt.adapters import add_adapters, merge_adapters
+from ffn.gpt.freeze import render_trained, train_only
+from ffn.gpt.transformer import Transformer
 from ffn.nn.classifier import Classifier
-from ffn.tokenizer import Tokenizer, load_tokenizer
-from ffn.transformer import Transformer
+from ffn.text.tokenizer import Tokenizer, load_tokenizer
+from ffn.train.base import build_from, check_kept, open_base
+from ffn.train.device import Precision, choose_device, choose_precision
 
 Say = Callable[[str], None]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ffn.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+from ffn.text.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[CLS]"
 STRANGER = "\N{REPLACEMENT CHARACTER}"  # stands for characters outside a vocabulary

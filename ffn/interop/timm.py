@@ -15,7 +15,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ffn.interop.weights import drop, fused
+from ffn.interop.swap.plain_modules import drop, fused
 
 
 class Mlp(nn.Module):

@@ -6,13 +6,13 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
-from ffn.nn.low_rank import LowRankLinear, adapted_parameters
+from ffn.nn.lora import LowRankLinear, adapted_parameters
 from ffn.nn.plain import plain_parameters
 from ffn.ops.arguments import check_options, check_size
 from ffn.ops.dropout import check_probability
 from ffn.ops.feed_forward import explain, feed_forward
 from ffn.ops.library import autocasts, needs_textbook
-from ffn.ops.low_rank import adapted_feed_forward
+from ffn.ops.lora import adapted_feed_forward
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
@@ -64,7 +64,7 @@ class FeedForward(nn.Module):
 
     The children are plain `nn.Linear`s named gate_proj (when gated), up_proj and down_proj. While all are
     plain, their weights go to the op; once one is replaced, hooked, parametrized or quantized, the children
-    themselves are called, but for adapters (`ffn.adapters`): those the op takes too.
+    themselves are called, but for adapters (`ffn.gpt.adapters`): those the op takes too.
 
     >>> FeedForward(512, 2048, 0.1)(torch.randn(2, 7, 512)).shape
     torch.Size([2, 7, 512])

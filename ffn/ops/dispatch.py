@@ -13,7 +13,8 @@ from shutil import which
 
 import torch
 
-from ffn.ops import eager, traced
+from ffn.ops import compiled as traced
+from ffn.ops import eager
 from ffn.ops.library import constant_in_graphs
 
 BACKENDS = ("auto", "eager", "triton", "reference")

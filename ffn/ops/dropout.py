@@ -1,6 +1,6 @@
 """Dropout as a function of its own, which keeps a seed for backward, and none of the mask.
 
-On a GPU a kernel draws the mask, Philox's; elsewhere torch ops do (see `ffn.ops.mask`).
+On a GPU a kernel draws the mask, Philox's; elsewhere torch ops do (see `ffn.ops.dropout_mask`).
 """
 
 from functools import cache
@@ -9,8 +9,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ffn.ops import dispatch, library, mask
-from ffn.ops.mask import draw_seed
+from ffn.ops import dispatch, library
+from ffn.ops import dropout_mask as mask
+from ffn.ops.dropout_mask import draw_seed
 
 _WIDTH = 1024  # the row of a kernel's tile
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffn.activations import Activation
+from ffn.ops.dropout_mask import drop_
+from ffn.ops.dropout_mask import noise as noise
 from ffn.ops.library import is_transposed
-from ffn.ops.mask import drop_
-from ffn.ops.mask import noise as noise
 
 # Multiply-adds from which oneDNN's set-up is repaid: in float32 by a faster product; in bfloat16, which
 # F.linear hands to oneDNN too, only by the saved pass over the output.

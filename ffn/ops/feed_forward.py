@@ -18,6 +18,7 @@ from ffn import activations
 from ffn.activations import Activation
 from ffn.ops import dispatch, reference
 from ffn.ops.arguments import check_options, explain_misfit, fits, named
+from ffn.ops.dropout_mask import draw_seed
 from ffn.ops.eager import float32_in_onednn, product, repays_onednn, weight_gradient
 from ffn.ops.library import (
     autocasts,
@@ -27,7 +28,6 @@ from ffn.ops.library import (
     needs_textbook,
     wants_autograd,
 )
-from ffn.ops.mask import draw_seed
 
 TRANSFORMS = "torch.func, forward-mode differentiation, torch.jit.trace or torch.export"
 

@@ -7,9 +7,9 @@ import torch
 
 from benchmarks import classification
 from ffn.classify.vocabulary import train_tokenizer
+from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.hf.folder import save_folder
-from ffn.tokenizer import HFTokenizer
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.text.tokenizer import HFTokenizer
 from tests.classify.samples import texts
 
 BERT = TransformerConfig(

@@ -13,7 +13,7 @@ import ffn
 from benchmarks import decoder, models, twins
 from benchmarks.models import Case, products, run_case
 from benchmarks.twins import GENERATION, SHAPES, TRAINING, Shape, Twin, Weights
-from ffn.cost import flops_per_token, parameter_table
+from ffn.gpt.cost import flops_per_token, parameter_table
 
 CPU = torch.device("cpu")
 TRAINED = Case("training step", "tiny", 2, "float32", dropout=0.1)

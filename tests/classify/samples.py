@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from ffn.classify.recipe import ClassifyConfig, read_config
-from ffn.tokenizer import ByteTokenizer
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.gpt.transformer import Transformer, TransformerConfig
+from ffn.text.tokenizer import ByteTokenizer
 
 TOPICS = {
     "food": ["bread", "soup", "apple", "salt", "oven", "spoon"],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ffn.classify.batches import TextEncoder, batches, collate
 from ffn.classify.vocabulary import STRANGER, train_tokenizer
-from ffn.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer
+from ffn.text.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer
 
 
 def framed() -> HFTokenizer:

@@ -9,10 +9,10 @@ from ffn.classify.batches import TextEncoder
 from ffn.classify.loop import FeatureSource, Outcome, TokenSource, cache_features, evaluate, fit
 from ffn.classify.objective import Objective
 from ffn.classify.recipe import FitConfig
-from ffn.freeze import train_only
+from ffn.gpt.freeze import train_only
+from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.nn.classifier import Classifier
-from ffn.tokenizer import ByteTokenizer
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.text.tokenizer import ByteTokenizer
 from tests.classify.samples import texts
 
 CONFIG = TransformerConfig(

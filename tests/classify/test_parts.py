@@ -8,7 +8,7 @@ import torch
 
 from ffn.classify.batches import TextEncoder
 from ffn.classify.parts import read_parts
-from ffn.tokenizer import ByteTokenizer
+from ffn.text.tokenizer import ByteTokenizer
 from tests.classify.samples import config, quiet, texts, write_table
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ffn.classify.recipe import ClassifyConfig, HeadConfig, read_config
-from ffn.config import from_toml, to_toml
+from ffn.files.dataclass_toml import from_toml, to_toml
 from ffn.nn.classifier import Classifier
 from tests.conftest import ROOT
 from tests.models import build

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ffn.classify.labelled import Labelled
 from ffn.classify.loop import Outcome
 from ffn.classify.objective import Objective
 from ffn.classify.report import Progress, draw, write_history, write_predictions
-from ffn.labelled import Labelled
-from tests.test_report import Terminal, forbid
+from tests.train.test_report import Terminal, forbid
 
 ROW = {"epoch": 1, "train_loss": 1.5, "loss": 1.25, "accuracy": 0.5, "seconds": 61.0}
 OUTCOMES = {7: Outcome([ROW, {**ROW, "epoch": 2, "accuracy": 0.75}], 0.75, 2), 8: Outcome([ROW], 0.5, 1)}

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import ffn
-from ffn.atomic import temporary_name
 from ffn.classify.batches import TextEncoder
 from ffn.classify.objective import Objective
 from ffn.classify.result import TextClassifier, check_new, load_classifier, new_folder, save_classifier
+from ffn.files.atomic import temporary_name
+from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.nn.classifier import Classifier
-from ffn.tokenizer import CharTokenizer
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.text.tokenizer import CharTokenizer
 
 CONFIG = TransformerConfig(
     vocab_size=30, dim=8, num_layers=1, num_heads=2, hidden_dim=12, max_seq_len=16, causal=False, head="none"

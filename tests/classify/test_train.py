@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import ffn
-from ffn.adapters import add_adapters
 from ffn.classify import ClassifyConfig, load_classifier, read_config, train
-from ffn.config import from_toml
-from ffn.tokenizer import ByteTokenizer
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.files.dataclass_toml import from_toml
+from ffn.gpt.adapters import add_adapters
+from ffn.gpt.transformer import Transformer, TransformerConfig
+from ffn.text.tokenizer import ByteTokenizer
 from tests.classify.samples import PRETRAINED, config, quiet, texts, write_base, write_table
 
 FILES = {"model.safetensors", "head.safetensors", "classifier.json", "tokenizer.json", "config.toml",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ffn.classify.vocabulary import STRANGER, train_tokenizer
-from ffn.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer
+from ffn.text.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer
 
 TEXTS = ["The cat, the dog.", "a cat and a dog", "Ünd ein Hund"] * 3
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ffn.activations import TABLE
 from ffn.ops import dispatch, feed_forward, reference
-from ffn.ops.mask import draw_seed
+from ffn.ops.dropout_mask import draw_seed
 from tests.ops.samples import F64, Arguments, draw, gradients, leaf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import ffn.interop.timm as page
 from ffn.interop.timm import GluMlp, Mlp, SwiGLU, SwiGLUPacked
-from tests.interop.same import DYNAMOS_OWN, F64, assert_same, kept, outcome, parameters_of, twin
+from tests.interop.swap.same import DYNAMOS_OWN, F64, assert_same, kept, outcome, parameters_of, twin
 from tests.interop.timm_blocks import build, names, rows, written_out
 
 pytestmark = DYNAMOS_OWN

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ffn.interop.timm as page
-from tests.interop.same import DYNAMOS_OWN, F64, assert_same, kept, outcome, twin
+from tests.interop.swap.same import DYNAMOS_OWN, F64, assert_same, kept, outcome, twin
 from tests.interop.timm_blocks import build, names, rows, written_out
 
 pytestmark = DYNAMOS_OWN

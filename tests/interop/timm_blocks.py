@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import ffn.interop.timm as page
-from tests.interop.same import F64
+from tests.interop.swap.same import F64
 
 names = pytest.mark.parametrize("name", ["Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked"])
 SIZES = {"in_features": 6, "hidden_features": 10, "out_features": 5, "dtype": F64}

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ffn.ops.mask import noise
+from ffn.ops.dropout_mask import noise
 
 PROBABILITIES = [0.003, 0.1, 1 / 3, 0.5, 0.9]
 

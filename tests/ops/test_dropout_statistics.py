@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ffn.ops.mask import _mix_, draw_seed
+from ffn.ops.dropout_mask import _mix_, draw_seed
 from tests.ops.masks import PROBABILITIES, applied, check_counts, dropped
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from ffn.activations import TABLE
 from ffn.ops import dispatch, eager, feed_forward
 from ffn.ops.dispatch import Choice
-from ffn.ops.mask import noise
+from ffn.ops.dropout_mask import noise
 from tests.ops.samples import F64, NAMES, Arguments, draw, gradients, leaf
 
 needs_onednn = pytest.mark.skipif(

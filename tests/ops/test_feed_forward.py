@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ffn.activations import TABLE
 from ffn.ops import feed_forward, reference
-from ffn.ops.mask import draw_seed, noise
+from ffn.ops.dropout_mask import draw_seed, noise
 from tests.ops import textbook
 from tests.ops.samples import F64, NAMES, SAVES, Arguments, draw, gradients, leaf
 

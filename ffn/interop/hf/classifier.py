@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ffn.files.shards import open_shards, read_json, write_shards
+from ffn.files.strict_json import short
+from ffn.gpt.transformer import Transformer
 from ffn.interop.hf.config import FAMILIES, write_config
 from ffn.interop.hf.folder import CONFIG, TOKENIZER, TOKENS, fitting_architecture, load_folder
 from ffn.interop.hf.names import TABLES
 from ffn.interop.hf.tables import Weight, weights
-from ffn.interop.shards import open_shards, read_json, write_shards
-from ffn.interop.untrusted import short
 from ffn.nn.classifier import Classifier, Pooling, Transform
-from ffn.tokenizer import HFTokenizer
-from ffn.transformer import Transformer
+from ffn.text.tokenizer import HFTokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_LABELS = 100_000

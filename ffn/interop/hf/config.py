@@ -5,11 +5,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ffn.gpt.config import TransformerConfig
 from ffn.interop.hf.decoders import DECODERS
 from ffn.interop.hf.encoders import ENCODERS
 from ffn.interop.hf.family import Family
 from ffn.interop.hf.keys import Keys, refuse
-from ffn.transformer_config import TransformerConfig
 
 # Keys that change no number a model gives: names, numbers of tokens, training, how text is generated.
 _HARMLESS = """

@@ -1,8 +1,8 @@
 """The encoders whose config.json is read. Numbers are transformers' defaults: what an absent key means."""
 
+from ffn.gpt.config import TransformerConfig
 from ffn.interop.hf.family import Family
 from ffn.interop.hf.keys import PLAIN, POSITIONS_AFTER_PAD, Part, activation, refuse
-from ffn.transformer_config import TransformerConfig
 
 
 def _encoder(name: str) -> dict[str, str]:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffn.files.shards import MAX_SHARD_BYTES, Shards, open_shards, read_json, write_shards
+from ffn.files.strict_json import one_line, short
+from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.hf.config import FAMILIES, TRAINING, read_config, spelled_out, write_config
 from ffn.interop.hf.tables import Weight, match_names, tied_names, weights
-from ffn.interop.shards import MAX_SHARD_BYTES, Shards, open_shards, read_json, write_shards
-from ffn.interop.untrusted import one_line, short
-from ffn.tokenizer import HFTokenizer
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.text.tokenizer import HFTokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id")

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ffn.transformer_config import TransformerConfig
+from ffn.gpt.config import TransformerConfig
 
 Keys = Mapping[str, Any]
 

@@ -9,7 +9,7 @@ plain, with an activation of the table, their weights go to the op; otherwise th
 
 from torch import Tensor, nn
 
-from ffn.interop.weights import drop, fused
+from ffn.interop.swap.plain_modules import drop, fused
 
 
 class LlamaMLP(nn.Module):

@@ -6,8 +6,8 @@ from functools import cache
 
 from torch import nn
 
-from ffn.interop.discover import plans
-from ffn.interop.reroute import Plan, reroute
+from ffn.interop.swap.discover import plans
+from ffn.interop.swap.reroute import Plan, reroute
 
 # The class that holds the feed-forward lines, by the folder of transformers.models it is written in.
 BLOCKS = {

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ffn.gpt.config import TransformerConfig
 from ffn.interop.hf.keys import Keys, Part, refuse
-from ffn.transformer_config import TransformerConfig
 
 _SCALED = {"factor", "original_max_position_embeddings"}
 ROPE_KEYS = {

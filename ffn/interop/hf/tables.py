@@ -7,9 +7,9 @@ from functools import partial
 from einops import rearrange
 from torch import Tensor
 
+from ffn.gpt.config import TransformerConfig
+from ffn.gpt.transformer import Transformer
 from ffn.interop.hf.names import TABLES, Row, Table
-from ffn.transformer import Transformer
-from ffn.transformer_config import TransformerConfig
 
 Shape = tuple[int, ...]
 

@@ -10,11 +10,11 @@ import torch
 from ffn.classify.batches import TextEncoder
 from ffn.classify.objective import Objective
 from ffn.classify.result import TextClassifier
+from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.hf.classifier import save_classifier_folder
 from ffn.interop.hf.folder import load_folder
 from ffn.nn.classifier import Classifier
-from ffn.tokenizer import ByteTokenizer
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.text.tokenizer import ByteTokenizer
 
 tiny = pytest.importorskip("tests.interop.hf.tiny")
 transformers = pytest.importorskip("transformers")

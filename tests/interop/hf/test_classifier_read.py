@@ -11,11 +11,11 @@ import ffn
 from ffn.classify.batches import TextEncoder
 from ffn.classify.objective import Objective
 from ffn.classify.result import TextClassifier, load_classifier
+from ffn.files.shards import open_shards, write_tensors
+from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.hf.classifier import load_classifier_folder
-from ffn.interop.shards import open_shards, write_tensors
 from ffn.nn.classifier import Classifier
-from ffn.tokenizer import ByteTokenizer
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.text.tokenizer import ByteTokenizer
 from tests.interop.hf.test_classifier import HEADS
 
 tiny = pytest.importorskip("tests.interop.hf.tiny")

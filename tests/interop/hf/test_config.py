@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from ffn.cost import parameter_table
+from ffn.gpt.config import TransformerConfig
+from ffn.gpt.cost import parameter_table
 from ffn.interop.hf.config import FAMILIES, read_config, spelled_out, write_config
-from ffn.transformer_config import TransformerConfig
 
 SIZES = {
     "vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.hf.folder import fitting_architecture, load_folder, load_into, save_folder
 from ffn.interop.hf.tables import weights
-from ffn.tokenizer import HFTokenizer
-from ffn.transformer import Transformer, TransformerConfig
+from ffn.text.tokenizer import HFTokenizer
 from tests.interop.hf import mutants
 
 CONFIG = TransformerConfig(

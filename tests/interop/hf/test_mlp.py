@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn.interop.hf import GPT2MLP, LlamaMLP
-from tests.interop.same import DYNAMOS_OWN, F64, assert_same, kept, outcome, parameters_of, twin
+from tests.interop.swap.same import DYNAMOS_OWN, F64, assert_same, kept, outcome, parameters_of, twin
 
 pytestmark = DYNAMOS_OWN
 transformers = pytest.importorskip("transformers", reason="these blocks are built of its parts")

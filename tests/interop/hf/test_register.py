@@ -8,7 +8,7 @@ import torch
 import ffn
 from ffn.interop.hf import register_with_transformers, unregister_with_transformers
 from ffn.interop.hf.register import BLOCKS
-from ffn.interop.reroute import Rerouted
+from ffn.interop.swap.reroute import Rerouted
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ffn.gpt.config import TransformerConfig
+from ffn.gpt.transformer import Transformer
 from ffn.interop.hf.config import read_config, spelled_out, write_config
 from ffn.interop.hf.tables import match_names, tied_names, weights
 from ffn.nn.attention import LayerCache
-from ffn.transformer import Transformer
-from ffn.transformer_config import TransformerConfig
 from tests.interop.hf.tiny import VOCAB, build_theirs, cases, decoders, in_float64, output_of
 
 F64 = torch.float64

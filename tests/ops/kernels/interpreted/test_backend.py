@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ffn import FeedForward
 from ffn.activations import TABLE
 from ffn.ops import dispatch, feed_forward, reference
+from ffn.ops.dropout_mask import draw_seed
 from ffn.ops.kernels import decode, tilings
-from ffn.ops.mask import draw_seed
 from tests.ops.samples import F64, NAMES, Arguments, draw, gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

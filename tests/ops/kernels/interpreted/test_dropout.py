@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffn.ops import dispatch, dropout
-from ffn.ops.mask import draw_seed
+from ffn.ops.dropout_mask import draw_seed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

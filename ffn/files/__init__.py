@@ -1,0 +1,1 @@
+"""Files that are whole or absent: atomic writes, safetensors shards, strict JSON, dataclasses as TOML."""

@@ -1,0 +1,269 @@
+"""Tensors in safetensors files: one `model.safetensors`, or many beside `model.safetensors.index.json`.
+
+    shards = open_shards(FOLDER)              # checks every header, reads no tensor
+    shards.specs["norm.weight"].shape
+    shards["norm.weight"]                     # a view of the file, in memory for as long as it is held
+
+The safetensors library checks a header (length, JSON, offsets, sizes, dtypes); what it lets pass is checked
+here: a name that stands twice, an index that names what is not there or lies elsewhere, tensors that the
+index leaves out. Pickle is read only by the name of its own file, and then nothing but tensors out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ffn.files.atomic import publish, sync_file, temporary_name
+from ffn.files.strict_json import one_line, parse_json, read_json, short
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = {".bin", ".pt", ".pth"}
+MAX_SHARD_BYTES = 5_000_000_000
+_FORMAT = {"format": "pt"}  # transformers takes no file that does not say so
+_OURS = re.compile(r"\.?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Spec(NamedTuple):
+    """What a file says about one of its tensors."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Shards(Mapping[str, Tensor]):
+    """Tensors by name, in the order of the files; `read` fetches one when it is asked for.
+
+    specs: file, dtype and shape of each. metadata: the strings in the header of a single file.
+    """
+
+    def __init__(
+        self, specs: dict[str, Spec], read: Callable[[str], Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
+        self.specs, self.metadata = specs, metadata or {}
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor, on the CPU; not to be written to. ValueError where its file has changed since."""
+        spec, tensor = self.specs[name], self._read(name)
+        if (tensor.dtype, tuple(tensor.shape)) != spec[1:]:
+            raise ValueError(f"{spec.file}: {short(name)} changed while it was read")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def open_shards(path: str | Path) -> Shards:
+    """The tensors of a folder or of one file, every header checked and no tensor read.
+
+    A folder has `model.safetensors` or, where that is absent, `model.safetensors.index.json` and the files it
+    names. A file ending in .bin, .pt or .pth is a pickle: it is read only when it is `path` itself.
+
+    Raises:
+        ValueError: one line with the file and what is wrong with it.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _open_pickle(path) if path.suffix in PICKLES else _open_file(path)
+    if (path / SINGLE).is_file():
+        return _open_file(path / SINGLE)
+    if (path / INDEX).is_file():
+        return _open_index(path / INDEX)
+    pickles = sorted(file.name for file in path.glob("*.bin"))
+    remedy = f"; it has {pickles[0]}, a pickle, which is read only by its own path" if pickles else ""
+    raise ValueError(f"{path}: neither {SINGLE} nor {INDEX} there{remedy}")
+
+
+def has_shards(path: str | Path) -> bool:
+    """Whether `open_shards` would find safetensors there, good or not; pickles do not count."""
+    path = Path(path)
+    return path.suffix == ".safetensors" or any((path / name).is_file() for name in (SINGLE, INDEX))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file and flush it to the disk; OSError where that fails.
+
+    At most one entry of metadata: the order of more is not fixed, and equal weights shall be equal files.
+    """
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    sync_file(path)
+
+
+def write_shards(
+    folder: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[str], Tensor],
+    texts: Mapping[str, str] = {},
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write tensors of the given sizes (in bytes) into a folder, as `open_shards` and transformers read them.
+
+    One shard at a time is in memory. texts: small files that belong with these, by name. Everything is
+    written under other names first, so that an error leaves what was there; the names are given last. A
+    process killed among these leaves a folder without its index or texts, never one that is half old.
+    """
+    shards = split_shards(sizes, max_shard_bytes)
+    if len(shards) > 1:
+        where = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
+        texts = {INDEX: json.dumps(index, indent=2) + "\n", **texts}
+    files = {file: temporary_name(folder / file) for file in (*shards, *texts)}
+    try:
+        for file, names in shards.items():
+            write_tensors(files[file], {name: read(name) for name in names}, _FORMAT)
+        for file, text in texts.items():
+            files[file].write_text(text, "utf-8")
+            sync_file(files[file])
+    except BaseException:
+        for partial in files.values():
+            partial.unlink(missing_ok=True)
+        raise
+    new = {*files, *(partial.name for partial in files.values())}
+    old = [file for file in folder.iterdir() if _OURS.fullmatch(file.name) and file.name not in new]
+    for file in texts:
+        (folder / file).unlink(missing_ok=True)
+    for file in shards:
+        publish(files[file], folder / file)
+    for file in old:
+        file.unlink()
+    for file in texts:
+        publish(files[file], folder / file)
+
+
+def split_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File -> names: in order, each file at most so many bytes of tensors, or one tensor that is larger."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes}: want 1 or more")
+    groups: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if size > room and groups[-1]:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(name)
+        room -= size
+    count = len(groups)
+    if count == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _open_file(path: Path) -> Shards:
+    """One safetensors file. Each read opens it again: the pages it touched leave memory with the tensor."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            kinds = {n: (file.get_slice(n).get_dtype(), file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _refused(path, error) from None
+    offsets = _offsets(path)
+    specs = {}
+    for name in sorted(kinds, key=lambda name: offsets[name]):
+        dtype, shape = kinds[name]
+        if dtype not in _DTYPES:
+            raise ValueError(f"{path}: {short(name)} has dtype {dtype}; want one of {', '.join(_DTYPES)}")
+        if any(size >= 2**63 for size in shape):
+            raise ValueError(f"{path}: {short(name)} has the shape {tuple(shape)}, beyond 64 bits")
+        specs[name] = Spec(path, _DTYPES[dtype], tuple(shape))
+
+    def read(name: str) -> Tensor:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _refused(path, error) from None
+
+    return Shards(specs, read, metadata)
+
+
+def _offsets(path: Path) -> dict[str, list[int]]:
+    """Where each tensor lies, from a header that the library has read; ValueError for a name twice, of which
+    the library takes the last."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(length), path)
+    return {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _open_index(path: Path) -> Shards:
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+        raise ValueError(f"{path}: wants an object weight_map, the name of a file for each tensor")
+    shards = {file: _open_file(_inside(path, file)) for file in dict.fromkeys(where.values())}
+    specs: dict[str, Spec] = {}
+    for file, shard in shards.items():
+        for name, spec in shard.specs.items():
+            if where.get(name) != file:
+                said = f"says it is in {short(where[name])}" if name in where else "has no such tensor"
+                raise ValueError(f"{spec.file}: holds {short(name)}; {path.name} {said}")
+            specs[name] = spec
+    if absent := [name for name in where if name not in specs]:
+        raise ValueError(f"{path}: {short(where[absent[0]])} holds no {short(absent[0])}")
+    return Shards(specs, lambda name: shards[where[name]][name])
+
+
+def _inside(index: Path, name: str) -> Path:
+    """The file that an index names; ValueError where it is absent or lies outside the index's folder.
+
+    The cache of the Hugging Face hub keeps its snapshots as links into the blobs of the same repository;
+    there those are inside.
+    """
+    folder = index.parent.resolve()
+    roots = [folder]
+    if folder.parent.name == "snapshots":
+        roots.append(folder.parent.parent / "blobs")
+    try:
+        file = (index.parent / name).resolve()
+        there = file.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or not a name
+        raise ValueError(f"{index}: {short(name)} is no name of a file: {one_line(error)}") from None
+    climbs = ".." in PurePosixPath(name).parts or name[:1] == "/"
+    if climbs or not any(file.is_relative_to(root) for root in roots):
+        raise ValueError(f"{index}: {short(name)} leads out of the folder; want a file within it")
+    if not there:
+        raise ValueError(f"{index}: names {short(name)}, which is not there")
+    return index.parent / name
+
+
+def _open_pickle(path: Path) -> Shards:
+    try:
+        zipped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # noqa: BLE001 - a damaged pickle raises whatever it runs into
+        raise ValueError(f"{path}: not a pickle of tensors alone, or damaged ({one_line(error)})") from None
+    if not isinstance(state, dict) or not all(map(_is_plain, state, state.values())):
+        raise ValueError(f"{path}: wants a dictionary of dense tensors by name")
+    specs = {name: Spec(path, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    return Shards(specs, state.__getitem__)
+
+
+def _is_plain(name: object, tensor: object) -> bool:
+    if not isinstance(name, str) or type(tensor) is not Tensor:
+        return False
+    return tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
+def _refused(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not a safetensors file, or cut short ({one_line(error)})")

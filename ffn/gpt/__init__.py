@@ -1,0 +1,1 @@
+"""A GPT assembled from the block: configuration, model, generation, cost, freezing, adapters."""

@@ -1,0 +1,220 @@
+"""Adapters of low rank (LoRA): put on a Transformer, trained alone, saved alone, merged, taken off.
+
+    add_adapters(model, AdapterConfig(rank=8))
+    train_only(model, "lora")                        # ffn.gpt.freeze; then train as ever
+    save_adapters("adapter.safetensors", model)
+    load_adapters("adapter.safetensors", base)       # the same base: the same outputs
+    merge_adapters(base)                             # plain Linears again, with W + (alpha / rank) B A
+
+The Linears keep their names and weights: the state dict of a model with adapters is that of the model without
+them and lora_A, lora_B beside each weight. The model may be a Transformer or a module that holds one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ffn.files.atomic import publish, temporary_name
+from ffn.files.dataclass_toml import from_dict, settle
+from ffn.files.shards import open_shards, write_tensors
+from ffn.gpt.freeze import transformer_in
+from ffn.gpt.transformer import Transformer
+from ffn.nn.lora import LowRankLinear
+from ffn.nn.plain import plain_parameters
+
+FILE = "adapter.safetensors"
+TARGETS = {
+    "ffn": ("gate_proj", "up_proj", "down_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Of what rank adapters are, how strong, and where; checked when built.
+
+    Raises:
+        ValueError: a rank below 1, an alpha that is not positive, a dropout outside [0, 1), no such target.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0  # what B A gives is multiplied by alpha / rank
+    dropout: float = 0.0  # of what A reads, while training
+    targets: tuple[str, ...] = ("ffn",)  # ffn, attention, or Linears of these by their names: up_proj, ...
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.rank < 1:
+            raise ValueError(f"rank: wants 1 or more; got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha: wants a number above 0; got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: wants a probability in [0, 1); got {self.dropout}")
+        known = [*TARGETS, *(name for names in TARGETS.values() for name in names)]
+        wrong = [target for target in self.targets if target not in known]
+        if wrong or not self.targets:
+            raise ValueError(f"targets: wants some of {', '.join(known)}; got {', '.join(wrong) or 'none'}")
+
+
+def add_adapters(model: nn.Module, config: AdapterConfig | None = None) -> list[str]:
+    """Put an adapter on each of the chosen Linears; returns their names. No output changes by this.
+
+    `ffn.gpt.freeze.train_only(model, "lora")` makes them all that trains; then the feed-forward blocks keep
+    no more for backward than without them.
+
+    Raises:
+        ValueError: there are adapters already, or a chosen Linear is hooked, replaced or parametrized.
+    """
+    transformer, config = transformer_in(model), config or AdapterConfig()
+    if adapter_config(model) is not None:
+        raise ValueError("the model has adapters already; merge_adapters or remove_adapters comes first")
+    linears = dict(_chosen(transformer, config))
+    for name, linear in linears.items():
+        if plain_parameters(linear) is None:
+            raise ValueError(f"{name}: wants a plain nn.Linear without hooks; got {type(linear).__name__}")
+    for name, linear in linears.items():
+        _put(transformer, name, LowRankLinear(linear, config.rank, config.alpha, config.dropout))
+    return list(linears)
+
+
+def adapter_config(model: nn.Module) -> AdapterConfig | None:
+    """What the adapters of a model are, with the names of the Linears as targets; None without any."""
+    adapted = dict(_adapted(transformer_in(model)))
+    if not adapted:
+        return None
+    one = next(iter(adapted.values()))
+    targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in adapted))
+    return AdapterConfig(one.rank, one.scale * one.rank, one.dropout, targets)
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Take the adapters off: plain Linears with the weights they had, bit for bit."""
+    transformer = transformer_in(model)
+    for name, linear in list(_adapted(transformer)):
+        _put(transformer, name, linear.plain())
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add the adapters to the weights and take them off: plain Linears, the same outputs up to rounding."""
+    for _, linear in _adapted(transformer_in(model)):
+        linear.merge()
+    remove_adapters(model)
+
+
+def save_adapters(path: str | Path, model: nn.Module) -> Path:
+    """Write the adapters alone, atomically; returns the file.
+
+    Args:
+        path: a file ending in .safetensors, or a folder, which then holds adapter.safetensors.
+
+    Raises:
+        ValueError: there are none. OSError leaves what was there.
+    """
+    transformer, config, file = transformer_in(model), adapter_config(model), _file(path)
+    if config is None:
+        raise ValueError("the model has no adapters to save; see add_adapters")
+    facts = {**asdict(config), "base": fingerprint(transformer)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary_name(file)
+    try:
+        write_tensors(partial, _factors(transformer), {"adapter": json.dumps(facts, sort_keys=True)})
+        publish(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return file
+
+
+@torch.no_grad()
+def load_adapters(path: str | Path, model: nn.Module, *, check_base: bool = True) -> None:
+    """Put saved adapters on their base.
+
+    Args:
+        path: what `save_adapters` was given.
+        check_base: False takes any base of the same names and shapes, its weights unseen.
+
+    Raises:
+        ValueError: no adapters in the file, another base, or adapters on the model already; it is left as it
+            was.
+    """
+    transformer, file = transformer_in(model), _file(path)
+    shards = open_shards(file)
+    try:
+        facts = json.loads(shards.metadata["adapter"])
+        base = facts.pop("base")
+        config = from_dict(AdapterConfig, facts)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError(f"{file}: holds no adapters that ffn saved") from None
+    wanted = {}
+    for name, linear in _chosen(transformer, config):
+        wanted[f"{name}.lora_A"] = (config.rank, linear.in_features)
+        wanted[f"{name}.lora_B"] = (linear.out_features, config.rank)
+    found = {name: spec.shape for name, spec in shards.specs.items()}
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            has, wants = found.get(name, "absent"), wanted.get(name, "none")
+            raise ValueError(f"{file}: made for another base: {name} is {has}, this model wants {wants}")
+    if check_base and base != (here := fingerprint(transformer)):
+        raise ValueError(
+            f"{file}: made for a base of other weights: their fingerprint is {base[:12]}, here {here[:12]}"
+        )
+    tensors = dict(shards)
+    add_adapters(transformer, config)
+    for name, parameter in _factors(transformer).items():
+        parameter.copy_(tensors[name])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The SHA-256 of a Transformer's names, shapes and weights, adapters left out.
+
+    Half precision counts as the float32 it stands for, so that a widened copy has the same one.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in transformer_in(model).state_dict().items():
+        if ".lora_" in name:
+            continue
+        wide = tensor.float() if tensor.dtype.itemsize < 4 else tensor
+        wide = wide.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(wide.shape)} ".encode())
+        digest.update((ctypes.c_ubyte * wide.nbytes).from_address(wide.data_ptr()))
+    return digest.hexdigest()
+
+
+def _chosen(transformer: Transformer, config: AdapterConfig) -> Iterator[tuple[str, nn.Linear]]:
+    """The Linears that the targets name, adapted or not."""
+    names = {name for target in config.targets for name in TARGETS.get(target, (target,))}
+    for name, module in transformer.blocks.named_modules():
+        if name.rpartition(".")[2] in names:
+            yield f"blocks.{name}", module  # pyright: ignore[reportReturnType]
+
+
+def _adapted(transformer: Transformer) -> Iterator[tuple[str, LowRankLinear]]:
+    for name, module in transformer.named_modules():
+        if isinstance(module, LowRankLinear):
+            yield name, module
+
+
+def _factors(transformer: Transformer) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{factor}": getattr(linear, factor)
+        for name, linear in _adapted(transformer)
+        for factor in ("lora_A", "lora_B")
+    }
+
+
+def _put(transformer: Transformer, name: str, linear: nn.Linear) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(transformer.get_submodule(parent), child, linear)
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / FILE

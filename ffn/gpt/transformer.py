@@ -1,0 +1,310 @@
+"""The sentence as code: tokens -> Embedding -> Block x L -> Norm -> Head -> loss; decoder or encoder."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ffn.gpt.config import TransformerConfig
+from ffn.nn.attention import Attention, LayerCache, padding_mask
+from ffn.nn.block import Block
+from ffn.nn.embedding import Embedding
+from ffn.nn.feed_forward import FeedForward
+from ffn.nn.head import Head, HeadTransform
+from ffn.nn.init import init_linear
+from ffn.nn.norm import build_norm
+from ffn.nn.rotary import rotary_tables
+
+
+def build_embedding(c: TransformerConfig, *, device=None, dtype=None) -> Embedding:
+    """The first part of a Transformer with this config."""
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    return Embedding(
+        c.vocab_size,
+        c.dim,
+        c.max_seq_len if c.position == "learned" else None,
+        dropout=c.dropout,
+        position_offset=c.position_offset,
+        num_token_types=c.num_token_types,
+        scale=c.embedding_scale,
+        norm=partial(build_norm, c.norm, c.dim, c.norm_eps, **factory) if c.embedding_norm else None,
+        **factory,
+    )
+
+
+def build_block(c: TransformerConfig, layer: int = 0, *, device=None, dtype=None) -> Block:
+    """One layer of a Transformer with this config."""
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    attention = Attention(
+        c.dim,
+        c.num_heads,
+        c.num_kv_heads,
+        c.head_dim,
+        causal=c.causal,
+        dropout=c.attention_dropout,
+        out_dropout=c.dropout,
+        qkv_bias=c.attention_bias,
+        out_bias=c.out_bias,
+        qk_norm=partial(build_norm, "rmsnorm", eps=c.norm_eps, **factory) if c.qk_norm else None,
+        qk_norm_scope=c.qk_norm_scope,
+        window=c.window(layer),
+        scale=c.attention_scale,
+        softcap=c.attention_softcap,
+        **factory,
+    )
+    feed_forward = FeedForward(
+        c.dim,
+        c.hidden_width,
+        c.ffn_dropout,
+        activation=c.activation,
+        bias=c.bias,
+        out_dropout=c.dropout,
+        save=c.save,
+        chunk_tokens=c.chunk_tokens,
+        init=c.init,
+        **factory,
+    )
+    norm = partial(build_norm, c.norm, c.dim, c.norm_eps, **factory)
+    return Block(
+        attention,
+        feed_forward,
+        norm,
+        norm_position=c.norm_position,
+        parallel=c.parallel,
+        shared_norm=c.shared_norm,
+    )
+
+
+def build_head(c: TransformerConfig, *, device=None, dtype=None) -> Head | None:
+    """The last part of a Transformer with this config; None where hidden states come out."""
+    if c.head == "none":
+        return None
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    transform, masked = None, c.head == "mlm"
+    if masked:
+        norm = build_norm(c.norm, c.dim, c.norm_eps, **factory)
+        transform = HeadTransform(c.dim, c.head_activation, norm, **factory)
+    return Head(
+        c.dim,
+        c.vocab_size,
+        tied=c.tie_embeddings,
+        bias=masked,
+        softcap=c.logit_softcap,
+        transform=transform,
+        **factory,
+    )
+
+
+class Transformer(nn.Module):
+    """A decoder (causal) or an encoder: `embedding`, `blocks`, `norm` (absent with post-norm) and `head`
+    (None with head="none").
+
+    Under bfloat16 autocast the products run in bfloat16, the norms and the residual stream in float32.
+
+    Args:
+        config: see TransformerConfig.
+        device, dtype: of the weights. On "meta" nothing is allocated: follow with `to_empty(device=...)` and
+            `init_weights()` or `load_state_dict(...)`.
+
+    Raises:
+        TypeError: no TransformerConfig, which itself refuses values that do not fit.
+
+    >>> config = TransformerConfig(vocab_size=65, dim=64, num_layers=2, num_heads=4)
+    >>> Transformer(config)(torch.zeros(1, 7, dtype=torch.int64)).shape
+    torch.Size([1, 7, 65])
+    """
+
+    origin: dict[str, Any] | None = None  # of a model from elsewhere: its model_type, its special tokens
+    at_rest: tuple[str, ...] = ()  # names of parts that stay in eval mode; see ffn.gpt.freeze
+
+    def __init__(self, config: TransformerConfig, *, device=None, dtype=None):
+        super().__init__()
+        if not isinstance(config, TransformerConfig):
+            got = type(config).__name__
+            raise TypeError(f"Transformer wants a TransformerConfig; got a {got}; from_dict reads a dict")
+        self.config = config
+        meta: dict[str, Any] = {"device": "meta", "dtype": dtype}  # init_weights draws each weight once
+        self.embedding = build_embedding(config, **meta)
+        self.blocks = nn.ModuleList(build_block(config, i, **meta) for i in range(config.num_layers))
+        post = config.norm_position == "post"  # there each block ends in its own norm
+        self.norm = nn.Identity() if post else build_norm(config.norm, config.dim, config.norm_eps, **meta)
+        self.head = build_head(config, **meta)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw every weight anew: the tables normal 0.02, the norms the identity, the Linears of the blocks
+        as `config.init` says (see `ffn.nn.init`); on the meta device nothing happens."""
+        if self.embedding.weight.is_meta:
+            return
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(0.0, 0.02, generator=generator)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                module.reset_parameters()
+        if self.head is not None:
+            self.head.reset_parameters(generator)
+        for layer, block in enumerate(self.blocks):
+            depth: dict[str, Any] = {"num_layers": len(self.blocks), "layer": layer, "generator": generator}
+            for module in block.modules():
+                if isinstance(module, Attention):
+                    for linear in (module.q_proj, module.k_proj, module.v_proj):
+                        init_linear(linear, self.config.init, **depth)
+                    init_linear(module.o_proj, self.config.init, residual=True, **depth)
+                elif isinstance(module, FeedForward):
+                    module.reset_parameters(**depth)
+
+    def train(self, mode: bool = True) -> "Transformer":
+        """As of any module, but that the parts at rest stay in eval mode."""
+        super().train(mode)
+        for name in self.at_rest:
+            self.get_submodule(name).eval()
+        return self
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        cache: Sequence[LayerCache] | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T), hidden states with head="none"; see `hidden` for the rest."""
+        hidden = self.hidden(
+            tokens, cache=cache, positions=positions, attention_mask=attention_mask, token_types=token_types
+        )
+        return hidden if self.head is None else self.logits(hidden)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        cache: Sequence[LayerCache] | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """The final hidden states (B, T, D), which `logits` and `loss` read.
+
+        Args:
+            tokens: (B, T), int64 or int32.
+            cache: one LayerCache a block; the tokens continue what it holds and are added to it.
+            positions: (T) or (B, T); left out, each token's place among the real ones: by attention_mask, or
+                with pad_token_id in the config by the tokens.
+            attention_mask: (B, S), bool or integers, False or 0 at padding, over all S positions: the cached
+                ones and these.
+            token_types: as tokens, with num_token_types in the config; left out, all 0.
+
+        Raises:
+            ValueError: no (B, T), a window that is too long, a token outside the vocabulary, token types but
+                no table, or positions, a mask or a cache that do not fit. TypeError: a mask of floats.
+        """
+        c, blocks = self.config, self.blocks
+        if cache is not None and len(cache) != len(blocks):
+            raise ValueError(f"cache wants one LayerCache a block, {len(blocks)} of them; got {len(cache)}")
+        start = cache[0].length if cache else 0
+        S = start + tokens.shape[-1] if tokens.ndim == 2 else 0
+        if tokens.ndim != 2 or c.max_seq_len < S:
+            held = f" after {start} cached" if start else ""
+            raise ValueError(
+                f"Transformer wants tokens (B, T) with T <= {c.max_seq_len}; got "
+                f"{tuple(tokens.shape)}{held}; cut the sequence or build with a larger max_seq_len"
+            )
+        mask = None
+        if attention_mask is not None:
+            attention_mask = _real(attention_mask, (tokens.shape[0], S))
+            mask = padding_mask(attention_mask, S - start, c.causal)
+        if positions is not None:
+            _check_positions(positions, tokens)
+        elif c.position != "none":
+            positions = _positions(tokens, start, attention_mask, c.pad_token_id)
+        x = self.embedding(tokens, positions, token_types)
+        rotary = None
+        if c.position == "rotary" and positions is not None:
+            rotary = rotary_tables(positions, c.rope_channels, c.rope_base, c.rotary_scaling)
+        for i, block in enumerate(blocks):
+            turned = None if i in c.no_rope_layers else rotary
+            x = block(x, turned, mask, cache[i] if cache else None)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) from final hidden states (..., D); ValueError with head="none"."""
+        return self._head()(hidden, self._table())
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The mean cross entropy, in nats, of targets (B, T) given tokens (B, T); a scalar.
+
+        The logits of a large vocabulary are never all stored; see `ffn.nn.loss`. attention_mask (B, T) hides
+        padding from the other tokens, see `hidden`; what is not to be learned wants ignore_index as target.
+        """
+        return self._head().loss(
+            self.hidden(tokens, attention_mask=attention_mask, token_types=token_types),
+            targets,
+            self._table(),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+
+    def save(self, path: str | Path, format: Literal["ffn", "hf"] = "ffn") -> None:
+        """Write a folder that `ffn.load` reads; as "hf" transformers' from_pretrained reads it too."""
+        from ffn import (
+            disk as checkpoint,  # the one way up: files know the model, and the model how to ask for them
+        )
+
+        checkpoint.save(path, self, format)
+
+    def num_parameters(self) -> int:
+        """Every weight counted once, the tied ones too."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _head(self) -> Head:
+        if self.head is None:
+            raise ValueError("head='none': this Transformer gives hidden states alone; build it with a head")
+        return self.head
+
+    def _table(self) -> Tensor | None:
+        return self.embedding.weight if self.config.tie_embeddings else None
+
+
+def _check_positions(positions: Tensor, tokens: Tensor) -> None:
+    shapes = {1: (tokens.shape[1:],), 2: (tokens.shape, (1, tokens.shape[1]))}
+    if positions.shape not in shapes.get(positions.ndim, ()):  # only its own rank's: export guards the others
+        like, got = tuple(tokens.shape), tuple(positions.shape)
+        raise ValueError(f"positions want (T) or (B, T) of the tokens, which are {like}; got {got}")
+
+
+def _positions(tokens: Tensor, start: int, real: Tensor | None, pad_token_id: int | None) -> Tensor:
+    """The place of each token behind `start` cached ones: (T), or (B, T) where not all of (B, S) are real."""
+    if pad_token_id is not None:
+        found = tokens != pad_token_id
+        return torch.where(found, found.cumsum(-1) - 1, -1)
+    if real is None:
+        return torch.arange(start, start + tokens.shape[1], device=tokens.device)
+    return (real.cumsum(-1) - 1).clamp_(min=0)[:, start:]
+
+
+def _real(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The mask as bool, once it is known to fit."""
+    if attention_mask.shape != shape:
+        got = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask wants (B, S) = {shape}, the cached positions and these; got {got}")
+    if attention_mask.is_floating_point():
+        got = str(attention_mask.dtype)[6:]
+        raise TypeError(f"attention_mask wants bool or 0 and 1, False at padding; got {got}")
+    return attention_mask.bool()

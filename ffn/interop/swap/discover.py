@@ -1,0 +1,103 @@
+"""Find the feed-forward blocks in a module by structure: products of fitting shapes, one after the other."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ffn.interop.swap import source
+from ffn.interop.swap.probe import identify, sizes
+from ffn.interop.swap.proof import prove
+from ffn.interop.swap.reroute import Plan, reason_not_to, why_not
+from ffn.interop.swap.source import Chain
+
+
+def plans(
+    module: nn.Module, save: str = "preact", chunk_tokens: int | None = None, backend: str = "auto"
+) -> Iterator[Plan | str]:
+    """For each candidate in the module's own code a plan, proved in float64, or why there is none.
+
+    The weights are not looked at: they may be on the meta device.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    products = _products_by_child(module)
+    ends = {child: end for child, m in module.named_children() if (end := _opening(child, m))}
+    for chain in source.find_chains(module, set(products), set(ends)):
+        first = tuple(path for name in chain.first for path in products.get(name, ()))
+        last = ends[chain.last] if chain.holds else products[chain.last][0]
+        if 0 < len(first) <= 2 and set(chain.first) <= set(products) and _fits(module, first, last):
+            yield _plan(module, chain, first, last, save, chunk_tokens, backend)
+
+
+def has_block_shape(module: nn.Module) -> bool:
+    """Whether two children are one product each and their shapes those of a block."""
+    convolves = any("Conv" in type(child).__name__ and not _is_product(child) for child in module.children())
+    if (
+        isinstance(module, torch.jit.ScriptModule)
+        or convolves
+        or any(True for _ in module.parameters(recurse=False))
+    ):  # a mixer of another kind
+        return False
+    found = [paths[0] for paths in _products_by_child(module).values() if len(paths) == 1]
+    pairs = [sizes(module.get_submodule(path)) for path in found]
+    return any(out == D and (width == 2 * H or width == H > D) for D, width in pairs for H, out in pairs)
+
+
+def _products_by_child(module: nn.Module) -> dict[str, list[str]]:
+    """For each child that holds one product or two, or is one, their paths."""
+    return {child: found for child, m in module.named_children() if 0 < len(found := _products(child, m)) < 3}
+
+
+def _products(path: str, module: nn.Module) -> list[str]:
+    """Paths of the Linears (and their like) in a child: all, or the first three."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
+    if _is_product(module):
+        return [path]
+    found: list[str] = []
+    for name, child in module.named_children():
+        found += _products(f"{path}.{name}", child)
+        if len(found) > 2:
+            break
+    return found
+
+
+def _opening(path: str, module: nn.Module) -> str | None:
+    """The path of the product that the forward of a child begins with, where that holds one."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    for name, child in module.named_children():
+        if _is_product(child) and source.tail(type(module).forward, name) is not None:
+            return f"{path}.{name}"
+    return None
+
+
+def _is_product(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, Tensor)
+        and weight.ndim == 2
+        and (hasattr(module, "in_features") or type(module).__name__ == "Conv1D")
+    )
+
+
+def _fits(module: nn.Module, first: tuple[str, ...], last: str) -> bool:
+    """Whether the shapes are those of a block: D -> H (twice, or 2H when packed), H -> O."""
+    into = [sizes(module.get_submodule(path)) for path in first]
+    H = sizes(module.get_submodule(last))[0]
+    if len({D for D, _ in into}) != 1:
+        return False
+    return all(out == H for _, out in into) or (len(into) == 1 and into[0][1] == 2 * H)
+
+
+def _plan(module, chain: Chain, first, last, save, chunk_tokens, backend) -> Plan | str:
+    """The plan, proved in float64 on thin products of the same hidden width, or why there is none."""
+    if reason := why_not(type(module)):
+        return reason
+    with torch.device("cpu"):  # also where a model is being built on the meta device
+        inner = identify(module, source.inner(type(module), chain), first, last)
+        if isinstance(inner, str):
+            return inner
+        plan = Plan(chain, first, last, inner, save, chunk_tokens, backend)
+        return reason_not_to(module, plan) or prove(module, plan) or plan

@@ -1,0 +1,78 @@
+"""What `ffn.swap` did, block by block."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ffn.interop.swap.reroute import Plan
+from ffn.text_table import columns
+
+
+@dataclass(frozen=True)
+class Block:
+    """One feed-forward block of a model.
+
+    path, kind: where it is, and the name of its class. action: "swapped" or "left".
+    reason: why it was left. what: what it computes, where that is known.
+    before, after: bytes of activations a token keeps for backward.
+    """
+
+    path: str
+    kind: str
+    action: str
+    reason: str = ""
+    what: str = ""
+    before: float = 0.0
+    after: float = 0.0
+
+
+class Report(Sequence[Block]):
+    """The blocks, in the model's order; as text, a table in which equal lines of many layers are one."""
+
+    def __init__(self, blocks: list[Block]):
+        self.blocks = blocks
+
+    def __getitem__(self, index):
+        return self.blocks[index]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)
+
+    @property
+    def swapped(self) -> list[Block]:
+        return [block for block in self if block.action == "swapped"]
+
+    @property
+    def left(self) -> list[Block]:
+        return [block for block in self if block.action == "left"]
+
+    def __str__(self) -> str:
+        lines: dict[tuple[str, ...], int] = {}
+        for block in self:
+            kept = f"{block.before:,.0f} -> {block.after:,.0f}" if block.what else ""
+            path = re.sub(r"(?<![^.])\d+(?![^.])", "*", block.path) or "(the model)"
+            line = (path, block.kind, block.action, block.what or block.reason, kept)
+            lines[line] = lines.get(line, 0) + 1
+        head = ("block", "class", "", "what, or why not", "bytes a token", "count")
+        rows = [head, *((*line, str(count)) for line, count in lines.items())]
+        before, after = (sum(getattr(b, name) for b in self.swapped) for name in ("before", "after"))
+        total = f"{len(self.swapped)} of {len(self)} blocks swapped"
+        if before:
+            total += f"; they keep {after:,.0f} bytes a token for backward in place of {before:,.0f}"
+        return "\n".join([*columns(rows, left=len(head)), total])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def describe(plan: Plan) -> str:
+    """In a few words what a block computes."""
+    words = [plan.inner.activation]
+    if plan.inner.packing:
+        words.append(plan.inner.packing.replace("_", " "))
+    if plan.inner.dropout:
+        words.append("dropout")
+    return ", ".join(words)

@@ -1,0 +1,72 @@
+"""A Linear with an adapter: a frozen weight, and beside it a product of low rank that learns."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffn import ops
+from ffn.nn.plain import is_hooked
+from ffn.ops.lora import Factors
+
+
+class LowRankLinear(nn.Linear):
+    """y = x weight^T + bias + scale drop(x) lora_A^T lora_B^T, with scale = alpha / rank.
+
+    It shares the weight and bias of the Linear that it is made from. lora_A (r, in) is uniform in
+    ±1/sqrt(in), lora_B (out, r) zero, so that at first nothing changes.
+
+    Args:
+        linear: a plain nn.Linear. rank: r. alpha: see scale. dropout: of what lora_A reads, while training.
+
+    Shape:
+        (..., in) -> (..., out).
+
+    Source: Hu et al. 2021.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rank, self.scale, self.dropout = rank, alpha / rank, dropout
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+        if not self.weight.is_meta:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = ops.dropout(x, self.dropout, self.training)
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(
+            F.linear(dropped, self.lora_A), self.lora_B
+        )
+
+    def plain(self) -> nn.Linear:
+        """A plain Linear with this one's weight and bias, without the adapter."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add scale lora_B lora_A to the weight, in float32 or wider and rounded once."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        gain = self.lora_B.to(wide) @ self.lora_A.to(wide)
+        self.weight.copy_(self.weight.to(wide).add_(gain, alpha=self.scale))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale}, dropout={self.dropout}"
+
+
+def adapted_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None, Factors] | None:
+    """(weight, bias, factors) if calling this LowRankLinear does nothing but its formula with plain ones."""
+    if type(linear) is not LowRankLinear or "forward" in linear.__dict__:
+        return None
+    if is_hooked(linear):
+        return None
+    if any(p is not None and type(p) is not nn.Parameter for p in linear._parameters.values()):
+        return None
+    p = linear.dropout if linear.training else 0.0
+    return linear.weight, linear.bias, Factors(linear.lora_A, linear.lora_B, linear.scale, p)

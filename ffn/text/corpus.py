@@ -1,0 +1,250 @@
+"""Text in, tokens on disk out, cut into what trains and what validates.
+
+A corpus is a text file, a folder, a glob pattern, or "stdlib": the sources of the Python standard library on
+this machine, so that training needs no download. Tokens live in memory-mapped files under the run's folder.
+
+Nothing leaks from training into validation. One file is cut once: the first 1 - val_fraction of its
+characters train, the rest validates. Of many files whole files validate, chosen by a hash of their content,
+so identical files stand on one side and adding files moves none. (A character vocabulary is taken from both.)
+"""
+
+from __future__ import annotations
+
+import array
+import glob
+import hashlib
+import json
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ffn.files.atomic import publish, sha256_file, sync_file, temporary_name, write_file
+from ffn.files.dataclass_toml import settle
+from ffn.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+
+MANIFEST = "data/manifest.json"
+PIECE = 1 << 20  # characters encoded at a time, rounded up to whole lines
+NOT_STDLIB = {"test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    path: str = "stdlib"  # a text file, a folder, a glob pattern, or "stdlib"
+    tokenizer: str = "byte"  # "byte", "char", or the path of a tokenizer.json
+    val_fraction: float = 0.1  # of the characters of one file; of many files, the chance of each to validate
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if not self.path:
+            raise ValueError("path: wants a file, a folder, a pattern or stdlib; got ''")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction: wants a number between 0 and 1; got {self.val_fraction}")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised text, cut in two. `train` and `val` are 1-D tensors over memory-mapped files."""
+
+    tokenizer: Tokenizer
+    train: Tensor
+    val: Tensor
+    val_bytes: int  # of the UTF-8 text behind `val`
+    fingerprint: str  # names tokens and split; equal fingerprints mean equal batches
+    notes: tuple[str, ...]  # what a reader should know: how many files, which were left out
+
+
+def find_files(path: str) -> list[Path]:
+    """The files of a corpus in a fixed order; ValueError where there are none."""
+    if path == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        found = [file for file in root.rglob("*.py") if not NOT_STDLIB & set(file.relative_to(root).parts)]
+    elif (root := Path(path).expanduser()).is_file():
+        return [root]
+    elif root.is_dir():
+        inside = (file for file in root.rglob("*") if file.is_file())
+        found = [file for file in inside if not _is_hidden(file.relative_to(root))]
+    else:
+        matches = glob.glob(str(root), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        found = [Path(name) for name in matches if Path(name).is_file()]
+    if not found:
+        raise ValueError(f"data.path={path}: no such file, no files in such a folder, and no files match it")
+    return sorted(found, key=Path.as_posix)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
+def read_text(path: Path) -> str:
+    """A file's text, line ends as they are; ValueError where it is not UTF-8 text."""
+    content = path.read_bytes()
+    try:
+        if b"\0" not in content:
+            return content.decode("utf-8")
+    except UnicodeDecodeError:
+        pass
+    raise ValueError(f"{path}: not UTF-8 text")
+
+
+def split_files(digests: Iterable[str], val_fraction: float) -> set[str]:
+    """Which contents validate, by their SHA-256: those below `val_fraction` of the range of the hash.
+
+    Neither side stays empty: the lowest hash validates and the highest trains. ValueError for fewer than two
+    different contents.
+    """
+    different = sorted(set(digests))
+    if len(different) < 2:
+        raise ValueError(
+            "the files of the corpus are all the same: validation would repeat training; give others"
+        )
+    val = {digest for digest in different if int(digest[:16], 16) < val_fraction * 2**64}
+    return (val | {different[0]}) - {different[-1]}
+
+
+def prepare(config: DataConfig, run: Path, wanted: str | None = None) -> Corpus:
+    """The corpus as tokens, made anew: `run/tokenizer.json` and `run/data/`, with manifest.json last of all.
+
+    They are made aside and take their places when whole. Raises ValueError, and leaves `run` as it was, where
+    there is no text, where none of it is UTF-8, or where its fingerprint is not the one `wanted`.
+    """
+    aside = temporary_name(run / "data")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        manifest = _build(config, aside)
+        if wanted not in (None, _fingerprint(manifest)):
+            raise ValueError(
+                f"data.path={config.path}: not the text that {run} began with, and the tokens it kept "
+                "are absent or damaged; bring that text back, or start anew in another folder: out=..."
+            )
+        (run / "data").mkdir(exist_ok=True)
+        for name in (*manifest["sha256"], MANIFEST):
+            publish(aside / name, run / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return _open(run, manifest)
+
+
+def open_corpus(run: Path) -> Corpus | None:
+    """What `prepare` left in `run`, or None where any of it is absent or damaged."""
+    try:
+        manifest = json.loads((run / MANIFEST).read_text("utf-8"))
+        sound = all(sha256_file(run / name) == digest for name, digest in manifest["sha256"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return _open(run, manifest) if sound else None
+
+
+def _open(run: Path, manifest: dict[str, Any]) -> Corpus:
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    dtype = _dtype(tokenizer)[1]
+    train, val = (
+        torch.from_file(str(run / "data" / f"{side}.bin"), size=manifest[side]["tokens"], dtype=dtype)
+        for side in ("train", "val")
+    )
+    notes = tuple(manifest["notes"])
+    return Corpus(tokenizer, train, val, manifest["val"]["bytes"], _fingerprint(manifest), notes)
+
+
+def _fingerprint(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([manifest["train"], manifest["val"]]).encode()).hexdigest()
+
+
+def _build(config: DataConfig, folder: Path) -> dict[str, Any]:
+    texts, notes = _open_texts(config)
+    (folder / "data").mkdir(parents=True)
+    make_tokenizer(config.tokenizer, (text for _, text in texts())).save(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    names = {side: f"data/{side}.bin" for side in ("train", "val")}
+    counts = {side: {"tokens": 0, "bytes": 0} for side in names}
+    with (folder / names["train"]).open("wb") as train, (folder / names["val"]).open("wb") as val:
+        files = {"train": train, "val": val}
+        for side, text in texts():
+            counts[side]["bytes"] += len(text.encode())
+            counts[side]["tokens"] += _encode(text, tokenizer, files[side])
+    for side, name in names.items():
+        if counts[side]["tokens"] < 2:
+            what = "training" if side == "train" else "validation"
+            raise ValueError(f"data.path={config.path}: too little text, none is left for {what}")
+        sync_file(folder / name)
+    digests = {name: sha256_file(folder / name) for name in ("tokenizer.json", *names.values())}
+    manifest = {"config": asdict(config), "notes": notes, "sha256": digests}
+    for side, name in names.items():
+        manifest[side] = {**counts[side], "sha256": digests[name]}
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, str]]], list[str]]:
+    """A function that goes through the corpus as (side, text), which may be called again, and notes on it."""
+    files, notes = _without_runs(find_files(config.path), config.path)
+    if len(files) == 1:
+        text = read_text(files[0])
+        if not text:
+            raise ValueError(f"data.path={config.path}: an empty file")
+        cut = int(len(text) * (1 - config.val_fraction))
+        notes.insert(0, f"1 file, {len(text):,} characters")
+        return lambda: iter([("train", text[:cut]), ("val", text[cut:])]), notes
+    digests, skipped = {}, []
+    for file in files:
+        try:
+            text = read_text(file)
+        except ValueError:
+            skipped.append(file.name)
+        else:
+            if text:
+                digests[file] = hashlib.sha256(text.encode()).hexdigest()
+    if not digests:
+        raise ValueError(f"data.path={config.path}: {len(files)} files, none of them UTF-8 text")
+    val = split_files(digests.values(), config.val_fraction)
+    n_val = sum(digest in val for digest in digests.values())
+    notes.insert(0, f"{len(digests) - n_val} files to train on, {n_val} to validate on")
+    if skipped:
+        notes.append(f"left out {len(skipped)} files that are not UTF-8 text: {', '.join(skipped[:5])}")
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for file, digest in digests.items():
+            text = read_text(file)
+            yield ("val" if digest in val else "train"), text if text.endswith("\n") else text + "\n"
+
+    return texts, notes
+
+
+def _without_runs(files: list[Path], path: str) -> tuple[list[Path], list[str]]:
+    """The files that no training run wrote, and a note on those that one did; a file by its name is taken."""
+    folders = {folder for file in files for folder in file.parents} if len(files) > 1 else set()
+    runs = {f for f in folders if (f / ".lock").is_file() and (f / "config.toml").is_file()}
+    kept = [file for file in files if runs.isdisjoint(file.parents)]
+    if not kept:
+        raise ValueError(f"data.path={path}: all its files belong to training runs")
+    return kept, [f"left out what training left in {run}" for run in sorted(runs)]
+
+
+def _encode(text: str, tokenizer: Tokenizer, file: BinaryIO) -> int:
+    """Append the text's tokens to the file, some lines at a time; returns how many they are."""
+    typecode = _dtype(tokenizer)[0]
+    count, lines, characters = 0, [], 0
+    for line in [*text.splitlines(keepends=True), ""]:
+        lines.append(line)
+        characters += len(line)
+        if characters >= PIECE or not line:
+            tokens = array.array(typecode, tokenizer.encode("".join(lines)))
+            tokens.tofile(file)
+            count, lines, characters = count + len(tokens), [], 0
+    return count
+
+
+def _dtype(tokenizer: Tokenizer) -> tuple[str, torch.dtype]:
+    """The narrowest type that holds every token: its letter for `array`, and for torch."""
+    if tokenizer.vocab_size <= 1 << 8:
+        return "B", torch.uint8
+    if tokenizer.vocab_size <= 1 << 16:
+        return "H", torch.uint16
+    return "i", torch.int32

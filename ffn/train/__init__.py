@@ -1,0 +1,1 @@
+"""Training: configuration, optimizer, the loop and its checkpoints."""

@@ -1,0 +1,61 @@
+"""report: the lines as data, and as a table a person reads."""
+
+from ffn.interop.swap.probe import Inner
+from ffn.interop.swap.report import Block, Report, describe
+from ffn.interop.swap.reroute import Plan
+from ffn.interop.swap.source import Chain
+
+BLOCKS = [
+    Block("model.layers.0.mlp", "LlamaMLP", "swapped", "", "swiglu", 1000.0, 400.0),
+    Block("model.layers.1.mlp", "LlamaMLP", "swapped", "", "swiglu", 1000.0, 400.0),
+    Block("vision.fc", "MLP", "left", "no activation of the table gives its values"),
+    Block("", "Whole", "left", "a mixture of experts"),
+]
+
+
+def test_a_report_is_a_sequence_of_blocks() -> None:
+    report = Report(BLOCKS)
+    assert list(report) == BLOCKS
+    assert (len(report), report[1], report[-1]) == (4, BLOCKS[1], BLOCKS[3])
+    assert report.swapped == BLOCKS[:2]
+    assert report.left == BLOCKS[2:]
+    assert report[1:3] == BLOCKS[1:3]
+    assert bool(report)
+    assert not Report([])
+
+
+def test_equal_layers_are_one_line() -> None:
+    text = str(Report(BLOCKS))
+    assert repr(Report(BLOCKS)) == text
+    lines = text.splitlines()
+    assert lines[0].split() == ["block", "class", "what,", "or", "why", "not", "bytes", "a", "token", "count"]
+    assert lines[1].split() == [
+        "model.layers.*.mlp",
+        "LlamaMLP",
+        "swapped",
+        "swiglu",
+        "1,000",
+        "->",
+        "400",
+        "2",
+    ]
+    assert lines[2].split()[:3] == ["vision.fc", "MLP", "left"]
+    assert lines[3].startswith("(the model)")
+    assert lines[4] == ("2 of 4 blocks swapped; they keep 800 bytes a token for backward in place of 2,000")
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_an_empty_report() -> None:
+    assert str(Report([])).splitlines()[-1] == "0 of 0 blocks swapped"
+
+
+def test_what_a_block_computes_in_a_few_words() -> None:
+    def plan(**fields) -> Plan:
+        inner = Inner(
+            **({"gate": None, "packing": None, "dropout": None, "watched": (), "passed": ()} | fields)
+        )
+        return Plan(Chain("forward", ("a",), "b"), ("a",), "b", inner)
+
+    assert describe(plan(activation="gelu")) == "gelu"
+    packed = plan(activation="swiglu", gate=0, packing="gate_first", dropout=("drop", "p"))
+    assert describe(packed) == "swiglu, gate first, dropout"
