@@ -27,7 +27,9 @@ from benchmarks.timing import clock_of, measure, quartiles, relative_error, spee
 from ffn import activations
 from ffn.files import atomic
 from ffn.nn import gated_hidden_dim
-from ffn.ops import dispatch
+from ffn.ops import dispatch, rule
+from ffn.ops.between import Between, Needs
+from ffn.ops.dense import Dense
 from ffn.ops.kernels import tilings
 from ffn.ops.kernels.tilings import Tiling
 
@@ -113,17 +115,21 @@ def operands(case: Case, device: torch.device) -> dict[str, Tensor | None]:
 
 def runner(case: Case, t: dict[str, Tensor | None]) -> Callable[[], tuple]:
     """The backend's own function on the operands: what it fuses is what the table says at the time."""
-    backend = dispatch.MODULES["triton"]
-    row = activations.TABLE["swiglu" if case.gated else "gelu"]
+    backend = dispatch.module("triton")
+    between = Between(activations.TABLE["swiglu" if case.gated else "gelu"])
     if case.forward:
-        return partial(
-            backend.linear_act, t["x"], t["up"], t["bias"], t["gate"], None, row, None, 0.0, 0, False, True
+        up, gate = Dense(t["up"], t["bias"]), None if t["gate"] is None else Dense(t["gate"])
+        return partial(rule.forward_to_hidden, backend, t["x"], up, gate, between, True)
+    down, needs = Dense(t["down"]), Needs(True, t["bias"] is not None, False)
+    saved = t["pre"], t["pre_gate"], between
+
+    def back() -> tuple:
+        dpre, dpre_gate, (ddown, _), *sums = rule.back_to_preactivations(
+            backend, t["dy"], down, (True, False), saved, needs, False
         )
-    bias = t["bias"] is not None
-    return partial(
-        backend.linear_dact,
-        *(t["dy"], t["down"], t["pre"], t["pre_gate"], row, None, 0.0, 0, True, bias, False, False),
-    )
+        return dpre, dpre_gate, ddown, *sums
+
+    return back
 
 
 def textbook(case: Case, t: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:

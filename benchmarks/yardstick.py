@@ -12,15 +12,15 @@ from torch import Tensor
 from benchmarks.cases import CEILING, Case
 from benchmarks.plain import Weights
 from benchmarks.timing import CACHE_BYTES, Rotation, Run
-from ffn.ops import dispatch
-from ffn.ops.eager import float32_in_onednn
+from ffn.ops import hardware
+from ffn.ops.matmul import float32_in_onednn
 
 FEW = 64  # tokens up to which reading the weights may take longer than multiplying
 
 
 def fast_products(x: Tensor) -> AbstractContextManager:
     """Within it bare products like x go to the library that multiplies them fastest."""
-    onednn = x.is_cpu and x.dtype == torch.float32 and dispatch.float32_faster_in_onednn()
+    onednn = x.is_cpu and x.dtype == torch.float32 and hardware.float32_faster_in_onednn()
     return float32_in_onednn() if onednn else nullcontext()
 
 

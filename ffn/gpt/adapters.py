@@ -27,7 +27,7 @@ from ffn.files.dataclass_toml import from_dict, settle
 from ffn.files.shards import open_shards, write_tensors
 from ffn.gpt.freeze import transformer_in
 from ffn.gpt.transformer import Transformer
-from ffn.nn.lora import LowRankLinear
+from ffn.nn.lora import LoRALinear
 from ffn.nn.plain import plain_parameters
 
 FILE = "adapter.safetensors"
@@ -81,7 +81,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig | None = None) -> list[
         if plain_parameters(linear) is None:
             raise ValueError(f"{name}: wants a plain nn.Linear without hooks; got {type(linear).__name__}")
     for name, linear in linears.items():
-        _put(transformer, name, LowRankLinear(linear, config.rank, config.alpha, config.dropout))
+        _put(transformer, name, LoRALinear(linear, config.rank, config.alpha, config.dropout))
     return list(linears)
 
 
@@ -196,9 +196,9 @@ def _chosen(transformer: Transformer, config: AdapterConfig) -> Iterator[tuple[s
             yield f"blocks.{name}", module  # pyright: ignore[reportReturnType]
 
 
-def _adapted(transformer: Transformer) -> Iterator[tuple[str, LowRankLinear]]:
+def _adapted(transformer: Transformer) -> Iterator[tuple[str, LoRALinear]]:
     for name, module in transformer.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LoRALinear):
             yield name, module
 
 

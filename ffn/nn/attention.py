@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ffn import ops
 from ffn.ops.arguments import check_size
 from ffn.ops.attention import attend
-from ffn.ops.library import autocasts
+from ffn.ops.torch_modes import autocasts
 
 QK_NORM_SCOPES = ("head", "all")
 

@@ -6,13 +6,13 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from ffn import activations, ops
 from ffn.nn.init import check_init, init_linear
-from ffn.nn.lora import LowRankLinear, adapted_parameters
+from ffn.nn.lora import adapted_product
 from ffn.nn.plain import plain_parameters
 from ffn.ops.arguments import check_options, check_size
+from ffn.ops.dense import Dense
 from ffn.ops.dropout import check_probability
-from ffn.ops.feed_forward import explain, feed_forward
-from ffn.ops.library import autocasts, needs_textbook
-from ffn.ops.lora import adapted_feed_forward
+from ffn.ops.feed_forward import Options, call, explain
+from ffn.ops.lora import LoRA
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
@@ -125,37 +125,31 @@ class FeedForward(nn.Module):
             init_linear(linear, self.init, residual=residual, **where)
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        weights = self._plain_weights(x)
-        if weights is None:
+        products = self.products(x)
+        if products is None:
             self._check_backend(x)
-            adapted = self._adapted(x)
-            if adapted is None:
-                y = self._through_children(x, p)
-            else:
-                options = {"save": self.save, "chunk_tokens": self.chunk_tokens}
-                y = adapted_feed_forward(x, *adapted, activation=self.activation, dropout=p, **options)
+            y = self._through_children(x)
         else:
-            up, down, gate, up_bias, down_bias, gate_bias = weights  # as names, quicker than as *weights
-            y = feed_forward(
-                x, up, down, gate, up_bias, down_bias, gate_bias, activation=self.activation, dropout=p,
-                save=self.save, chunk_tokens=self.chunk_tokens, backend=self.backend,
-            )  # fmt: skip
+            y = call(x, products, self._options())
         return ops.dropout(y, self.out_dropout) if self.training and self.out_dropout else y
 
-    def _through_children(self, x: Tensor, p: float) -> Tensor:
+    def _options(self) -> Options:
+        p = self.dropout if self.training else 0.0
+        return Options(self.activation, p, self.save, self.chunk_tokens, self.backend)
+
+    def _through_children(self, x: Tensor) -> Tensor:
         act = activations.TABLE[self.activation] if self.act is None else self.act
         pre = self.up_proj(x)
         if self.gate_proj is None and "gate_proj" in self._modules:
-            raise TypeError(f"{self.activation} is gated, and gate_proj is None: put a module back")
+            raise TypeError(f"gate_proj must be a module, since {self.activation} is gated; got None")
         h = act(pre) if self.gate_proj is None else act(self.gate_proj(x)) * pre
-        return self.down_proj(ops.dropout(h, p))
+        return self.down_proj(ops.dropout(h, self.dropout, self.training))
 
     def _linears(self) -> list[nn.Linear]:
         return [linear for name in PROJECTIONS if (linear := getattr(self, name)) is not None]
 
-    def _plain_weights(self, x: Tensor) -> tuple | None:
-        """What the op takes beside x; None where the children must be called, as `_why` tells.
+    def products(self, x: Tensor) -> tuple | None:
+        """The products up, down and gate for the op; None where the children must be called, see `_why`.
 
         Asked at each call, since an adapter, hook or quantized weight may have arrived since the last.
         """
@@ -164,16 +158,18 @@ class FeedForward(nn.Module):
         if has_global_hooks():
             return None
         children = self._modules  # quicker than the attributes
-        up, down = plain_parameters(children["up_proj"]), plain_parameters(children["down_proj"])
-        gate = plain_parameters(children["gate_proj"]) if "gate_proj" in children else (None, None)
-        if up is None or down is None or gate is None:
+        up, down = _product(children["up_proj"]), _product(children["down_proj"])
+        if up is None or down is None:
             return None
-        return up[0], down[0], gate[0], up[1], down[1], gate[1]
+        if "gate_proj" not in children:
+            return up, down, None
+        gate = _product(children["gate_proj"])
+        return None if gate is None else (up, down, gate)
 
     def _check_backend(self, x: Tensor) -> None:
         """Raise ValueError where the children must be called, and kernels were asked for by name."""
         if self.backend == "triton":
-            raise ValueError(f"backend='triton' takes plain children alone, but {self._why(x)}; use 'auto'")
+            raise ValueError(f"backend must be 'auto', since {self._why(x)}; got 'triton'")
 
     def _why(self, x: Tensor) -> str:
         """Why the children must be called."""
@@ -186,33 +182,9 @@ class FeedForward(nn.Module):
         if has_global_hooks():
             return "a hook is registered for all modules"
         children = {name: self._modules[name] for name in PROJECTIONS if name in self._modules}
-        name, child = next(pair for pair in children.items() if plain_parameters(pair[1]) is None)
+        name, child = next(pair for pair in children.items() if _product(pair[1]) is None)
         what = f"{name} (a {type(child).__name__})"
         return f"{what} is replaced, hooked, parametrized, or its weight is no plain parameter"
-
-    def _adapted(self, x: Tensor) -> tuple[list, list] | None:
-        """(weights, factors) for the op with adapters, where some child has one and the others are plain,
-        all over weights that get no gradient; None where the children must be called."""
-        if not any(type(child) is LowRankLinear for child in self._modules.values()):
-            return None
-        if self.act is not None or self.backend == "reference" or type(x) is not Tensor:
-            return None
-        if has_global_hooks() or needs_textbook() or torch.compiler.is_compiling():
-            return None
-        learning = torch.is_grad_enabled()
-        weights, biases, factors = [], [], []
-        for name in ("up_proj", "down_proj", "gate_proj"):
-            child, found = self._modules.get(name), (None, None, None)
-            if child is not None:
-                plain = plain_parameters(child)
-                found = adapted_parameters(child) if plain is None else (*plain, None)
-            if found is None or (learning and any(t is not None and t.requires_grad for t in found[:2])):
-                return None
-            for several, one in zip((weights, biases, factors), found, strict=True):
-                several.append(one)
-        if x.shape[-1:] != weights[0].shape[1:] or not (autocasts(x) or x.dtype == weights[0].dtype):
-            return None
-        return [*weights, *biases], factors
 
     def explain(self, x: Tensor) -> str:
         """One line: which path and backend x would take, why, and what a token keeps for backward.
@@ -224,20 +196,16 @@ class FeedForward(nn.Module):
         line = owner.explain(x) if owner is not self and hasattr(owner, "explain") else None
         if line is not None:
             return line
-        weights = self._plain_weights(x)
-        if weights is None:
+        products = self.products(x)
+        if products is None:
             self._check_backend(x)
-        kept = len(self._linears()) - 1 if self.save == "preact" else 0
-        keeps = f"keeps {self.dim + kept * self.hidden_dim} elements a token for backward"
-        if weights is None and self._adapted(x) is not None:
-            return f"adapters: torch's products, under one rule; {keeps}"
-        if weights is None:
             unheld = "" if self.save == "preact" else f"; save={self.save!r} does not hold there"
             return f"children: {self._why(x)}{unheld}"
-        p = self.dropout if self.training else 0.0
-        choice = explain(x, weights, self.activation, p, self.save, self.chunk_tokens, self.backend)
+        choice = explain(x, products, self._options())
         if choice.backend == "reference":
             return f"reference: {choice.reason}"
+        kept = len(self._linears()) - 1 if self.save == "preact" else 0
+        keeps = f"keeps {self.dim + kept * self.hidden_dim} elements a token for backward"
         return f"{choice.backend}: {choice.reason}; {keeps}"
 
     def extra_repr(self) -> str:
@@ -252,3 +220,9 @@ class FeedForward(nn.Module):
         }
         given = {key: getattr(self, key) for key in usual}
         return ", ".join(parts + [f"{key}={value}" for key, value in given.items() if value != usual[key]])
+
+
+def _product(child: nn.Module | None) -> Dense | LoRA | None:
+    """The product of a child that computes nothing else: a plain Linear, or one with a LoRA adapter."""
+    plain = plain_parameters(child)
+    return adapted_product(child) if plain is None else Dense(*plain)

@@ -1,4 +1,4 @@
-"""A Linear with an adapter: a frozen weight, and beside it a product of low rank that learns."""
+"""A Linear with a LoRA adapter: beside its weight a product of low rank that learns."""
 
 import math
 
@@ -8,17 +8,18 @@ from torch.nn import functional as F
 
 from ffn import ops
 from ffn.nn.plain import is_hooked
-from ffn.ops.lora import Factors
+from ffn.ops.lora import LoRA
 
 
-class LowRankLinear(nn.Linear):
+class LoRALinear(nn.Linear):
     """y = x weight^T + bias + scale drop(x) lora_A^T lora_B^T, with scale = alpha / rank.
 
-    It shares the weight and bias of the Linear that it is made from. lora_A (r, in) is uniform in
-    ±1/sqrt(in), lora_B (out, r) zero, so that at first nothing changes.
+    It shares the weight and bias of the Linear it is made from. lora_A (r, in) is uniform in ±1/sqrt(in),
+    lora_B (out, r) zero, so that the outputs are unchanged at first.
 
     Args:
-        linear: a plain nn.Linear. rank: r. alpha: see scale. dropout: of what lora_A reads, while training.
+        linear: a plain nn.Linear. rank: r. alpha: see scale. dropout: probability to drop an input of lora_A
+            while training. Default 0.
 
     Shape:
         (..., in) -> (..., out).
@@ -60,13 +61,11 @@ class LowRankLinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale}, dropout={self.dropout}"
 
 
-def adapted_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None, Factors] | None:
-    """(weight, bias, factors) if calling this LowRankLinear does nothing but its formula with plain ones."""
-    if type(linear) is not LowRankLinear or "forward" in linear.__dict__:
-        return None
-    if is_hooked(linear):
+def adapted_product(linear: nn.Module | None) -> LoRA | None:
+    """The product if calling this LoRALinear computes its formula with plain parameters and nothing else."""
+    if type(linear) is not LoRALinear or "forward" in linear.__dict__ or is_hooked(linear):
         return None
     if any(p is not None and type(p) is not nn.Parameter for p in linear._parameters.values()):
         return None
     p = linear.dropout if linear.training else 0.0
-    return linear.weight, linear.bias, Factors(linear.lora_A, linear.lora_B, linear.scale, p)
+    return LoRA(linear.weight, linear.bias, linear.lora_A, linear.lora_B, None, linear.scale, p)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffn.ops import library
+from ffn.ops import torch_modes
 
 # 128 MiB in float32, where products over some 500 tokens already run at full speed; 512 MiB on a GPU, where
 # the gradient of the table, read and written for each chunk, would cost more than the products save.
@@ -50,7 +50,7 @@ def linear_cross_entropy(
 
     Source: the derivation is F.cross_entropy's; Hsu et al. 2024 keep gradients instead of logits likewise.
     """
-    autocast = library.autocasts(hidden) and library.autocasts(weight)
+    autocast = torch_modes.autocasts(hidden) and torch_modes.autocasts(weight)
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
     _check(hidden, weight, bias, targets, chunk_tokens, autocast)
     if not 0.0 <= label_smoothing <= 1.0:
@@ -58,7 +58,7 @@ def linear_cross_entropy(
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     logits = LOGITS_PER_CHUNK_ON_GPU if hidden.is_cuda else LOGITS_PER_CHUNK
     tokens, most = hidden.shape[0], chunk_tokens or max(1, logits // weight.shape[0])
-    whole = tokens <= most or library.needs_textbook()
+    whole = tokens <= most or torch_modes.needs_textbook()
     step = tokens if whole else -(-tokens // -(-tokens // most))
     plan = Plan(ignore_index, label_smoothing, step, dtype, softcap)
     try:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn.ops import library
+from ffn.ops import torch_modes
 
 NORMS = ("rmsnorm", "layernorm", "rmsnorm1p")
 
@@ -63,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None = 1e-5) -> Tensor:
         and x.dtype in (torch.float32, torch.float64)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not library.needs_textbook()
+        and not torch_modes.needs_textbook()
     ):
         return RMSNormRule.apply(x, weight, torch.finfo(x.dtype).eps if eps is None else eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
@@ -84,12 +84,12 @@ class RMSNormRule(torch.autograd.Function):
     def backward(ctx, *grads):
         (dy,) = grads
         x, weight, r = ctx.saved_tensors
-        if library.wants_autograd(dy):
+        if torch_modes.wants_autograd(dy):
 
             def formula(x: Tensor, weight: Tensor) -> Tensor:
                 return F.rms_norm(x, weight.shape, weight, ctx.eps)
 
-            return *library.autograd_gradients(formula, (x, weight), ctx.needs_input_grad[:2], dy), None
+            return *torch_modes.autograd_gradients(formula, (x, weight), ctx.needs_input_grad[:2], dy), None
         n = x * r
         dyn = (dy * n).reshape(-1, x.shape[-1])
         mean = torch.mv(dyn, weight).view(r.shape).mul_(-1.0 / x.shape[-1])

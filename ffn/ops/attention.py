@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffn.ops import dispatch, library
-from ffn.ops.eager import float32_in_onednn
+from ffn.ops import hardware, torch_modes
+from ffn.ops.matmul import float32_in_onednn
 
 _SHORT, _SHORT_IN_MKL = 256, 128  # tokens, up to which the whole matrix was measured to be faster
 
@@ -41,18 +41,18 @@ def _short(q: Tensor, k: Tensor) -> bool:
         return False
     if torch.is_autocast_enabled("cpu"):  # which would take the products to another dtype
         return False
-    limit = _SHORT if dispatch.float32_faster_in_onednn() else _SHORT_IN_MKL
+    limit = _SHORT if hardware.float32_faster_in_onednn() else _SHORT_IN_MKL
     return (
         1 < q.shape[2] <= min(limit, 3 * q.shape[3])
         and q.shape == k.shape
         and torch.is_grad_enabled()
         and type(q) is Tensor
-        and not library.needs_textbook()
+        and not torch_modes.needs_textbook()
     )
 
 
 def _products():
-    return float32_in_onednn() if dispatch.float32_faster_in_onednn() else nullcontext()
+    return float32_in_onednn() if hardware.float32_faster_in_onednn() else nullcontext()
 
 
 def _textbook(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
@@ -91,12 +91,12 @@ def _backward(ctx, dy: Tensor) -> list[Tensor]:
     """dq, dk, dv (B, Q, T, C)."""
     q, k, v, weights = ctx.saved_tensors
     shape = q.shape
-    if library.wants_autograd(dy):
+    if torch_modes.wants_autograd(dy):
 
         def formula(*inputs: Tensor) -> Tensor:
             return _textbook(*_heads(*inputs), causal=ctx.causal)[0].view(shape)
 
-        return library.autograd_gradients(formula, (q, k, v), ctx.needs_input_grad[:3], dy)
+        return torch_modes.autograd_gradients(formula, (q, k, v), ctx.needs_input_grad[:3], dy)
     dy, q, k, v = _heads(dy, q, k, v)
     with _products():
         dv = torch.bmm(weights.transpose(1, 2), dy)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ffn.ops import dispatch, library
+from ffn.ops import dispatch, library, torch_modes
 from ffn.ops import dropout_mask as mask
 from ffn.ops.dropout_mask import draw_seed
 
@@ -20,11 +20,13 @@ _WIDTH = 1024  # the row of a kernel's tile
 def _drawing(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """What draws the mask there: it has `noise`."""
     kernels = device.type == "cuda" and dispatch.why_not_triton(device, dtype) is None
-    return dispatch.MODULES["triton"] if kernels else mask
+    return dispatch.module("triton") if kernels else mask
 
 
 def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_start: int = 0) -> Tensor:
     """The factors of `dropped`: (rows, cols)."""
+    if torch.compiler.is_compiling():
+        return mask.noise(seed, rows, cols, p, dtype, row_start)
     return _drawing(seed.device, dtype).noise(seed, rows, cols, p, dtype, row_start)
 
 
@@ -68,7 +70,7 @@ def check_probability(name: str, p: float) -> None:
     except TypeError:
         fits = False
     if not fits:
-        raise ValueError(f"{name}={p!r}: want a probability in [0, 1)")
+        raise ValueError(f"{name} must be a probability in [0, 1); got {p!r}")
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
@@ -84,6 +86,6 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     check_probability("p", p)
     if not training or p == 0.0 or x.numel() == 0:
         return x
-    if library.needs_textbook() or type(x) not in (Tensor, nn.Parameter):
+    if torch_modes.needs_textbook() or type(x) not in (Tensor, nn.Parameter):
         return nn.functional.dropout(x, p)
     return _Dropout.apply(x, draw_seed(x.device), p)

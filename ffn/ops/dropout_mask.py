@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ffn.ops import library
+
 _BLOCK = 1 << 17  # elements a block: its words stay in a core's L2 cache
 _LEVELS = 1 << 16
 
@@ -30,13 +32,21 @@ def scale(p: float) -> float:
     return _LEVELS / (_LEVELS - _threshold(p))
 
 
-def _keys(seed: Tensor, start: int, count: int, stream: int) -> Tensor:
+def _splitmix(seed: Tensor, start: int, count: int, stream: int) -> Tensor:
     """splitmix64 (Steele, Lea, Flood 2014) of seed and index; its low 32 bits, int32, shape (count,)."""
     z = torch.arange(start, start + count, dtype=torch.int64, device=seed.device)
     z = (z * 2 + stream) * -7046029254386353131 + seed
     z = (z ^ (z >> 30)) * -4658895280553007687
     z = (z ^ (z >> 27)) * -7723592293110705685
     return (z ^ (z >> 31)).to(torch.int32)
+
+
+# An op, or a compiler would compute the 64-bit keys of a row and a column again for each element.
+_keys = library.define(
+    "dropout_keys(Tensor seed, SymInt start, SymInt count, int stream) -> Tensor",
+    _splitmix,
+    fake=lambda seed, start, count, stream: seed.new_empty(count, dtype=torch.int32),
+)
 
 
 def _mix_(w: Tensor) -> Tensor:
@@ -50,8 +60,8 @@ def keep_blocks(
     seed: Tensor, rows: int, cols: int, p: float, row_start: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows of a block, which elements of them are kept: 0 or 1 as int16), block after block."""
-    row_keys = _keys(seed, row_start, rows, stream=0)
-    col_keys = _keys(seed, 0, (cols + 1) // 2, stream=1)
+    row_keys = _keys(seed, row_start, rows, 0)
+    col_keys = _keys(seed, 0, (cols + 1) // 2, 1)
     step = max(1, _BLOCK // max(cols, 1)) if seed.device.type == "cpu" else max(rows, 1)
     for i in range(0, rows, step):
         bits = _mix_(row_keys[i : i + step, None] + col_keys).view(torch.int16)
@@ -77,6 +87,15 @@ def drop_(tensors: tuple[Tensor, ...], seed: Tensor, p: float, row_start: int = 
 
 def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_start: int = 0) -> Tensor:
     """The factors 0 or scale(p) themselves: (rows, cols)."""
+    if torch.compiler.is_compiling():
+        return _noise_in_one(seed, rows, cols, p, row_start).to(dtype)
     ones = torch.ones(rows, cols, dtype=dtype, device=seed.device)
     drop_((ones,), seed, p, row_start)
     return ones
+
+
+def _noise_in_one(seed: Tensor, rows: int, cols: int, p: float, row_start: int) -> Tensor:
+    """The same factors by one formula without blocks, which a compiler fuses."""
+    words = _mix_(_keys(seed, row_start, rows, 0)[:, None] + _keys(seed, 0, (cols + 1) // 2, 1))
+    halves = torch.stack([words << 16 >> 16, words >> 16], -1).view(rows, -1)[:, :cols]
+    return torch.where(halves >= _threshold(p) - _LEVELS // 2, scale(p), 0.0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ffn.activations import GATES, TABLE
-from ffn.ops import dispatch
+from ffn.ops import hardware
 
 _TOKENS = 512  # the layout for so many serves one token best, too
 _PROBE = 64  # bytes at either end
@@ -71,7 +71,7 @@ class Packed:
     @staticmethod
     def why_not(tensor: Tensor) -> str | None:
         """Why oneDNN cannot lay out this weight (out, in) by itself, or take this bias; None if it can."""
-        return refusal(tensor, "oneDNN packs", dispatch.packs(tensor.dtype))
+        return refusal(tensor, "oneDNN packs", hardware.packs(tensor.dtype))
 
     @staticmethod
     def copy(weight: Tensor, bias: Tensor | None) -> Any:

@@ -20,7 +20,8 @@ from ffn.nn.head import Head
 from ffn.nn.loss import cap
 from ffn.nn.plain import LINEAR_FORWARD, plain_parameters
 from ffn.ops.arguments import fits
-from ffn.ops.library import needs_textbook
+from ffn.ops.dense import Dense
+from ffn.ops.torch_modes import needs_textbook
 from ffn.packing.float_copies import Packed
 
 Tensors = tuple[Tensor | None, ...]
@@ -131,13 +132,22 @@ class PackedBlock(PackedForward):
             block.training and (block.dropout or block.out_dropout)
         ):
             return None
-        weights = block._plain_weights(x)
-        if weights is None or TABLE[block.activation].gated != (weights[2] is not None):
+        products = block.products(x)
+        if products is None or TABLE[block.activation].gated != (products[2] is not None):
             return None
-        return self.copies(x, weights)
+        up, down, gate = (Dense(None, None) if q is None else q for q in products)
+        if not all(type(q) is Dense for q in (up, down, gate)):
+            return None
+        return self.copies(x, (up.weight, down.weight, gate.weight, up.bias, down.bias, gate.bias))
 
     def fits(self, x: Tensor, tensors: Tensors) -> bool:
-        return fits(TABLE[self.module.activation], x, *tensors)
+        up, down, gate, up_bias, down_bias, gate_bias = tensors
+        products = (
+            Dense(up, up_bias),
+            Dense(down, down_bias),
+            None if gate is None else Dense(gate, gate_bias),
+        )
+        return fits(TABLE[self.module.activation], x, products)
 
     def explain(self, x: Tensor) -> str | None:
         """The line for `FeedForward.explain`; None where the block runs as if it were not packed."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ffn.activations import GATES, TABLE
-from ffn.ops import dispatch
+from ffn.ops import hardware
 from ffn.packing.float_copies import AS_IT_IS, Packed, refusal
 
 _WIDEST = (2**31 - 1) // (255 * 127)  # terms of a sum that int32 holds
@@ -46,7 +46,7 @@ class Quantized(Packed):
         """Why this weight cannot be rounded and used, or this bias; None if it can."""
         if tensor.ndim == 2 and tensor.shape[1] > _WIDEST:
             return f"{tensor.shape[1]} wide; int8 sums hold up to {_WIDEST} terms"
-        return refusal(tensor, "int8 products take", dispatch.int8_in_onednn())
+        return refusal(tensor, "int8 products take", hardware.int8_in_onednn())
 
     @staticmethod
     def copy(weight: Tensor, bias: Tensor | None) -> Rows:
@@ -54,7 +54,7 @@ class Quantized(Packed):
         values = weight.div(largest[:, None]).mul_(127).round_().to(torch.int8)
         zeros = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
         within = bias if bias is not None and bias.dtype == torch.float32 else None
-        alone = dispatch.fbgemm_layout(values, largest / 127, within) if dispatch.int8_in_fbgemm() else None
+        alone = hardware.fbgemm_layout(values, largest / 127, within) if hardware.int8_in_fbgemm() else None
         return Rows(torch.ops.onednn.qlinear_prepack.default(values, None), largest / 127**2, zeros, alone)
 
     def fit(self, x: Tensor) -> bool:
@@ -83,7 +83,7 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor | None]:
     A NaN or an infinity goes into the latter. Where FBGEMM will round: x itself in float32, and None.
     """
     x = x.float()
-    alone = x.ndim > 1 and x.numel() == x.shape[-1] and dispatch.int8_in_fbgemm()
+    alone = x.ndim > 1 and x.numel() == x.shape[-1] and hardware.int8_in_fbgemm()
     if alone:  # a norm is quicker to find than the largest, and mostly enough to know
         token = x.view(-1)
         if _LEAST**2 * len(token) < token.dot(token).item() < _MOST:

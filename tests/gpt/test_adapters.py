@@ -23,7 +23,7 @@ from ffn.gpt.adapters import (
 )
 from ffn.gpt.freeze import frozen_prefix, render_trained, train_only
 from ffn.gpt.transformer import Transformer, TransformerConfig
-from ffn.nn.lora import LowRankLinear
+from ffn.nn.lora import LoRALinear
 from ffn.train.optim import ScheduledOptimizer
 from tests.gpt.test_freeze import TOKENS, Sorter
 
@@ -88,7 +88,7 @@ def test_outputs_and_gradients_follow_the_formula_in_float64() -> None:
     model.loss(TOKENS, TARGETS).backward()
     twin.loss(TOKENS, TARGETS).backward()
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LoRALinear):
             dense = twin.get_submodule(name).weight.grad
             a, b = module.lora_A, module.lora_B
             torch.testing.assert_close(a.grad, 2.0 * b.T @ dense, rtol=1e-9, atol=1e-12)
@@ -99,7 +99,7 @@ def test_it_is_pefts() -> None:
     """The same factors in PEFT's own layers: the same output and gradients."""
     peft = pytest.importorskip("peft")
     linear = nn.Linear(6, 10, dtype=torch.float64)
-    ours = LowRankLinear(linear, 3, 6.0)
+    ours = LoRALinear(linear, 3, 6.0)
     nn.init.normal_(ours.lora_B)
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
     theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(linear)), config, autocast_adapter_dtype=False)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ffn.activations import TABLE
-from ffn.ops import dispatch, feed_forward, reference
+from ffn.ops import dispatch, feed_forward
 from ffn.ops.dropout_mask import draw_seed
-from tests.ops.samples import F64, Arguments, draw, gradients, leaf
+from tests.ops.samples import F64, Arguments, by_reference, draw, gradients, leaf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FEWEST = 1 << 15  # elements of h from which on products are fused here, where blocks are small
@@ -58,7 +58,7 @@ def check(name: str, arguments: Arguments, p: float = 0.0, *, backend: str = "tr
 
     def textbook(dtype: torch.dtype) -> list[Tensor]:
         book = {"activation": TABLE[name], "noise": noise.to(dtype)}
-        return results(lambda *a: reference.feed_forward(*a, **book), arguments.to(dtype), dy)
+        return results(lambda *a: by_reference(*a, **book), arguments.to(dtype), dy)
 
     for got, plain, exact in zip(ours, textbook(x.dtype), textbook(F64), strict=True):
         assert got.dtype == x.dtype

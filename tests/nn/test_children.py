@@ -147,16 +147,15 @@ def test_what_is_given_up_is_said() -> None:
     block.up_proj.register_forward_hook(lambda *_: None)
     assert block.explain(x).endswith("; save='input' does not hold there")
     block.backend = "triton"
-    reason = r"but up_proj \(a Linear\) is replaced, .*; use 'auto'$"
     for call in (block, block.explain):
-        with pytest.raises(ValueError, match=rf"^backend='triton' takes plain children alone, {reason}"):
+        with pytest.raises(ValueError, match="^backend must be 'auto'.*up_proj"):
             call(x)
 
 
 def test_a_gate_taken_away_is_missed() -> None:
     block = FeedForward(6, 10, activation="swiglu")
     block.gate_proj = None
-    with pytest.raises(TypeError, match=r"^swiglu is gated, and gate_proj is None: put a module back$"):
+    with pytest.raises(TypeError, match="^gate_proj must be a module"):
         block(torch.randn(3, 6))
 
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ffn.activations import TABLE
+from ffn.activations import TABLE, Activation
+from ffn.ops import reference
+from ffn.ops.dense import Dense
 
 F64 = torch.float64
 NAMES = list(TABLE)
@@ -26,12 +28,23 @@ class Arguments(NamedTuple):
     down_bias: Tensor | None
     gate_bias: Tensor | None
 
+    def products(self) -> tuple[Dense, Dense, Dense | None]:
+        """up, down and gate."""
+        gate = None if self.gate is None else Dense(self.gate, self.gate_bias)
+        return Dense(self.up, self.up_bias), Dense(self.down, self.down_bias), gate
+
     def given(self) -> list[Tensor]:
         return [t for t in self if t is not None]
 
     def to(self, dtype: torch.dtype) -> Arguments:
         """Leaves of their own in another dtype."""
         return Arguments(*(None if t is None else leaf(t.detach().to(dtype, copy=True)) for t in self))
+
+
+def by_reference(*arguments: Tensor | None, activation: Activation, noise: Tensor | None = None) -> Tensor:
+    """The reference of `Arguments`."""
+    given = Arguments(*arguments)
+    return reference.feed_forward(given.x, *given.products(), activation=activation, noise=noise)
 
 
 def leaf(t: Tensor) -> Tensor:

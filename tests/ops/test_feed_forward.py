@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ffn.activations import TABLE
-from ffn.ops import feed_forward, reference
+from ffn.ops import feed_forward
 from ffn.ops.dropout_mask import draw_seed, noise
 from tests.ops import textbook
-from tests.ops.samples import F64, NAMES, SAVES, Arguments, draw, gradients, leaf
+from tests.ops.samples import F64, NAMES, SAVES, Arguments, by_reference, draw, gradients, leaf
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 names = pytest.mark.parametrize("name", NAMES)
@@ -38,7 +38,7 @@ def test_op_is_the_reference_in_float64(name: str, save: dict) -> None:
             arguments = draw(name, bias=bias, shape=(2, 4))
             y, factors = with_mask(arguments, dropout, activation=name, **save)
             dy = torch.randn_like(y)
-            expected = reference.feed_forward(*arguments, activation=TABLE[name], noise=factors)
+            expected = by_reference(*arguments, activation=TABLE[name], noise=factors)
             torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
             for ours, theirs in zip(
                 gradients(y, arguments, dy), gradients(expected, arguments, dy), strict=True
@@ -79,11 +79,11 @@ def check_error_of_low_precision(name: str, arguments: Arguments, dropout: float
     ours = [y, *gradients(y, arguments, dy)]
     assert all(grad.dtype == dtype for grad in ours)
     row = TABLE[name]
-    y = reference.feed_forward(*arguments, activation=row, noise=factors)
+    y = by_reference(*arguments, activation=row, noise=factors)
     plain = [y, *gradients(y, arguments, dy)]
     wide = arguments.to(F64)
     # The scale as the op rounds it is a part of the oracle, so that only the op's own rounding is judged.
-    y = reference.feed_forward(*wide, activation=row, noise=None if factors is None else factors.double())
+    y = by_reference(*wide, activation=row, noise=None if factors is None else factors.double())
     exact = [y, *gradients(y, wide, dy.double())]
     for got, allowed, oracle in zip(errors(ours, exact), errors(plain, exact), exact, strict=True):
         assert got <= 2.0 * allowed + torch.finfo(dtype).eps * oracle.abs().max().item()
@@ -122,10 +122,8 @@ def test_autocast_is_as_exact_as_plain_torch_under_it(name: str) -> None:
     for dropout in (0.0, 0.25):
         with torch.autocast("cpu", torch.bfloat16):
             y, factors = with_mask(arguments, dropout, activation=name)
-            theirs = reference.feed_forward(*arguments, activation=row, noise=factors)
-        exact = reference.feed_forward(
-            *wide, activation=row, noise=None if factors is None else factors.double()
-        )
+            theirs = by_reference(*arguments, activation=row, noise=factors)
+        exact = by_reference(*wide, activation=row, noise=None if factors is None else factors.double())
         assert y.dtype == theirs.dtype == torch.bfloat16
         ours = [y, *gradients(y, arguments, dy)]
         assert all(grad.dtype == torch.float32 for grad in ours[1:])

@@ -1,6 +1,7 @@
-"""The op with adapters against the textbook in float64: outputs, every gradient, what is kept."""
+"""The rule over LoRA products against the formula in float64: outputs, every gradient, saved elements."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffn.activations import TABLE
+from ffn.ops.dense import Dense
 from ffn.ops.dropout_mask import noise
-from ffn.ops.lora import Factors, adapted_feed_forward
+from ffn.ops.feed_forward import Options, call
+from ffn.ops.lora import LoRA
 from tests.kept import kept_for_backward
 
 F64 = torch.float64
@@ -22,33 +25,41 @@ def leaf(*shape: int, dtype: torch.dtype = F64) -> Tensor:
 
 
 def a_block(
-    gated: bool, bias: bool, adapted: tuple[bool, ...], dropouts=(0.0, 0.0, 0.0), dtype: torch.dtype = F64
-) -> tuple[list, list]:
-    """Frozen weights (up, down, gate, their biases) and factors, of D 6, H 10, O 5."""
-    shapes = [(10, 6), (5, 10), (10, 6) if gated else None]
-    weights = [None if s is None else leaf(*s, dtype=dtype).detach() for s in shapes]
-    biases = [None if s is None or not bias else leaf(s[0], dtype=dtype).detach() for s in shapes]
-    factors = []
-    for (shape, there), p in zip(zip(shapes, adapted, strict=True), dropouts, strict=True):
-        made = None
-        if shape is not None and there:
-            out, width = shape
-            made = Factors(leaf(3, width, dtype=dtype), leaf(out, 3, dtype=dtype), 1.5, p)
-        factors.append(made)
-    return [*weights, *biases], factors
+    gated: bool, bias: bool, adapted: tuple[bool, ...], dropouts=(0.0, 0.0, 0.0), *,
+    frozen: bool = True, dtype: torch.dtype = F64,
+) -> tuple:  # fmt: skip
+    """The products up, down and gate of D 6, H 10, O 5, dense or adapted."""
+    products = []
+    for (out, width), there, p in zip([(10, 6), (5, 10), (10, 6)], adapted, dropouts, strict=True):
+        weight, offset = leaf(out, width, dtype=dtype), leaf(out, dtype=dtype) if bias else None
+        if frozen:
+            weight, offset = weight.detach(), None if offset is None else offset.detach()
+        factors = leaf(3, width, dtype=dtype), leaf(out, 3, dtype=dtype)
+        products.append(LoRA(weight, offset, *factors, None, 1.5, p) if there else Dense(weight, offset))
+    return (*products[:2], products[2] if gated else None)
 
 
-def leaves(x: Tensor, factors: list) -> list[Tensor]:
-    return [x, *(t for f in factors if f is not None for t in (f.a, f.b))]
+def options(
+    activation: str, p: float = 0.0, save: str = "preact", chunk_tokens: int | None = None
+) -> Options:
+    return Options(activation, p, save, chunk_tokens, "auto")
 
 
-def textbook(x: Tensor, weights: list, factors: list, activation: str, noises=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
+def tensors(products: tuple) -> list[Tensor]:
+    return [t for q in products if q is not None for t in q if isinstance(t, Tensor)]
+
+
+def leaves(x: Tensor, products: tuple) -> list[Tensor]:
+    return [x, *(t for t in tensors(products) if t.requires_grad)]
+
+
+def textbook(x: Tensor, products: tuple, activation: str, noises=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
     """Hu et al.: W x + b + scale B A (dropped x), product by product; noises of hidden, up, down, gate."""
 
     def linear(i: int, x: Tensor) -> Tensor:
-        y = F.linear(x, weights[i], weights[3 + i])
-        f = factors[i]
-        return y if f is None else y + f.scale * (x * noises[1 + i]) @ f.a.T @ f.b.T
+        q = products[i]
+        y = F.linear(x, q.weight, q.bias)
+        return y if type(q) is Dense else y + q.scale * (x * noises[1 + i]) @ q.a.T @ q.b.T
 
     act = TABLE[activation]
     h = act(linear(2, x)) * linear(0, x) if act.gated else act(linear(0, x))
@@ -67,77 +78,85 @@ def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
 @given(
     st.sampled_from(list(TABLE)),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([a for a in itertools.product([True, False], repeat=3) if any(a[:2])]),
     st.sampled_from([(), (1,), (7,), (2, 3), (0,)]),
     st.sampled_from([("preact", None), ("input", None), ("input", 2), ("input", 9)]),
 )
-def test_outputs_and_gradients_are_the_textbooks(activation, bias, adapted, shape, saved) -> None:
-    weights, factors = a_block(TABLE[activation].gated, bias, adapted)
+def test_outputs_and_gradients_are_the_textbooks(activation, bias, frozen, adapted, shape, saved) -> None:
+    """Beside frozen weights, and beside weights that train."""
+    products = a_block(TABLE[activation].gated, bias, adapted, frozen=frozen)
     x = leaf(*shape, 6)
-    ours = adapted_feed_forward(
-        x, weights, factors, activation=activation, save=saved[0], chunk_tokens=saved[1]
-    )
-    compare(ours, textbook(x, weights, factors, activation), leaves(x, factors))
+    ours = call(x, products, options(activation, 0.0, *saved))
+    compare(ours, textbook(x, products, activation), leaves(x, products))
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_dropout_has_the_same_mask_forward_and_back(activation: str, chunk: int | None, monkeypatch) -> None:
-    """Of the hidden values and of what each adapter reads: the textbook with the masks spelled out."""
+    """Of the hidden values and of each adapter's input: the textbook with the masks spelled out."""
     seeds = [torch.tensor([s]) for s in (3, 14, 15, 92)]
-    drawn = iter(seeds)
-    monkeypatch.setattr("ffn.ops.lora.draw_seed", lambda device: next(drawn))
-    weights, factors = a_block(TABLE[activation].gated, True, (True, True, True), (0.2, 0.3, 0.4))
+    hidden, *drawn = seeds
+    products = a_block(TABLE[activation].gated, True, (True, True, True), (0.2, 0.3, 0.4))
+    of_adapters = iter(drawn)
+    monkeypatch.setattr("ffn.ops.lora.draw_seed", lambda device: next(of_adapters))
+    monkeypatch.setattr(sys.modules[call.__module__], "draw_seed", lambda device: hidden)
     x = leaf(8, 6)
-    save = "input" if chunk else "preact"
-    ours = adapted_feed_forward(
-        x, weights, factors, activation=activation, dropout=0.25, save=save, chunk_tokens=chunk
-    )
+    ours = call(x, products, options(activation, 0.25, "input" if chunk else "preact", chunk))
     widths, ps = (10, 6, 10, 6), (0.25, 0.2, 0.3, 0.4)
     noises = [noise(s, 8, w, p, F64) for s, w, p in zip(seeds, widths, ps, strict=True)]
     assert all((n == 0).any() for n in noises)
-    compare(ours, textbook(x, weights, factors, activation, tuple(noises)), leaves(x, factors))
+    compare(ours, textbook(x, products, activation, tuple(noises)), leaves(x, products))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_it_can_be_differentiated_twice(activation: str) -> None:
-    weights, factors = a_block(TABLE[activation].gated, True, (True, True, True), (0.2, 0.0, 0.2))
+def test_it_can_be_differentiated_twice(activation: str, frozen: bool) -> None:
+    gated = TABLE[activation].gated
+    products = a_block(gated, True, (True, True, True), (0.2, 0.0, 0.2), frozen=frozen)
     x = leaf(4, 6)
 
     def run(*inputs: Tensor) -> Tensor:
         torch.manual_seed(5)
         rest = iter(inputs[1:])
-        given = [None if f is None else f._replace(a=next(rest), b=next(rest)) for f in factors]
-        options = {"activation": activation, "dropout": 0.2}
-        return adapted_feed_forward(inputs[0], weights, given, **options)
+        replaced = tuple(
+            q and type(q)(*(next(rest) if isinstance(t, Tensor) and t.requires_grad else t for t in q))
+            for q in products
+        )
+        return call(inputs[0], replaced, options(activation, 0.2))
 
-    assert torch.autograd.gradcheck(run, leaves(x, factors), check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(run, leaves(x, factors))
+    assert torch.autograd.gradcheck(run, leaves(x, products), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, leaves(x, products))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize(("save", "elements"), [("preact", 6 + 2 * 10), ("input", 6)])
-def test_it_keeps_what_the_block_keeps(save: str, elements: int) -> None:
+def test_it_keeps_what_the_block_keeps(save: str, elements: int, frozen: bool) -> None:
     """Under autocast too, where it keeps no copy of a weight, as the block without adapters has to."""
-    weights, factors = a_block(True, True, (True, True, True), (0.1, 0.1, 0.1), torch.float32)
+    adapted = True, True, True
+    products = a_block(True, True, adapted, (0.1, 0.1, 0.1), frozen=frozen, dtype=torch.float32)
     x = leaf(7, 6, dtype=torch.float32)
-    known = [t for t in [*weights, *leaves(x, factors)] if t is not None]
-    options = {"activation": "swiglu", "dropout": 0.1, "save": save}
-    kept = kept_for_backward(lambda: adapted_feed_forward(x, weights, factors, **options), known)
+    known = [x, *tensors(products)]
+
+    def run() -> Tensor:
+        return call(x, products, options("swiglu", 0.1, save))
+
+    kept = kept_for_backward(run, known)
     assert kept == {torch.int64: 4} | ({torch.float32: 7 * (elements - 6)} if save == "preact" else {})
     with torch.autocast("cpu", torch.bfloat16):
-        kept = kept_for_backward(lambda: adapted_feed_forward(x, weights, factors, **options), known)
+        kept = kept_for_backward(run, known)
     assert kept == {torch.int64: 4, torch.bfloat16: 7 * elements}
 
 
 def test_chunks_are_rounded_once() -> None:
     """In bfloat16 the sum over many chunks errs no more than over one."""
-    weights, factors = a_block(False, False, (True, True, False), dtype=torch.bfloat16)
-    x = leaf(512, 6, dtype=torch.bfloat16)
-    wide = [None if f is None else f._replace(a=f.a.double(), b=f.b.double()) for f in factors]
-    exact = textbook(x.double(), [None if w is None else w.double() for w in weights], wide, "gelu")
-    target = torch.autograd.grad(exact.sum(), factors[0].a)[0].double()
+    products = a_block(False, False, (True, True, False), dtype=torch.bfloat16)
+    x, a = leaf(512, 6, dtype=torch.bfloat16), products[0].a
+    wide = tuple(q and type(q)(*(t.double() if isinstance(t, Tensor) else t for t in q)) for q in products)
+    exact = textbook(x.double(), wide, "gelu")
+    target = torch.autograd.grad(exact.sum(), a)[0].double()
     errors = []
     for chunk in (None, 4):
-        y = adapted_feed_forward(x, weights, factors, activation="gelu", save="input", chunk_tokens=chunk)
-        errors.append(float((torch.autograd.grad(y.sum(), factors[0].a)[0] - target).norm() / target.norm()))
+        y = call(x, products, options("gelu", 0.0, "input", chunk))
+        errors.append(float((torch.autograd.grad(y.sum(), a)[0] - target).norm() / target.norm()))
     assert errors[1] <= 2 * errors[0] + 2**-8

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ffn.activations import TABLE
 from ffn.ops import feed_forward, reference
+from ffn.ops.dense import Dense
 from tests.ops import textbook
-from tests.ops.samples import F64, NAMES, Arguments, draw, gradients
+from tests.ops.samples import F64, NAMES, Arguments, by_reference, draw, gradients
 
 
 def to_numpy(arguments: Arguments) -> tuple[np.ndarray, textbook.Weights]:
@@ -26,7 +27,7 @@ def factors(rows: int, cols: int) -> Tensor:
 def test_both_textbooks_agree(name: str, bias: bool, dropout: bool) -> None:
     arguments = draw(name, bias=bias)
     noise = factors(7, 10) if dropout else None
-    y = reference.feed_forward(*arguments, activation=TABLE[name], noise=noise)
+    y = by_reference(*arguments, activation=TABLE[name], noise=noise)
     dy = torch.randn_like(y)
 
     x, weights = to_numpy(arguments)
@@ -44,7 +45,8 @@ def test_the_worked_example() -> None:
     W, x, b = [[2.0, 1.0], [1.0, 3.0]], [1.0, 2.0], [0.0, 1.0]
     np.testing.assert_array_equal(textbook.affine(np.array(x), np.array(W), np.array(b)), [4.0, 8.0])
     up, bias, down = torch.tensor(W), torch.tensor(b), torch.eye(2)
-    y = reference.feed_forward(torch.tensor(x), up, down, up_bias=bias, activation=TABLE["identity"])
+    products = Dense(up, bias), Dense(down)
+    y = reference.feed_forward(torch.tensor(x), *products, activation=TABLE["identity"])
     assert y.tolist() == [4.0, 8.0]
     assert feed_forward(torch.tensor(x), up, down, up_bias=bias, activation="identity").tolist() == [4.0, 8.0]
 
@@ -53,15 +55,12 @@ def test_it_is_the_sequential_everybody_writes() -> None:
     sequential = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 5))
     x = torch.randn(2, 3, 6)
     up, _, down = sequential
-    y = reference.feed_forward(
-        x, up.weight, down.weight, up_bias=up.bias, down_bias=down.bias, activation=TABLE["gelu"]
-    )
+    y = reference.feed_forward(x, up, down, activation=TABLE["gelu"])
     assert torch.equal(y, sequential(x))
 
 
 def test_leading_shapes_and_noise_broadcast() -> None:
     arguments = draw("swiglu", shape=(2, 3, 4))
-    y = reference.feed_forward(
-        *arguments, activation=TABLE["swiglu"], noise=torch.zeros(2, 3, 4, 10, dtype=F64)
-    )
+    noise = torch.zeros(2, 3, 4, 10, dtype=F64)
+    y = by_reference(*arguments, activation=TABLE["swiglu"], noise=noise)
     assert torch.equal(y, arguments.down_bias.expand(2, 3, 4, 5))

@@ -9,8 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ffn import FeedForward, feed_forward
-from ffn.ops import dispatch
-from ffn.ops.eager import float32_in_onednn
+from ffn.ops import hardware
+from ffn.ops.matmul import float32_in_onednn
 from tests.ops.samples import draw, gradients
 
 
@@ -30,7 +30,7 @@ def test_vectorised_jacobian_and_hessian(activation: str, p: float) -> None:
     torch.testing.assert_close(hessian(energy, x, vectorize=True), hessian(energy, x))
 
 
-@pytest.mark.skipif(not dispatch.float32_faster_in_onednn(), reason="float32 products stay in MKL here")
+@pytest.mark.skipif(not hardware.float32_faster_in_onednn(), reason="float32 products stay in MKL here")
 def test_threads_leave_the_process_as_it_was() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     both_within, may_leave = threading.Barrier(2), threading.Event()
@@ -52,10 +52,10 @@ def test_threads_leave_the_process_as_it_was() -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_saving_less_wants_the_rule() -> None:
-    with pytest.raises(ValueError, match="runs under plain autograd"):
+def test_saving_less_needs_the_rule() -> None:
+    with pytest.raises(ValueError, match="^save must be"):
         FeedForward(4, activation=lambda v: v.sin(), save="input")
-    with pytest.raises(ValueError, match="backend='reference' runs under plain autograd"):
+    with pytest.raises(ValueError, match="^save must be"):
         feed_forward(torch.ones(1, 2), torch.ones(3, 2), torch.ones(2, 3), save="input", backend="reference")
 
 
@@ -72,7 +72,7 @@ def test_a_patch_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> N
 def test_explain_sees_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert "bfloat16" in FeedForward(4).explain(torch.randn(2, 4))
-        with pytest.raises(ValueError, match=r"wants x \(..., 4\)"):
+        with pytest.raises(ValueError, match="^x must be"):
             FeedForward(4).explain(torch.randn(2, 5))
 
 

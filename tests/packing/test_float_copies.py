@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn.activations import TABLE
-from ffn.ops import dispatch, reference
+from ffn.ops import dispatch
 from ffn.packing.float_copies import Packed
-from tests.ops.samples import NAMES, draw
+from tests.ops.samples import NAMES, by_reference, draw
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -46,8 +46,8 @@ def test_equals_the_textbook(name: str, dtype: torch.dtype, shape: tuple[int, ..
     skip_unless_packed(dtype)
     x, *weights = draw(name, shape=shape, widths=(48, 64, 40), dtype=dtype)
     y = Packed(tuple(weights)).feed_forward(x, name)
-    plain = reference.feed_forward(x, *weights, activation=TABLE[name])
-    exact = reference.feed_forward(
+    plain = by_reference(x, *weights, activation=TABLE[name])
+    exact = by_reference(
         *(None if t is None else t.double() for t in (x, *weights)), activation=TABLE[name]
     )
     assert (y.shape, y.dtype) == (plain.shape, dtype)

@@ -1,22 +1,23 @@
-"""The backend's functions, by the names that the rule calls, over the kernels' ops.
+"""The backend in Triton: see `ffn.ops.eager` for what a backend has.
 
 Two passes serve every case: `act` behind the first product, `dact` behind the product with down. Where the
-table of tilings says that it pays, a pass moves into its product (`linear_act`, `linear_dact`), and a few
-tokens without gradients take one pass over the weights (`decode`).
+table of tilings has the shape, a pass moves into its product (`linear_act`, `linear_dact`), and a few tokens
+without gradients take one pass over the weights (`decode`).
 """
 
 from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ffn.activations import Activation
-from ffn.ops.kernels import act, dact, decode, tilings
+from ffn.ops.between import Between, Needs
+from ffn.ops.dense import Dense
+from ffn.ops.kernels import act as act_kernel
+from ffn.ops.kernels import dact as dact_kernel
+from ffn.ops.kernels import decode, tilings
 from ffn.ops.kernels import linear_act as fused_forward
 from ffn.ops.kernels import linear_dact as fused_backward
-from ffn.ops.library import is_transposed
 
 
 @cache
@@ -26,11 +27,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _tiling(forward: bool, gated: bool, tokens: Tensor, others: list[Tensor], D: int, H: int):
-    """The tiling, if the table wants the product fused and the copy engine can read every row; else None.
-
-    A compiler gets the product apart from the pass: it has products of its own, for any count of tokens.
-    """
-    if torch.compiler.is_compiling() or not all(map(_describable, (tokens, *others))):
+    """The tiling, if the table has the case and the copy engine can read every row; else None."""
+    if not all(map(_describable, (tokens, *others))):
         return None
     dtype = str(tokens.dtype)[6:]
     found = tilings.choose(forward, _capability(tokens.device), dtype, gated, D, H, tokens.shape[0])
@@ -38,9 +36,9 @@ def _tiling(forward: bool, gated: bool, tokens: Tensor, others: list[Tensor], D:
 
 
 def _describable(t: Tensor) -> bool:
-    """Whether rows follow one another from multiples of 16 bytes on, their elements side by side.
+    """True if rows begin at multiples of 16 bytes and their elements are contiguous.
 
-    Of a subclass, as a fake tensor is, nobody knows where it lies.
+    A subclass, such as a fake tensor, has no address.
     """
     if type(t) not in (Tensor, nn.Parameter):
         return False
@@ -49,88 +47,82 @@ def _describable(t: Tensor) -> bool:
 
 
 def _is_few(x: Tensor, up: Tensor, gate: Tensor | None) -> bool:
-    """Whether `decode` serves so many tokens as fast as the weights can be read."""
+    """True if `decode` serves so many tokens as fast as the weights can be read."""
     most = decode.MOST_TOKENS if x.itemsize == 2 else 1  # no tensor cores for more in float32
     rows = up.stride(1) == 1 and (gate is None or gate.stride(1) == 1)  # others would be copied at each call
     return x.shape[0] <= most and rows
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
-    """x (N, in) -> (N, out)."""
-    return F.linear(x, weight, bias)
+def act(pre: Tensor, pre_gate: Tensor | None, between: Between) -> Tensor:
+    """h (N, H) from the preactivations (N, H)."""
+    activation, seed, p, row_start = between
+    return act_kernel.op(pre, pre_gate, seed, activation.name, p, row_start, 0)
 
 
-def linear_act(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None,
-    activation: Activation, seed: Tensor | None, p: float, row_start: int, onednn: bool, keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(h, pre, pre_gate), each (N, H); the preactivations only if `keep`."""
-    name = activation.name
-    if not keep and seed is None and not torch.compiler.is_compiling() and _is_few(x, up, gate):
-        return decode.op(x, up, gate, up_bias, gate_bias, name), None, None
-    H, D = up.shape
-    weights = [up] if gate is None else [up, gate]
-    tiling = _tiling(True, gate is not None, x, weights, D, H) if H * up.itemsize % 16 == 0 else None
+def dact_(dh: Tensor, pre: Tensor, pre_gate: Tensor | None, between: Between, needs: Needs, reuse: bool):
+    """(dpre, dpre_gate, h, dup_bias, dgate_bias) of dh (N, H); h overwrites dh.
+
+    If `reuse`, dpre and dpre_gate overwrite the preactivations.
+    """
+    activation, seed, p, row_start = between
+    dpre, dpre_gate = _place(pre, reuse), None if pre_gate is None else _place(pre_gate, reuse)
+    sums = needs.up_bias or needs.gate_bias
+    found = dact_kernel.op(
+        dh, pre, pre_gate, dpre, dpre_gate, seed, activation.name, p, row_start, 0, needs.h, sums
+    )
+    return dpre, dpre_gate, dh, *_sums(found, needs, dh.dtype)
+
+
+def linear_act(x: Tensor, up, gate, between: Between, keep: bool):
+    """(h, pre, pre_gate) of dense products, the preactivations only if `keep`; None if none is fused."""
+    if type(up) is not Dense or not (gate is None or type(gate) is Dense):
+        return None
+    activation, seed, p, row_start = between
+    gate_w, gate_bias = (None, None) if gate is None else gate
+    if not keep and seed is None and _is_few(x, up.weight, gate_w):
+        return decode.op(x, up.weight, gate_w, up.bias, gate_bias, activation.name), None, None
+    H, D = up.weight.shape
+    if H * up.weight.itemsize % 16:
+        return None
+    weights = [up.weight] if gate is None else [up.weight, gate.weight]
+    tiling = _tiling(True, gate is not None, x, weights, D, H)
     if tiling is None:
-        pre, pre_gate = linear_pre(x, up, up_bias, gate, gate_bias, onednn)
-        return activate(pre, pre_gate, activation, seed, p, row_start), pre, pre_gate
+        return None
     h, pre, pre_gate = fused_forward.op(
-        x, up, gate, up_bias, gate_bias, seed, name, p, row_start, 0, keep, tiling
-    )  # fmt: skip
+        x, up.weight, gate_w, up.bias, gate_bias, seed, activation.name, p, row_start, 0, keep, tiling
+    )
     return h, pre if keep else None, pre_gate if keep and gate is not None else None
 
 
-def linear_pre(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None,
-    onednn: bool, after: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(pre, pre_gate), each (N, H): the first product; compiled, it waits for `after` to exist."""
-    if after is not None and torch.compiler.is_compiling():
-        x = torch.ops.ffn.after.default(x, after)
-    return F.linear(x, up, up_bias), None if gate is None else F.linear(x, gate, gate_bias)
-
-
-def activate(
-    pre: Tensor, pre_gate: Tensor | None,
-    activation: Activation, seed: Tensor | None, p: float, row_start: int,
-) -> Tensor:  # fmt: skip
-    """h (N, H) from the preactivations."""
-    return act.op(pre, pre_gate, seed, activation.name, p, row_start, 0)
-
-
-def dactivate_(
-    dh: Tensor, pre: Tensor, pre_gate: Tensor | None,
-    activation: Activation, seed: Tensor | None, p: float, row_start: int, reuse: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """(dpre, dpre_gate, h), each (N, H): h written over dh, the others over the preactivations if `reuse`."""
-    dpre, dpre_gate = _place(pre, reuse), None if pre_gate is None else _place(pre_gate, reuse)
-    dact.op(dh, pre, pre_gate, dpre, dpre_gate, seed, activation.name, p, row_start, 0, True, False)
-    return dpre, dpre_gate, dh
-
-
 def linear_dact(
-    dy: Tensor, down: Tensor, pre: Tensor, pre_gate: Tensor | None,
-    activation: Activation, seed: Tensor | None, p: float, row_start: int,
-    need_down: bool, need_up_bias: bool, need_gate_bias: bool, reuse: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dpre, dpre_gate, ddown, dup_bias, dgate_bias): back through the second product and the activation."""
-    gated, sums = pre_gate is not None, need_up_bias or need_gate_bias
-    dpre, dpre_gate = _place(pre, reuse), None if pre_gate is None else _place(pre_gate, reuse)
-    given = pre, pre_gate, dpre, dpre_gate, seed, activation.name, p, row_start, 0, need_down, sums
-    saved = [down, pre] if pre_gate is None else [down, pre, pre_gate]
-    tiling = _tiling(False, gated, dy, saved, *down.shape)
+    dy: Tensor,
+    down,
+    needs_down,
+    pre: Tensor,
+    pre_gate: Tensor | None,
+    between: Between,
+    needs: Needs,
+    reuse: bool,
+):
+    """(dpre, dpre_gate, ddown, dup_bias, dgate_bias) of a dense product; None if it is not fused."""
+    if type(down) is not Dense:
+        return None
+    saved = [down.weight, pre] if pre_gate is None else [down.weight, pre, pre_gate]
+    tiling = _tiling(False, pre_gate is not None, dy, saved, *down.weight.shape)
     if tiling is None:
-        h = dy @ down  # dh, which becomes h
-        dbias, dgate_bias = dact.op(h, *given)
-    else:
-        h, dbias, dgate_bias = fused_backward.op(dy, down, *given, tiling)
-    return (
-        dpre,
-        dpre_gate,
-        None if not need_down else (h.t() @ dy).t() if is_transposed(down) else dy.t() @ h,
-        dbias.to(dy.dtype) if need_up_bias else None,
-        dgate_bias.to(dy.dtype) if need_gate_bias else None,
-    )
+        return None
+    activation, seed, p, row_start = between
+    dpre, dpre_gate = _place(pre, reuse), None if pre_gate is None else _place(pre_gate, reuse)
+    sums = needs.up_bias or needs.gate_bias
+    given = pre, pre_gate, dpre, dpre_gate, seed, activation.name, p, row_start, 0, needs.h, sums
+    h, *found = fused_backward.op(dy, down.weight, *given, tiling)
+    return dpre, dpre_gate, down.gradients(dy, h, needs_down), *_sums(found, needs, dy.dtype)
+
+
+def _sums(found, needs: Needs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The column sums (H) in that dtype, None where not needed."""
+    dup_bias, dgate_bias = found
+    return dup_bias.to(dtype) if needs.up_bias else None, dgate_bias.to(dtype) if needs.gate_bias else None
 
 
 def _place(pre: Tensor, reuse: bool) -> Tensor:
@@ -147,12 +139,12 @@ def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_
 
 def drop(x: Tensor, seed: Tensor, p: float, row_start: int = 0) -> Tensor:
     """x (rows, cols) times these factors."""
-    return act.op(x, None, seed, "identity", p, row_start, 0)
+    return act_kernel.op(x, None, seed, "identity", p, row_start, 0)
 
 
 @register_flop_formula([torch.ops.ffn.linear_act, torch.ops.ffn.decode])
 def _flops_forward(x, up, gate_w, *_, **__) -> int:
-    """Of shapes, as the one below, for FlopCounterModes made after this file is loaded: by a first call."""
+    """FLOPs of shapes, for FlopCounterModes made after this file is loaded."""
     return 2 * x[0] * x[1] * up[0] * (1 if gate_w is None else 2)
 
 

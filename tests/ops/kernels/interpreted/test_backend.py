@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffn import FeedForward
 from ffn.activations import TABLE
-from ffn.ops import dispatch, feed_forward, reference
+from ffn.ops import dispatch, feed_forward
 from ffn.ops.dropout_mask import draw_seed
 from ffn.ops.kernels import decode, tilings
-from tests.ops.samples import F64, NAMES, Arguments, draw, gradients
+from tests.ops.samples import F64, NAMES, Arguments, by_reference, draw, gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FUSED = tilings.Tiling(16, 64, 16, 2, 2, 4, 2)
@@ -62,12 +62,12 @@ def compared(arguments: Arguments, name: str, p: float, options: dict) -> list[t
     ours = results(lambda *a: feed_forward(*a, **run), arguments, dy)
     by_the_book = {"activation": TABLE[name]}
     low = None if noise is None else noise.to(dtype)
-    plain = results(lambda *a: reference.feed_forward(*a, **by_the_book, noise=low), arguments, dy)
+    plain = results(lambda *a: by_reference(*a, **by_the_book, noise=low), arguments, dy)
     wide, exactly = None if noise is None else noise.double(), arguments.to(F64)
     for t, still in zip(exactly, frozen, strict=True):
         if still:
             t.requires_grad_(False)
-    exact = results(lambda *a: reference.feed_forward(*a, **by_the_book, noise=wide), exactly, dy)
+    exact = results(lambda *a: by_reference(*a, **by_the_book, noise=wide), exactly, dy)
     assert all(got.dtype == dtype for got in ours)
     return [
         tuple(t.abs().max().item() for t in (got.double() - oracle, theirs.double() - oracle, oracle))
@@ -156,14 +156,14 @@ def test_biases_of_any_stride(monkeypatch: pytest.MonkeyPatch, fused: bool) -> N
     arguments = arguments._replace(up_bias=strided[0], gate_bias=strided[1])
     with torch.set_grad_enabled(fused):
         y = feed_forward(*arguments, activation="geglu", backend="triton")
-        torch.testing.assert_close(y, reference.feed_forward(*arguments, activation=TABLE["geglu"]))
+        torch.testing.assert_close(y, by_reference(*arguments, activation=TABLE["geglu"]))
 
 
 def test_no_tokens_and_one() -> None:
     for tokens in (0, 1):
         arguments = draw("swiglu", shape=(tokens,), widths=(24, 40, 16), dtype=torch.float32)
         y = feed_forward(*arguments, activation="swiglu", backend="triton")
-        torch.testing.assert_close(y, reference.feed_forward(*arguments, activation=TABLE["swiglu"]))
+        torch.testing.assert_close(y, by_reference(*arguments, activation=TABLE["swiglu"]))
         assert all(torch.isfinite(grad).all() for grad in gradients(y, arguments, torch.randn(tokens, 16)))
 
 
@@ -171,7 +171,7 @@ def test_a_few_tokens_without_gradients() -> None:
     arguments = draw("geglu", shape=(3,), widths=(24, 40, 16), dtype=torch.float32)
     with torch.no_grad():
         y = feed_forward(*arguments, activation="geglu", backend="triton")
-        torch.testing.assert_close(y, reference.feed_forward(*arguments, activation=TABLE["geglu"]))
+        torch.testing.assert_close(y, by_reference(*arguments, activation=TABLE["geglu"]))
 
 
 def test_double_backward_drops_what_forward_dropped() -> None:

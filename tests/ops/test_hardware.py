@@ -1,0 +1,77 @@
+"""Answers about the CPU do not depend on the caller's defaults, modes or traces."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ffn.ops import hardware
+
+CACHED = [
+    hardware._cpu_vendor,
+    hardware._has_onednn_linear,
+    hardware.float32_faster_in_onednn,
+    hardware.bfloat16_in_onednn,
+]
+
+
+@pytest.fixture
+def _asked_anew():
+    """Answers are cached for the process; forget them before and after pretending another machine."""
+    real = [function.cache_clear for function in CACHED]
+    for clear in real:
+        clear()
+    yield
+    for clear in real:
+        clear()
+
+
+@pytest.mark.usefixtures("_asked_anew")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_callers_defaults_do_not_matter(device: str, dtype: torch.dtype) -> None:
+    asked = [*CACHED, hardware.int8_in_onednn, hardware.int8_in_fbgemm]
+    truth = [function() for function in asked]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            assert [function.__wrapped__() for function in asked] == truth
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("_asked_anew")
+@pytest.mark.parametrize(("vendor", "amx"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_float32_stays_in_mkl_on_intel_and_where_tiles_would_round_it(monkeypatch, vendor, amx) -> None:
+    monkeypatch.setattr(hardware, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert not hardware.float32_faster_in_onednn()
+
+
+@pytest.mark.usefixtures("_asked_anew")
+def test_a_build_without_the_private_op_is_no_error(monkeypatch) -> None:
+    class Empty:
+        pass
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Empty())
+    assert not hardware._has_onednn_linear()
+    assert not hardware.float32_faster_in_onednn()
+    assert not hardware.bfloat16_in_onednn()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "probe", [hardware._has_onednn_linear, hardware.int8_in_onednn, hardware.int8_in_fbgemm]
+)
+def test_a_probe_gives_its_answer_within_a_trace_too(probe) -> None:
+    can, found = probe(), []
+
+    def first_call(x: torch.Tensor) -> torch.Tensor:
+        probe.cache_clear()
+        found.append(probe())
+        return x + 1
+
+    for run in (torch.jit.trace, lambda f, x: make_fx(f)(x)):
+        run(first_call, torch.ones(2))
+    assert set(found) == {can}
