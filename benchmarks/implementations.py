@@ -40,10 +40,10 @@ def never(*key) -> None:
 def always(
     forward: bool, capability: tuple[int, int], dtype: str, gated: bool, *sizes: int
 ) -> "Tiling | None":
-    """Fuse both products, in the tiles that serve off the table."""
-    from ffn.ops.kernels import tilings
+    """Fuse both products, in the first of the candidate tiles."""
+    from benchmarks.tiles import CANDIDATES
 
-    return tilings.DEFAULTS.get(capability[0], {}).get((forward, gated))
+    return CANDIDATES[forward, gated][0]
 
 
 def build_ffn(case: Case, weights: Weights, *, save: str = "preact", backend: str = "auto") -> Contender:
@@ -66,9 +66,9 @@ def build_ffn_compiled(case: Case, weights: Weights) -> Contender:
 
 def build_pinned(case: Case, weights: Weights, choose: Callable[..., "Tiling | None"]) -> Contender:
     peers.require_gpu(weights)
-    from ffn.ops.kernels import tilings
+    from benchmarks.tiles import CAPABILITIES
 
-    known = torch.cuda.get_device_capability()[0] in tilings.DEFAULTS
+    known = torch.cuda.get_device_capability()[0] in CAPABILITIES
     peers.require(known, "has no tiles for this GPU")
     return build_ffn(case, weights)._replace(setting=partial(pinned, choose))
 

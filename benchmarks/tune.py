@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks import report
 from benchmarks.implementations import never, pinned
+from benchmarks.tiles import CANDIDATES, CAPABILITIES
 from benchmarks.timing import clock_of, measure, quartiles, relative_error, speedup
 from ffn import activations
 from ffn.files import atomic
@@ -36,46 +37,6 @@ from ffn.ops.kernels.tilings import Tiling
 COLUMNS = ["case", "tiling", "ms", "unfused_ms", "speedup", "low", "high", "error", "left_out"]
 WRONG = 1e-2  # bfloat16 comes within a few thousandths of float32
 LEAST_GAIN = 1.01
-
-# Beside the tiles that serve off the table, by (forward, gated). On compute capability 9, with and without
-# biases and dropout, none spills in Triton 3.6 and 3.7, and none makes its matrix instructions wait for one
-# another: tried with gelu, gelu_tanh, relu2, geglu and swiglu.
-CANDIDATES = {
-    (True, False): [
-        Tiling(128, 256, 64, 8, 8, 8, 4),
-        Tiling(256, 128, 64, 8, 4, 8, 3),
-        Tiling(128, 128, 64, 8, 4, 8, 4),
-        Tiling(128, 128, 64, 8, 4, 4, 3),
-        Tiling(64, 256, 64, 8, 4, 4, 4),
-        Tiling(128, 64, 64, 8, 2, 4, 3),
-    ],
-    (True, True): [
-        Tiling(128, 128, 64, 8, 4, 8, 3),
-        Tiling(256, 64, 64, 8, 4, 8, 3),
-        Tiling(128, 64, 64, 8, 2, 8, 3),
-        Tiling(128, 64, 64, 8, 4, 4, 4),
-        Tiling(64, 128, 64, 8, 4, 4, 4),
-        Tiling(64, 64, 64, 8, 2, 4, 3),
-    ],
-    (False, False): [
-        Tiling(128, 256, 64, 8, 8, 8, 4),
-        Tiling(256, 128, 64, 8, 8, 8, 3),
-        Tiling(128, 128, 64, 8, 4, 8, 4),
-        Tiling(128, 64, 64, 8, 4, 4, 4),
-        Tiling(64, 128, 64, 8, 4, 4, 4),
-        Tiling(128, 128, 64, 8, 4, 8, 3),
-        Tiling(64, 128, 64, 8, 4, 4, 3),
-    ],
-    (False, True): [
-        Tiling(128, 256, 64, 8, 8, 8, 3),
-        Tiling(128, 128, 64, 8, 4, 8, 4),
-        Tiling(256, 64, 64, 8, 4, 8, 4),
-        Tiling(128, 64, 64, 8, 4, 4, 4),
-        Tiling(64, 128, 64, 8, 4, 4, 4),
-        Tiling(128, 128, 64, 8, 4, 8, 3),
-        Tiling(64, 128, 64, 8, 4, 4, 3),
-    ],
-}
 
 
 @dataclass(frozen=True)
@@ -159,9 +120,8 @@ def error_of(found: tuple, exact: tuple) -> float:
 
 
 def candidates(case: Case, capability: tuple[int, int]) -> dict[str, Tiling | None]:
-    default = tilings.DEFAULTS.get(capability[0], {}).get((case.forward, case.gated))
-    found = [default, *CANDIDATES[case.forward, case.gated]]
-    return {"unfused": None} | {"x".join(map(str, t)): t for t in found if t is not None}
+    found = CANDIDATES[case.forward, case.gated] if capability[0] in CAPABILITIES else []
+    return {"unfused": None} | {"x".join(map(str, t)): t for t in found}
 
 
 def pin_and_run(tiling: Tiling | None, run: Callable[[], tuple]) -> tuple:

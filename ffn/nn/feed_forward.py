@@ -11,8 +11,9 @@ from ffn.nn.plain import plain_parameters
 from ffn.ops.arguments import check_options, check_size
 from ffn.ops.dense import Dense
 from ffn.ops.dropout import check_probability
-from ffn.ops.feed_forward import Options, call, explain
+from ffn.ops.feed_forward import call, explain
 from ffn.ops.lora import LoRA
+from ffn.ops.options import Options
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:

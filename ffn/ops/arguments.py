@@ -1,4 +1,4 @@
-"""Check the arguments of `feed_forward`: options, shapes, dtypes and devices; one line where they do not fit."""
+"""Check the arguments of `feed_forward`: options, shapes, dtypes and devices; a misfit raises one line."""
 
 from numbers import Integral
 
@@ -41,27 +41,23 @@ def fits(row: Activation, x: Tensor, products: tuple, autocast: bool = False) ->
 
     products: up, down and gate. autocast: their dtypes will be cast.
     """
-    up, down, gate = products
-    weight, shape, in_shape = up.weight, up.weight.shape, x.shape
-    if len(shape) != 2 or down.weight.ndim != 2 or not in_shape or row.gated != (gate is not None):
+    (up, up_bias), (down, down_bias) = products[0][:2], products[1][:2]
+    gate, gate_bias = products[2][:2] if products[2] is not None else (None, None)
+    if up.ndim != 2 or down.ndim != 2 or not x.ndim or row.gated != (gate is not None):
         return False
-    H, D = shape
-    if in_shape[-1] != D or down.weight.shape[1] != H or not x.is_floating_point():
-        return False
-    if gate is not None and (gate.weight is None or gate.weight.shape != shape):
+    shape = H, D = up.shape
+    out, width = down.shape
+    if x.shape[-1] != D or width != H or not x.is_floating_point():
         return False
     dtype, device = x.dtype, x.device
-    for product in products:
-        if product is None:
+    weights = (up, shape), (down, (out, H)), (gate, shape)
+    biases = (up_bias, (H,)), (down_bias, (out,)), (gate_bias, (H,))
+    for t, size in weights + biases:
+        if t is None:
             continue
-        weight, bias = product.weight, product.bias
-        if weight.device != device or (weight.dtype != dtype and not autocast):
+        if t.shape != size or t.device != device or not (autocast or t.dtype == dtype):
             return False
-        if bias is None:
-            continue
-        if bias.shape != weight.shape[:1] or bias.device != device or (bias.dtype != dtype and not autocast):
-            return False
-    return True
+    return gate is not None or gate_bias is None
 
 
 def explain_misfit(row: Activation, x: Tensor, products: tuple):
@@ -94,7 +90,7 @@ def explain_misfit(row: Activation, x: Tensor, products: tuple):
     for name, t in given.items():
         if t.dtype != x.dtype:
             raise TypeError(
-                f"{name} must be {_name(x.dtype)}, as x is; got {_name(t.dtype)}; cast by .to(dtype) or autocast"
+                f"{name} must be {_name(x.dtype)}, as x; got {_name(t.dtype)}; cast by .to(dtype) or autocast"
             )
         if t.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, as x is; got {t.device}; move it by .to(device)")

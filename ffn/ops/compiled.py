@@ -1,7 +1,7 @@
 """The block under torch.compile: the textbook formula in checkpointed regions.
 
-The compiler fuses the passes and recomputes in backward whatever a region computes inside. Between two regions
-it saves the result of the first: x and the preactivations are kept, as by the rule, or x alone.
+The compiler fuses the passes and recomputes in backward whatever a region computes inside. Between two
+regions it saves the result of the first: x and the preactivations are saved, as by the rule, or x alone.
 """
 
 from functools import partial
@@ -13,12 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from ffn import activations
 from ffn.ops import reference
 from ffn.ops.dropout_mask import noise
+from ffn.ops.options import Options
 
 _region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options) -> Tensor:
+def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options: Options) -> Tensor:
     """y (N, O) of tokens x (N, D); the arguments are those of `ffn.ops.rule.feed_forward`."""
+    products = tuple(None if q is None else q.with_seed() for q in products)
     step = options.chunk_tokens
     if step is None:
         return _chunk(x, products, seed, options, 0)
@@ -29,7 +31,7 @@ def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options) -> Te
     return torch.cat(parts)
 
 
-def _chunk(x: Tensor, products: tuple, seed: Tensor | None, options, row_start: int) -> Tensor:
+def _chunk(x: Tensor, products: tuple, seed: Tensor | None, options: Options, row_start: int) -> Tensor:
     up, down, gate = products
     row, p = activations.TABLE[options.activation], options.p
 

@@ -1,7 +1,7 @@
 """A product of the block: a weight and a bias, forward and back.
 
-The rule (`ffn.ops.rule`) runs over products. A product is a NamedTuple of TENSORS tensors, then constants, with
-the methods of `Dense`.
+The rule (`ffn.ops.rule`) runs over products. A product is a NamedTuple of TENSORS tensors, weight and bias
+first, then constants, with the methods of `Dense`.
 """
 
 from collections.abc import Sequence

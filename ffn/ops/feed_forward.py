@@ -1,7 +1,6 @@
 """The op: check, choose, call."""
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +12,10 @@ from ffn.ops import compiled, dispatch, reference, rule
 from ffn.ops.arguments import check_options, explain_misfit, fits, named
 from ffn.ops.dense import Dense
 from ffn.ops.dropout_mask import draw_seed
+from ffn.ops.options import Options
 from ffn.ops.torch_modes import autocasts, needs_textbook
 
 TRANSFORMS = "torch.func, forward-mode differentiation, torch.jit.trace or torch.export"
-
-
-class Options(NamedTuple):
-    """How the block runs; see `feed_forward`."""
-
-    activation: str | Activation
-    p: float
-    save: str
-    chunk_tokens: int | None
-    backend: str
 
 
 def feed_forward(
@@ -65,18 +55,15 @@ def feed_forward(
 
     Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
     """
-    products = Dense(up, up_bias), Dense(down, down_bias), _optional(gate, gate_bias)
+    gated = None if gate is None and gate_bias is None else Dense(gate, gate_bias)  # pyright: ignore[reportArgumentType]
+    products = Dense(up, up_bias), Dense(down, down_bias), gated
     return call(x, products, Options(activation, dropout, save, chunk_tokens, backend))
-
-
-def _optional(weight: Tensor | None, bias: Tensor | None) -> Dense | None:
-    return None if weight is None and bias is None else Dense(weight, bias)  # pyright: ignore[reportArgumentType]
 
 
 def call(x: Tensor, products: tuple, options: Options) -> Tensor:
     """`feed_forward` over products: up, down and gate, the last None when plain."""
-    x, products, row, choice = _prepare(x, products, options)
-    if choice.backend == "reference" or row.formula is None or needs_textbook():
+    x, products, row, chosen, _ = _prepare(x, products, options)
+    if chosen.backend == "reference" or row.formula is None or needs_textbook():
         if options.backend == "triton":
             raise ValueError(f"backend must be 'auto' under {TRANSFORMS}; got 'triton'")
         hidden = *x.shape[:-1], products[0].weight.shape[0]
@@ -84,19 +71,15 @@ def call(x: Tensor, products: tuple, options: Options) -> Tensor:
         return reference.feed_forward(x, *products, activation=row, noise=factors)
     flat = x.ndim == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
-    products = tuple(None if q is None else q.with_seed() for q in products)
     seed = draw_seed(x.device) if options.p > 0.0 else None
-    options = options._replace(activation=row.name)
-    if choice.backend == "compiled":
-        y = compiled.feed_forward(rows, products, seed, options)
-    else:
-        y = rule.feed_forward(rows, products, seed, options, choice.backend)
+    run = compiled.feed_forward if chosen.backend == "compiled" else rule.feed_forward
+    y = run(rows, products, seed, chosen)
     return y if flat else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def explain(x: Tensor, products: tuple, options: Options) -> dispatch.Choice:
     """The choice of `call` for these inputs; raises what that would raise."""
-    _, _, _, choice = _prepare(x, products, options)
+    *_, choice = _prepare(x, products, options)
     if needs_textbook():
         if options.backend == "triton":
             raise ValueError(f"backend must be 'auto' under {TRANSFORMS}; got 'triton'")
@@ -105,23 +88,23 @@ def explain(x: Tensor, products: tuple, options: Options) -> dispatch.Choice:
 
 
 def _prepare(x: Tensor, products: tuple, options: Options) -> tuple:
-    """(x and products as autocast wants them, row, choice), once all fits together."""
+    """(x and products as autocast casts them, row, chosen options, choice), once all fits together."""
     try:
         cast = autocasts(x)
         if cast:  # the weights too, when x comes from another layer and has been cast already
             dtype = torch.get_autocast_dtype(x.device.type)
             x, products = x.to(dtype), tuple(None if q is None else q.autocast(dtype) for q in products)
-        row, choice = _check(options, x)
+        row, chosen, choice = _check(options, x)
         fit = fits(row, x, products, cast)
     except AttributeError:
         named(x, products)  # raises for what is no tensor
         raise
     if not fit:
         explain_misfit(row, x, products)
-    return x, products, row, choice
+    return x, products, row, chosen, choice
 
 
-def _check(options: Options, x: Tensor) -> tuple[Activation, dispatch.Choice]:
+def _check(options: Options, x: Tensor) -> tuple[Activation, Options, dispatch.Choice]:
     if type(options.activation) is str and not torch.compiler.is_compiling():
         try:
             return _known(*options, x.device, x.dtype)
@@ -131,9 +114,11 @@ def _check(options: Options, x: Tensor) -> tuple[Activation, dispatch.Choice]:
 
 
 def _checked(activation, p, save, chunk_tokens, backend, device, dtype):
+    """(row, options with the row's name and the backend that runs, choice)."""
     row = activations.resolve(activation)
     check_options(row, p, save, chunk_tokens, backend)
-    return row, dispatch.choose(backend, device, dtype)
+    choice = dispatch.choose(backend, device, dtype)
+    return row, Options(row.name, p, save, chunk_tokens, choice.backend), choice
 
 
 _known = lru_cache(256, typed=True)(_checked)  # the same options are checked once; 8.0 is not 8

@@ -1,7 +1,7 @@
 """A product with a LoRA adapter: a factor pair of low rank beside the weight.
 
     z  = x W^T + bias + scale drop(x) A^T B^T
-    u  = dz B        dA = scale u^T drop(x)      dB = scale dz^T (drop(x) A^T)      dx = dz W + scale drop(u A)
+    u  = dz B      dA = scale u^T drop(x)      dB = scale dz^T (drop(x) A^T)      dx = dz W + scale drop(u A)
 
 Backward needs x alone. Neither W + scale B A nor, for a frozen weight, its gradient is ever formed.
 
@@ -43,7 +43,8 @@ class LoRA(NamedTuple):
         """z (..., out) of x (..., in), by differentiable torch ops."""
         y = F.linear(x, self.weight, self.bias)
         if self.seed is not None:
-            x = x * noise(self.seed, *x.shape, self.p, x.dtype, self.row_start)
+            tokens, width = x.shape
+            x = x * noise(self.seed, tokens, width, self.p, x.dtype, self.row_start)
         elif self.p:
             x = F.dropout(x, self.p)
         return y + self.scale * F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))

@@ -10,7 +10,6 @@ A product (`ffn.ops.dense`, `ffn.ops.lora`) goes forward and back; a backend (`f
 `ffn.ops.kernels.backend`) makes the passes between the products.
 """
 
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,92 +19,93 @@ from torch import Tensor
 from ffn import activations
 from ffn.ops import dispatch, reference
 from ffn.ops.between import Between, Needs
+from ffn.ops.dense import Dense
 from ffn.ops.matmul import float32_in_onednn, repays_onednn
+from ffn.ops.options import Options
 from ffn.ops.torch_modes import autocasts, autograd_gradients, is_last_reader, wants_autograd
 
 BIAS = 1  # the place of the bias among a product's tensors
+NOTHING = (None,) * 4  # the gradients of the rule's arguments between x and the tensors
 
 
-class Call(NamedTuple):
-    """What the rule must know besides tensors.
+def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options: Options) -> Tensor:
+    """y (N, O) of tokens x (N, D).
 
-    products: of up, down and gate the class and the constants behind its tensors; None without a gate.
+    Args:
+        products: up, down and gate, the last None when plain.
+        seed: of the dropout between the products, None without it.
+        options: with the name of a row of the table and a backend that has passes.
     """
-
-    activation: str
-    p: float
-    save: str
-    chunk_tokens: int | None
-    backend: str
-    products: tuple
-
-
-def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options, backend: str) -> Tensor:
-    """y (N, O) of tokens x (N, D) and the products up, down and gate (None when plain).
-
-    seed: of the dropout between the products, None without it.
-    """
-    activation, p, save, chunk_tokens, _ = options
-    split = tuple(None if q is None else (type(q), q[q.TENSORS :]) for q in products)
-    call = Call(activation, p, save, chunk_tokens, backend, split)
-    if torch.is_grad_enabled():
-        tensors = [t for q in products if q is not None for t in q[: q.TENSORS]]
-        return Rule.apply(x, seed, call, *tensors)
-    y, _, _ = _forward(call, x, seed, products, keep=False)
-    return y
+    up, down, gate = products
+    dense = type(up) is type(down) is Dense and (gate is None or type(gate) is Dense)
+    if not dense:
+        up, down, gate = (None if q is None else q.with_seed() for q in products)
+    cast = None if dense and not autocasts(x) else x.dtype
+    if cast is None and not torch.is_grad_enabled():
+        return _forward(options, x, seed, products, False)[0]
+    given: list[Any] = [up, down] if gate is None else [up, down, gate]
+    kinds = [(type(q), q[q.TENSORS :]) for q in given]
+    tensors = [t for q in given for t in q[: q.TENSORS]]
+    return Rule.apply(x, seed, options, kinds, cast, *tensors)
 
 
 class Rule(torch.autograd.Function):
-    """The rule over tokens x (N, D); `feed_forward` explains the rest."""
+    """The rule over tokens x (N, D); `feed_forward` explains the rest.
+
+    kinds: the class of each product and the constants behind its tensors. cast: the dtype to cast the tensors
+    to, None if they have x's. They are saved as they are and cast again in backward.
+    """
 
     @staticmethod
-    def forward(ctx, x, seed, call, *tensors):
-        ctx.call = call
-        products = _products(call, _cast(tensors, x.dtype))
-        y, pre, pre_gate = _forward(call, x, seed, products, keep=call.save == "preact")
+    def forward(ctx, x, seed, options, kinds, cast, *tensors):
+        ctx.options, ctx.kinds, ctx.cast = options, kinds, cast
+        products = _products(kinds, cast, tensors)
+        y, pre, pre_gate = _forward(options, x, seed, products, options.save == "preact")
         ctx.save_for_backward(x, seed, *tensors, pre, pre_gate)
         return y
 
     @staticmethod
     def backward(ctx, *grads):
         (dy,) = grads
-        x, seed, *tensors, pre, pre_gate = ctx.saved_tensors
-        autocast = torch.autocast(dy.device.type, enabled=False) if autocasts(dy) else nullcontext()
-        with autocast:  # forward's dtypes, wherever backward is called
-            if wants_autograd(dy):
-                return _textbook_backward(ctx, dy, x, seed, tensors)
-            products = _products(ctx.call, _cast(tensors, x.dtype))
-            fast = repays_onednn(x, products[0].weight)
-            with float32_in_onednn() if fast else nullcontext():
-                dx, gradients = _backward(
-                    ctx.call, ctx.needs_input_grad, dy, x, seed, products, pre, pre_gate
-                )
-        gradients = [
-            g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)
-        ]
-        return dx, None, None, *gradients
+        if not autocasts(dy):
+            return _gradients(ctx, dy)
+        with torch.autocast(dy.device.type, enabled=False):  # forward's dtypes, wherever backward is called
+            return _gradients(ctx, dy)
 
 
-def _cast(tensors, dtype: torch.dtype) -> list:
-    """The tensors in x's dtype: weights that autocast casts are saved as they are, and cast again."""
-    return [t if t is None or t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for t in tensors]
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The results of backward: by the rule or, where the rule will not do, by the textbook."""
+    x, seed, *tensors, pre, pre_gate = ctx.saved_tensors
+    if wants_autograd(dy):
+        return _textbook_backward(ctx, dy, x, seed, tensors)
+    products = _products(ctx.kinds, ctx.cast, tensors)
+    arguments = ctx.options, ctx.needs_input_grad, dy, x, seed, products, pre, pre_gate
+    if repays_onednn(x, products[0].weight):
+        with float32_in_onednn():
+            dx, gradients = _backward(*arguments)
+    else:
+        dx, gradients = _backward(*arguments)
+    if ctx.cast is not None:
+        pairs = zip(gradients, tensors, strict=True)
+        gradients = [None if gradient is None else gradient.to(t.dtype) for gradient, t in pairs]
+    return dx, *NOTHING, *gradients
 
 
-def _products(call: Call, tensors) -> tuple[Any, Any, Any]:
-    """(up, down, gate) from their tensors, one product's after the other."""
-    products, i = [], 0
-    for split in call.products:
-        if split is None:
-            products.append(None)
-            continue
-        kind, constants = split
-        products.append(kind(*tensors[i : i + kind.TENSORS], *constants))
-        i += kind.TENSORS
+def _products(kinds: list, cast: torch.dtype | None, tensors) -> tuple[Any, Any, Any]:
+    """(up, down, gate) from their tensors, one product's after the other; None without a gate."""
+    if cast is not None:
+        tensors = [t.to(cast) if t is not None and t.is_floating_point() else t for t in tensors]
+    products: list[Any] = [None, None, None]
+    start = 0
+    for i, (make, constants) in enumerate(kinds):
+        end = start + make.TENSORS
+        products[i] = make(*tensors[start:end], *constants)
+        start = end
     return tuple(products)
 
 
-def _between(call: Call, seed: Tensor | None, row_start: int = 0) -> Between:
-    return Between(activations.TABLE[call.activation], seed, call.p, row_start)
+def _between(options: Options, seed: Tensor | None, row_start: int = 0) -> Between:
+    return Between(activations.TABLE[options.activation], seed, options.p, row_start)
 
 
 def _chunks(tokens: int, step: int | None) -> list[slice]:
@@ -114,22 +114,22 @@ def _chunks(tokens: int, step: int | None) -> list[slice]:
     return [slice(i, min(i + step, tokens)) for i in range(0, max(tokens, 1), step)]
 
 
-def _forward(call: Call, x: Tensor, seed: Tensor | None, products, keep: bool):
+def _forward(options: Options, x: Tensor, seed: Tensor | None, products, keep: bool):
     """(y, pre, pre_gate) of tokens x (N, D); the preactivations only if `keep`."""
-    if call.chunk_tokens is None:
-        return _forward_chunk(call, x, products, _between(call, seed), keep)
+    if options.chunk_tokens is None:
+        return _forward_chunk(options, x, products, _between(options, seed), keep)
     ys = []
-    for rows in _chunks(x.shape[0], call.chunk_tokens):
+    for rows in _chunks(x.shape[0], options.chunk_tokens):
         chunk = [None if q is None else q.at(rows.start) for q in products]
-        y, _, _ = _forward_chunk(call, x[rows], chunk, _between(call, seed, rows.start), keep)
+        y, _, _ = _forward_chunk(options, x[rows], chunk, _between(options, seed, rows.start), keep)
         ys.append(y)
     return torch.cat(ys), None, None
 
 
-def _forward_chunk(call: Call, x: Tensor, products, between: Between, keep: bool):
+def _forward_chunk(options: Options, x: Tensor, products, between: Between, keep: bool):
     """(y, pre, pre_gate): product, pass, product."""
     up, down, gate = products
-    h, pre, pre_gate = forward_to_hidden(dispatch.module(call.backend), x, up, gate, between, keep)
+    h, pre, pre_gate = forward_to_hidden(dispatch.module(options.backend), x, up, gate, between, keep)
     return down.forward(h), pre, pre_gate
 
 
@@ -143,20 +143,20 @@ def forward_to_hidden(backend: ModuleType, x: Tensor, up, gate, between: Between
     return (h, pre, pre_gate) if keep else (h, None, None)
 
 
-def _backward(call: Call, needs, dy, x, seed, products, pre, pre_gate):
+def _backward(options: Options, needs, dy, x, seed, products, pre, pre_gate):
     """(dx, the gradients of the products' tensors), a chunk of tokens at a time."""
-    needs = _Asked.of(needs, products)
-    reuse = call.save == "input" or is_last_reader()
-    if call.chunk_tokens is None:
-        saved = x, pre, pre_gate, _between(call, seed)
-        return _backward_chunk(call, needs, dy, saved, products, reuse)
-    dx = torch.empty_like(x) if needs.x else None
+    asked = _Asked.of(needs, products)
+    reuse = options.save == "input" or is_last_reader()
+    if options.chunk_tokens is None:
+        saved = x, pre, pre_gate, _between(options, seed)
+        return _backward_chunk(options, asked, dy, saved, products, reuse)
+    dx = torch.empty_like(x) if asked.x else None
     wide = torch.float32 if x.dtype.itemsize == 2 else torch.float64  # one rounding, however many chunks
     sums: list[Tensor | None] = []
-    for rows in _chunks(x.shape[0], call.chunk_tokens):
+    for rows in _chunks(x.shape[0], options.chunk_tokens):
         chunk = [None if q is None else q.at(rows.start) for q in products]
-        saved = x[rows], None, None, _between(call, seed, rows.start)
-        dx_c, parts = _backward_chunk(call, needs, dy[rows], saved, chunk, reuse)
+        saved = x[rows], None, None, _between(options, seed, rows.start)
+        dx_c, parts = _backward_chunk(options, asked, dy[rows], saved, chunk, reuse)
         if dx is not None and dx_c is not None:
             dx[rows] = dx_c
         sums = sums or [None] * len(parts)
@@ -176,25 +176,22 @@ class _Asked(NamedTuple):
     gate: tuple[bool, ...]
 
     @classmethod
-    def of(cls, needs, products) -> "_Asked":
-        need_x, _, _, *needs = needs
-        parts, i = [], 0
-        for q in products:
-            n = 0 if q is None else q.TENSORS
-            parts.append(tuple(needs[i : i + n]))
-            i += n
-        return cls(need_x, *parts)
+    def of(cls, needs: tuple[bool, ...], products) -> "_Asked":
+        first = 1 + len(NOTHING)
+        second = first + products[0].TENSORS
+        third = second + products[1].TENSORS
+        return cls(needs[0], needs[first:second], needs[second:third], needs[third:])
 
 
-def _backward_chunk(call: Call, asked: _Asked, dy: Tensor, saved: tuple, products, reuse: bool):
+def _backward_chunk(options: Options, asked: _Asked, dy: Tensor, saved: tuple, products, reuse: bool):
     """(dx, gradients) over tokens x (N, D): product back, pass back, product back."""
     x, pre, pre_gate, between = saved
     up, down, gate = products
-    backend = dispatch.module(call.backend)
+    backend = dispatch.module(options.backend)
     nothing = [None] * len(asked.gate)
     into_hidden = asked.x or any(asked.up) or any(asked.gate)
-    needs_h = any(need for k, need in enumerate(asked.down) if k != BIAS)
-    if call.save == "input" and (into_hidden or needs_h):
+    needs_h = asked.down[0] or any(asked.down[BIAS + 1 :])
+    if options.save == "input" and (into_hidden or needs_h):
         pre, pre_gate = up.forward(x), None if gate is None else gate.forward(x)
     if not into_hidden:
         h = backend.act(pre, pre_gate, between) if needs_h else None
@@ -224,17 +221,17 @@ def back_to_preactivations(backend: ModuleType, dy: Tensor, down, asked, saved, 
 
 def _textbook_backward(ctx, dy, x, seed, tensors):
     """The same gradients by the textbook and autograd."""
-    call = ctx.call
+    options = ctx.options
     factors = None
     if seed is not None:
-        hidden = x.shape[0], _products(call, tensors)[0].weight.shape[0]
-        factors = dispatch.module(call.backend).noise(seed, *hidden, call.p, x.dtype)
+        hidden = x.shape[0], _products(ctx.kinds, None, tensors)[0].weight.shape[0]
+        factors = dispatch.module(options.backend).noise(seed, *hidden, options.p, x.dtype)
 
     def formula(x: Tensor, *tensors: Tensor | None) -> Tensor:
-        up, down, gate = _products(call, _cast(tensors, x.dtype))
-        row = activations.TABLE[call.activation]
+        up, down, gate = _products(ctx.kinds, ctx.cast, tensors)
+        row = activations.TABLE[options.activation]
         return reference.feed_forward(x, up, down, gate, activation=row, noise=factors)
 
-    need_x, _, _, *needs = ctx.needs_input_grad
-    dx, *gradients = autograd_gradients(formula, (x, *tensors), (need_x, *needs), dy)
-    return dx, None, None, *gradients
+    need_x, *needs = ctx.needs_input_grad
+    dx, *gradients = autograd_gradients(formula, (x, *tensors), (need_x, *needs[len(NOTHING) :]), dy)
+    return dx, *NOTHING, *gradients

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.tiles import CANDIDATES
 from ffn.activations import TABLE
 from ffn.ops import dispatch, feed_forward
 from ffn.ops.dropout_mask import draw_seed
+from ffn.ops.kernels.tilings import Tiling
 from tests.ops.samples import F64, Arguments, by_reference, draw, gradients, leaf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FEWEST = 1 << 15  # elements of h from which on products are fused here, where blocks are small
+FEWEST = 1 << 15  # elements of h from which on the tests fuse products in half precision
 FUSED = (300,), (256, 1024, 256)  # tokens and widths D, H, O of products that are fused in half precision
 ODD = (33,), (37, 61, 29)  # and of such as no copy engine reads
 
@@ -29,6 +31,11 @@ def sample(name: str, device: torch.device, dtype: torch.dtype, shape: Sequence[
     if dtype == torch.float32:
         return drawn
     return Arguments(*(None if t is None else leaf(t.detach().mul(64).round().div(64)) for t in drawn))
+
+
+def fuse_large(forward: bool, capability, dtype: str, gated: bool, D: int, H: int, N: int) -> Tiling | None:
+    """In place of `tilings.choose`: fuse what is large enough, in the first of the candidate tiles."""
+    return CANDIDATES[forward, gated][0] if dtype != "float32" and N * H >= FEWEST else None
 
 
 def results(run: Callable[..., Tensor], arguments: Arguments, dy: Tensor) -> list[Tensor]:
@@ -53,7 +60,7 @@ def check(name: str, arguments: Arguments, p: float = 0.0, *, backend: str = "tr
     noise = torch.ones(*x.shape[:-1], H, device=x.device)
     if p > 0.0:
         torch.manual_seed(5)
-        factors = dispatch.MODULES[backend].noise
+        factors = dispatch.module(backend).noise
         noise = factors(draw_seed(x.device), noise.numel() // H, H, p, torch.float32).view_as(noise)
 
     def textbook(dtype: torch.dtype) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from ffn.ops import dispatch
 from ffn.ops.kernels import tilings
-from tests.gpu.compare import FEWEST
+from tests.gpu.compare import fuse_large
 
 
 @cache
@@ -26,5 +26,5 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if reason is not None:
         pytest.skip(reason)
     _warm(device)
-    monkeypatch.setattr(tilings, "FEWEST", FEWEST)
+    monkeypatch.setattr(tilings, "choose", fuse_large)
     return device

@@ -35,7 +35,7 @@ def test_fused_products_of_a_shard_drop_what_the_whole_drops(device: torch.devic
 
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_the_share_that_is_dropped(device: torch.device, p: float) -> None:
-    noise = dispatch.MODULES["triton"].noise(torch.tensor([1], device=device), 2048, 2048, p, torch.float32)
+    noise = dispatch.module("triton").noise(torch.tensor([1], device=device), 2048, 2048, p, torch.float32)
     dropped = noise.cpu() == 0.0
     check_counts(dropped.sum(), dropped.numel(), p)
     for dim in (0, 1):

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffn.activations import TABLE
-from ffn.ops import dispatch, feed_forward
+from ffn.ops import dispatch, feed_forward, rule
+from ffn.ops.between import Between, Needs
 from ffn.ops.kernels import tilings
 from tests.gpu.compare import DTYPES, FUSED, ODD, assert_equal, check, sample
 from tests.ops.samples import NAMES, gradients, leaf
@@ -98,15 +99,19 @@ def test_fused_products_give_what_the_passes_give(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, name: str
 ) -> None:
     """The gradient of y is the identity, so that of down is h as backward rebuilds it."""
-    row, backend = TABLE[name], dispatch.MODULES["triton"]
-    x, up, down, gate, up_bias, _, gate_bias = sample(name, device, BF16, (304,), (256, 1024, 304))
+    row, backend = TABLE[name], dispatch.module("triton")
+    arguments = sample(name, device, BF16, (304,), (256, 1024, 304))
+    x, (up, down, gate) = arguments.x, arguments.products()
     dy, seed, found = torch.eye(304, dtype=BF16, device=device), torch.tensor([9], device=device), []
     with torch.no_grad():
         for _ in range(2):
-            h, *pre = backend.linear_act(x, up, up_bias, gate, gate_bias, row, seed, 0.1, 0, False, True)
-            back = backend.linear_dact(dy, down, *pre, row, seed, 0.1, 0, True, True, row.gated, False)
-            assert_equal([back[2]], [h])
-            found.append([t for t in (h, *pre, *back) if t is not None])
+            between, needs = Between(row, seed, 0.1), Needs(True, True, row.gated)
+            h, *pre = rule.forward_to_hidden(backend, x, up, gate, between, True)
+            dpre, dpre_gate, (ddown, _), *sums = rule.back_to_preactivations(
+                backend, dy, down, (True, False), (*pre, between), needs, False
+            )
+            assert_equal([ddown], [h])
+            found.append([t for t in (h, *pre, dpre, dpre_gate, ddown, *sums) if t is not None])
             monkeypatch.setattr(tilings, "choose", lambda *case: None)
     fused, apart = found
     assert_equal(fused[: 2 + row.gated], apart[: 2 + row.gated])

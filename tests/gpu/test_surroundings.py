@@ -154,8 +154,8 @@ PASSES = """
 import torch
 from ffn.ops import feed_forward
 from ffn.ops.kernels import tilings
-from tests.gpu.compare import FEWEST, FUSED, ODD, results, sample
-tilings.FEWEST = FEWEST
+from tests.gpu.compare import FUSED, ODD, fuse_large, results, sample
+tilings.choose = fuse_large
 device = torch.device("cuda")
 for name in ("gelu", "swiglu"):
     for case in (FUSED, ODD):

@@ -148,14 +148,14 @@ def test_what_is_given_up_is_said() -> None:
     assert block.explain(x).endswith("; save='input' does not hold there")
     block.backend = "triton"
     for call in (block, block.explain):
-        with pytest.raises(ValueError, match="^backend must be 'auto'.*up_proj"):
+        with pytest.raises(ValueError, match=r"^backend must be 'auto'.*up_proj"):
             call(x)
 
 
 def test_a_gate_taken_away_is_missed() -> None:
     block = FeedForward(6, 10, activation="swiglu")
     block.gate_proj = None
-    with pytest.raises(TypeError, match="^gate_proj must be a module"):
+    with pytest.raises(TypeError, match=r"^gate_proj must be a module"):
         block(torch.randn(3, 6))
 
 

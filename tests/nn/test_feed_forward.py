@@ -193,12 +193,12 @@ def test_explain_refuses_what_forward_refuses() -> None:
     block, elsewhere = FeedForward(6, 10), torch.randn(2, 6, device="meta")
     integers, wider = torch.ones(2, 6, dtype=torch.int64), torch.randn(2, 6, dtype=F64)
     for x in (torch.randn(2, 7), integers, wider, elsewhere):
-        with pytest.raises((TypeError, ValueError), match="^(x|gate|up|down) must be") as forward:
+        with pytest.raises((TypeError, ValueError), match=r"^(x|gate|up|down) must be") as forward:
             block(x)
         with pytest.raises(type(forward.value), match=f"^{re.escape(str(forward.value))}$"):
             block.explain(x)
     block.save = "all"
-    with pytest.raises(ValueError, match="^save must be"):
+    with pytest.raises(ValueError, match=r"^save must be"):
         block.explain(torch.randn(2, 6))
 
 

@@ -38,7 +38,7 @@ REFUSED = [
 def test_options_are_refused_when_the_block_is_built(options: dict) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(options))}"):
         FeedForward(**{"dim": 6, "hidden_dim": 10} | options)
-    with pytest.raises(TypeError, match="^activation"):
+    with pytest.raises(TypeError, match=r"^activation"):
         FeedForward(6, 10, activation=7)
 
 

@@ -149,7 +149,7 @@ def test_when_the_children_are_called() -> None:
         change(block)
         assert block.explain(x).startswith("children: ")
         torch.testing.assert_close(block(x), expected)
-    with pytest.raises(ValueError, match="^x must be "):
+    with pytest.raises(ValueError, match=r"^x must be "):
         with_adapters(FeedForward(6, 10))(torch.randn(3, 5))
 
 

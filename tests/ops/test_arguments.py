@@ -85,16 +85,16 @@ def test_a_misfit_is_refused_in_one_line_that_names_it(spoil, error: type[Except
 
 
 def test_a_plain_activation_refuses_a_gate() -> None:
-    with pytest.raises(ValueError, match="^gate must be left out"):
+    with pytest.raises(ValueError, match=r"^gate must be left out"):
         feed_forward(*draw("geglu"), activation="gelu")
     arguments = draw("gelu")
-    with pytest.raises(ValueError, match="^gate_bias must be left out"):
+    with pytest.raises(ValueError, match=r"^gate_bias must be left out"):
         feed_forward(*arguments._replace(gate_bias=arguments.up_bias), activation="gelu")
 
 
 def test_integers_are_refused_under_autocast_too() -> None:
     arguments = draw("gelu", dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="^x must be "):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"^x must be "):
         feed_forward(*arguments._replace(x=arguments.x.long()))
 
 

@@ -14,7 +14,7 @@ def test_an_unknown_backend_is_refused() -> None:
     for name in dispatch.BACKENDS:
         check_backend(name)
     for ask in (check_backend, lambda name: choose(name, CPU, torch.float32)):
-        with pytest.raises(ValueError, match="^backend must be .*'cuda'"):
+        with pytest.raises(ValueError, match=r"^backend must be .*'cuda'"):
             ask("cuda")
 
 

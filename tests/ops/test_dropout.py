@@ -78,7 +78,7 @@ def test_the_function_follows_the_seed_and_its_switch() -> None:
     assert dropout(x, 0.5, training=False) is x
     assert dropout(x, 0.0) is x
     for p in (1.0, -0.5, math.nan):
-        with pytest.raises(ValueError, match="^p must be"):
+        with pytest.raises(ValueError, match=r"^p must be"):
             dropout(x, p)
 
 

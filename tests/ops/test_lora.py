@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ffn.activations import TABLE
 from ffn.ops.dense import Dense
 from ffn.ops.dropout_mask import noise
-from ffn.ops.feed_forward import Options, call
+from ffn.ops.feed_forward import call
 from ffn.ops.lora import LoRA
+from ffn.ops.options import Options
 from tests.kept import kept_for_backward
 
 F64 = torch.float64

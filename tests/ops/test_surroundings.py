@@ -53,9 +53,9 @@ def test_threads_leave_the_process_as_it_was() -> None:
 
 
 def test_saving_less_needs_the_rule() -> None:
-    with pytest.raises(ValueError, match="^save must be"):
+    with pytest.raises(ValueError, match=r"^save must be"):
         FeedForward(4, activation=lambda v: v.sin(), save="input")
-    with pytest.raises(ValueError, match="^save must be"):
+    with pytest.raises(ValueError, match=r"^save must be"):
         feed_forward(torch.ones(1, 2), torch.ones(3, 2), torch.ones(2, 3), save="input", backend="reference")
 
 
@@ -72,7 +72,7 @@ def test_a_patch_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> N
 def test_explain_sees_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert "bfloat16" in FeedForward(4).explain(torch.randn(2, 4))
-        with pytest.raises(ValueError, match="^x must be"):
+        with pytest.raises(ValueError, match=r"^x must be"):
             FeedForward(4).explain(torch.randn(2, 5))
 
 

@@ -47,9 +47,7 @@ def test_equals_the_textbook(name: str, dtype: torch.dtype, shape: tuple[int, ..
     x, *weights = draw(name, shape=shape, widths=(48, 64, 40), dtype=dtype)
     y = Packed(tuple(weights)).feed_forward(x, name)
     plain = by_reference(x, *weights, activation=TABLE[name])
-    exact = by_reference(
-        *(None if t is None else t.double() for t in (x, *weights)), activation=TABLE[name]
-    )
+    exact = by_reference(*(None if t is None else t.double() for t in (x, *weights)), activation=TABLE[name])
     assert (y.shape, y.dtype) == (plain.shape, dtype)
     if y.numel():
         error, theirs = ((t.double() - exact).abs().max() for t in (y, plain))

@@ -13,9 +13,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a process that interprets kernels compiles none", allow_module_level=True)
 
+from benchmarks.tiles import CANDIDATES, CAPABILITIES
 from ffn.activations import TABLE
 from ffn.ops.kernels import act, dact, decode, linear_act, linear_dact, tilings
-from ffn.ops.kernels.tilings import DEFAULTS, Tiling
+from ffn.ops.kernels.tilings import Tiling
 from tests.ops.kernels.ahead_of_time import SHARED, Compiled, compiled, tensor
 
 N, D, H = 8192, 1024, 4096
@@ -32,16 +33,16 @@ CASES = [  # activation, dropout, dtype, bias
 ]
 
 on_each = pytest.mark.parametrize("arch", SHARED)
-on_those_that_fuse = pytest.mark.parametrize("arch", [10 * major for major in DEFAULTS])
+on_those_that_fuse = pytest.mark.parametrize("arch", [10 * major for major in CAPABILITIES])
 each_case = pytest.mark.parametrize(("name", "p", "dtype", "bias"), CASES)
 each_pass = pytest.mark.parametrize(("name", "p", "dtype"), [case[:3] for case in CASES])
 
 
 def choosable(arch: int, forward: bool, gated: bool) -> set[Tiling]:
-    """All tilings that dispatch can take on sm_{arch}: the default and those of the table."""
+    """All tilings that can run on sm_{arch}: those of the table, and the first of the candidates."""
     form = tilings.key(forward, divmod(arch, 10), "bfloat16", gated, D, H, N).split(" bfloat16 ")[0]
     measured = {t for name, t in tilings._measured().items() if name.startswith(form)}
-    return {t for t in (DEFAULTS[arch // 10][forward, gated], *measured) if t is not None}
+    return {t for t in (CANDIDATES[forward, gated][0], *measured) if t is not None}
 
 
 def check(found: Compiled, shared: int) -> None:
@@ -148,10 +149,10 @@ def shared_by_two(found: Compiled, tiling: Tiling) -> bool:
 
 
 @pytest.mark.parametrize("name", ["gelu", "mish", "geglu", "swiglu"])
-def test_two_programs_of_a_default_share_a_processor(name: str) -> None:
+def test_two_programs_of_the_first_candidate_share_a_processor(name: str) -> None:
     gated = TABLE[name].gated
-    tiling = DEFAULTS[9][False, gated]
+    tiling = CANDIDATES[False, gated][0]
     assert shared_by_two(linear_dact_on(90, tiling, name, 0.0, BF16, outputs=True), tiling)
     if not gated:
-        tiling = DEFAULTS[9][True, gated]
+        tiling = CANDIDATES[True, gated][0]
         assert shared_by_two(linear_act_on(90, tiling, name, 0.1, BF16, bias=True, outputs=True), tiling)

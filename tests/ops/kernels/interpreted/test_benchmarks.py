@@ -20,7 +20,6 @@ TILING = Tiling(16, 16, 16, 8, 1, 4, 2)
 @pytest.mark.parametrize("gated", [False, True])
 def test_tune_writes_what_choose_reads(gated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unable = Tiling(16, 16, 3, 8, 1, 4, 2)
-    monkeypatch.setattr(tilings, "DEFAULTS", {})
     monkeypatch.setattr(tune, "BLOCKS", {"toy": (16, 32, gated)})
     monkeypatch.setattr(tune, "CANDIDATES", {way: [TILING, unable] for way in tune.CANDIDATES})
     table = tmp_path / "tilings.json"

@@ -13,7 +13,7 @@ from ffn.ops.dropout_mask import draw_seed
 @pytest.mark.parametrize("shape", [(3, 5, 24), (40,), ()], ids=str)
 def test_one_mask_both_ways(monkeypatch: pytest.MonkeyPatch, shape: tuple, dtype: torch.dtype) -> None:
     assert dispatch.why_not_triton(torch.device("cpu"), dtype) is None
-    kernels = dispatch.MODULES["triton"]
+    kernels = dispatch.module("triton")
     monkeypatch.setattr(sys.modules["ffn.ops.dropout"], "_drawing", lambda *_: kernels)
     x = torch.randn(shape, dtype=dtype)
     x = (x.mT if x.ndim > 1 else x).requires_grad_()  # strided, too
