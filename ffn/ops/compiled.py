@@ -39,7 +39,8 @@ def _chunk(x: Tensor, products: tuple, seed: Tensor | None, options: Options, ro
         return up(x), None if gate is None else gate(x)
 
     def second(pre: Tensor, pre_gate: Tensor | None) -> Tensor:
-        factors = None if seed is None else noise(seed, *pre.shape, p, pre.dtype, row_start)
+        tokens, width = pre.shape
+        factors = None if seed is None else noise(seed, tokens, width, p, pre.dtype, row_start)
         return down(reference.hidden(pre, pre_gate, row, factors))
 
     def both(x: Tensor) -> Tensor:

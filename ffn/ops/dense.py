@@ -52,7 +52,8 @@ class Dense(NamedTuple):
 
     def autocast(self, dtype: torch.dtype) -> "Dense":
         """The product as autocast wants it: a frozen weight is cast by the rule, which keeps no copy."""
-        return Dense(*(t if t is None or not t.requires_grad else t.to(dtype) for t in self))
+        weight, bias = (t if t is None or not t.requires_grad else t.to(dtype) for t in self)
+        return Dense(weight, bias)  # pyright: ignore[reportArgumentType]
 
     def with_seed(self) -> "Dense":
         """The product with seeds drawn for its dropouts: it has none."""
