@@ -56,7 +56,6 @@ LAYERS = [
     ["ffn.interop.swap.proof", "ffn.interop.swap.report"],
     ["ffn.interop.swap.discover"],
     ["ffn.interop.swap.in_place"],
-    ["ffn.interop.timm", "ffn.interop.hf.mlp", "ffn.interop.hf.register"],
     ["ffn.interop.hf.keys", "ffn.interop.hf.names"],
     ["ffn.interop.hf.family", "ffn.interop.hf.rope"],
     ["ffn.interop.hf.decoders", "ffn.interop.hf.encoders"],

@@ -1,7 +1,5 @@
 """How a block is compared with its original: outputs, all gradients, and what is kept for backward."""
 
-import inspect
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,16 +9,6 @@ from tests.kept import kept_for_backward
 F64 = torch.float64
 # Dynamo of torch 2.13 instantiates autograd contexts.
 DYNAMOS_OWN = pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning")
-
-
-def twin(original: nn.Module, block: nn.Module) -> None:
-    """Give both random weights, the same ones, by their state dicts: strictly, there and back."""
-    with torch.no_grad():
-        for p in original.parameters():
-            p.copy_(torch.randn(p.shape, dtype=p.dtype) * 0.5)
-    assert list(original.state_dict()) == list(block.state_dict())
-    block.load_state_dict(original.state_dict())
-    original.load_state_dict(block.state_dict())
 
 
 def outcome(block: nn.Module, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
@@ -47,8 +35,3 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 def kept(block: nn.Module, x: Tensor) -> dict[torch.dtype, int]:
     """Elements of the storages that autograd saves, by dtype, without the parameters' own."""
     return kept_for_backward(lambda: block(x), block.parameters())
-
-
-def parameters_of(kind) -> list[tuple]:
-    """(name, kind, default) of every parameter of a signature, in order."""
-    return [(p.name, p.kind, p.default) for p in inspect.signature(kind).parameters.values()]
