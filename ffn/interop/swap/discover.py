@@ -11,6 +11,8 @@ from ffn.interop.swap.proof import prove
 from ffn.interop.swap.reroute import Plan, reason_not_to, why_not
 from ffn.interop.swap.source import Chain
 
+NOT_FOUND = "its source is not to be had, or holds no such products one after the other"
+
 
 def plans(
     module: nn.Module, save: str = "preact", chunk_tokens: int | None = None, backend: str = "auto"
@@ -27,7 +29,10 @@ def plans(
         first = tuple(path for name in chain.first for path in products.get(name, ()))
         last = ends[chain.last] if chain.holds else products[chain.last][0]
         if 0 < len(first) <= 2 and set(chain.first) <= set(products) and _fits(module, first, last):
-            yield _plan(module, chain, first, last, save, chunk_tokens, backend)
+            if chain.holds or last == chain.last:
+                yield _plan(module, chain, first, last, save, chunk_tokens, backend)
+            else:  # the rest of that forward would be lost
+                yield f"the forward of {chain.last} does not begin with its product"
 
 
 def has_block_shape(module: nn.Module) -> bool:

@@ -131,3 +131,10 @@ def numbers_of(model: nn.Module) -> dict[str, Tensor]:
     x = torch.randn(2, 3, 6, dtype=F64, requires_grad=True)
     y = model(x)
     return {"y": y.detach(), "fc2": torch.autograd.grad(y.sum(), model.fc2.weight)[0]}
+
+
+@pytest.mark.parametrize("after", [nn.Tanh(), nn.Dropout(0.5)], ids=["tanh", "dropout"])
+def test_a_child_that_computes_after_the_last_product_is_left_alone(after: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Sequential(nn.Linear(10, 6), after)).double()
+    (block,) = ffn.swap(model)
+    assert (block.action, block.reason) == ("left", "the forward of 2 does not begin with its product")
