@@ -23,6 +23,7 @@ width, O output width, Q query heads, G key/value heads, C head channels, V voca
 from ffn.disk import load, load_tokenizer, save
 from ffn.gpt.generate import generate
 from ffn.gpt.transformer import Transformer, TransformerConfig
+from ffn.interop.swap.from_module import from_module
 from ffn.interop.swap.in_place import swap, unswap
 from ffn.nn import FeedForward, gated_hidden_dim
 from ffn.ops import feed_forward
@@ -33,6 +34,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "feed_forward",
+    "from_module",
     "gated_hidden_dim",
     "generate",
     "load",

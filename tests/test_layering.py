@@ -55,7 +55,7 @@ LAYERS = [
     ["ffn.interop.swap.reroute"],
     ["ffn.interop.swap.proof", "ffn.interop.swap.report"],
     ["ffn.interop.swap.discover"],
-    ["ffn.interop.swap.in_place"],
+    ["ffn.interop.swap.in_place", "ffn.interop.swap.from_module"],
     ["ffn.interop.hf.keys", "ffn.interop.hf.names"],
     ["ffn.interop.hf.family", "ffn.interop.hf.rope"],
     ["ffn.interop.hf.decoders", "ffn.interop.hf.encoders"],

@@ -10,7 +10,7 @@ import re
 
 from torch import nn
 
-from ffn.interop.swap.discover import has_block_shape, plans
+from ffn.interop.swap.discover import NOT_FOUND, has_block_shape, plans
 from ffn.interop.swap.proof import compare
 from ffn.interop.swap.report import Block, Report, describe
 from ffn.interop.swap.reroute import PLAN, Plan, Rerouted, origin, reroute, restore
@@ -95,6 +95,4 @@ def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Bl
         reason = reason or str(kept)
     if not has_block_shape(module):
         return None
-    if reason is None:
-        reason = "its source is not to be had, or holds no such products one after the other"
-    return None, Block(path, name, "left", reason)
+    return None, Block(path, name, "left", reason or NOT_FOUND)

@@ -75,7 +75,7 @@ def identify(module: nn.Module, chain: Callable, first: tuple[str, ...], last: s
         products = {path: lambda x, grid=grid: grid.clone() for path, grid in zip(first, grids, strict=True)}
         return run(module, chain, grids[0].new_zeros(*grids[0].shape[:-1], D), products, last, seen)
 
-    grids = _grids([sizes(module.get_submodule(path))[1] for path in first])
+    grids = preactivations([sizes(module.get_submodule(path))[1] for path in first])
     try:
         with mode(module, training=False):
             h = h_of(grids)
@@ -84,10 +84,10 @@ def identify(module: nn.Module, chain: Callable, first: tuple[str, ...], last: s
         with mode(module, training=True):
             torch.default_generator.manual_seed(0)
             dropped = h_of(grids)
-            dropout = None if fault else _dropout(h, dropped, grids, seen)
+            dropout = None if fault else dropout_of(h, dropped, grids, seen)
     except Exception as error:  # noqa: BLE001 (it is their code that ran, and may raise anything)
-        return _unsteady(seen) or f"its code cannot be probed ({type(error).__name__}: {str(error)[:80]!r})"
-    if fault := fault or _unsteady(seen):
+        return unsteady(seen) or f"its code cannot be probed ({type(error).__name__}: {str(error)[:80]!r})"
+    if fault := fault or unsteady(seen):
         return fault
     if isinstance(dropout, str):
         return dropout
@@ -107,7 +107,7 @@ def sizes(product: nn.Module) -> tuple[int, int]:
     return (into, out) if hasattr(product, "in_features") else (out, into)
 
 
-def _grids(widths: list[int]) -> list[Tensor]:
+def preactivations(widths: list[int]) -> list[Tensor]:
     """Preactivations (2, n, width) each: everything from -1e4 to 1e4, in another order at each place."""
     reach = torch.logspace(-3, 4, 200, dtype=torch.float64)
     values = torch.cat([torch.linspace(-12, 12, 601, dtype=torch.float64), reach, -reach])
@@ -196,7 +196,7 @@ def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found
     return None
 
 
-def _unsteady(seen: dict[str, Any]) -> str | None:
+def unsteady(seen: dict[str, Any]) -> str | None:
     """Why what was found may not last: tensors read on the way, which training changes, and objects with a
     life of their own."""
     for path, value in seen.items():
@@ -214,7 +214,7 @@ def _unsteady(seen: dict[str, Any]) -> str | None:
     return None
 
 
-def _dropout(h: Tensor, dropped: Tensor, grids: list[Tensor], seen: dict[str, Any]):
+def dropout_of(h: Tensor, dropped: Tensor, grids: list[Tensor], seen: dict[str, Any]):
     """(path, attribute) of the probability with which values of h were dropped, None where none were; a str
     says why it is not known."""
     other = "in training its values or gradients are other than kept and scaled, or dropped"

@@ -1,5 +1,7 @@
 """That a rerouted block gives the old numbers, compared before it is rerouted; and its saved bytes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from ffn.interop.swap.reroute import Plan, apply
 from ffn.interop.swap.standin import run
 from ffn.ops.feed_forward import feed_forward
 
+ON_META = "its weights are on the meta device: load them first"
 THIN = 8  # channels read and written where only the hidden width matters
 
 
@@ -47,20 +50,11 @@ def prove(module: nn.Module, plan: Plan) -> str | None:
 
 
 def compare(module: nn.Module, plan: Plan) -> tuple[float, float] | str:
-    """Compare them on the module's own weights; the bytes a token keeps before and after, or why not.
-
-    The rounding of two ways to the same numbers is allowed: sixteen units of the dtype, relative to the norm
-    (four in half precision).
-    """
-    product = module.get_submodule(plan.last)
-    first = module.get_submodule(plan.first[0])
-    weight = first.weight
-    assert isinstance(weight, Tensor)
-    if weight.is_meta:
-        return "its weights are on the meta device: load them first"
-    g = torch.Generator().manual_seed(2)
-    x = torch.randn(2, 4, sizes(first)[0], generator=g).to(weight.device, weight.dtype).requires_grad_()
-    chain = source.inner(type(module), plan.chain)
+    """Compare them on the module's own weights; the bytes a token keeps before and after, or why not."""
+    product, chain = module.get_submodule(plan.last), source.inner(type(module), plan.chain)
+    x = sample(module, plan)
+    if x.is_meta:
+        return ON_META
 
     def old(x: Tensor) -> Tensor:
         return product(run(module, chain, x, {}, plan.last))
@@ -68,15 +62,35 @@ def compare(module: nn.Module, plan: Plan) -> tuple[float, float] | str:
     def new(x: Tensor) -> Tensor:
         return apply(module, plan, x)
 
-    with mode(module, training=False):
-        ys = [old(x), new(x)]
-        cotangent = torch.randn(ys[0].shape, generator=g).to(ys[0])
-        slopes = [torch.autograd.grad(y, x, cotangent)[0] for y in ys]
-    limit = max(1e-9, (4 if weight.dtype.itemsize == 2 else 16) * torch.finfo(weight.dtype).eps)
-    if not (_apart(*ys) <= limit and _apart(*slopes) <= limit):
-        return f"its numbers differ by {_apart(*ys):.1e} of their norm, gradients by {_apart(*slopes):.1e}"
+    if why := difference(module, x, old, new):
+        return why
     with mode(module, training=True):
         return _kept(old, x, module), _kept(new, x, module)
+
+
+def sample(module: nn.Module, plan: Plan, shape: tuple[int, int] = (2, 4)) -> Tensor:
+    """A random input (*shape, D) in the dtype and on the device of the weights."""
+    first = module.get_submodule(plan.first[0])
+    assert isinstance(first.weight, Tensor)
+    x = torch.randn(*shape, sizes(first)[0], generator=torch.Generator().manual_seed(2), device="cpu")
+    return x.to(first.weight.device, first.weight.dtype).requires_grad_()
+
+
+def difference(module: nn.Module, x: Tensor, old: Callable, new: Callable) -> str | None:
+    """Where outputs or input gradients of the two differ while the module is in eval mode, or None.
+
+    The rounding of two ways to the same numbers is allowed: sixteen units of the dtype, relative to the norm
+    (four in half precision).
+    """
+    with mode(module, training=False):
+        ys = [old(x), new(x)]
+        g = torch.Generator().manual_seed(3)
+        cotangent = torch.randn(ys[0].shape, generator=g, device="cpu").to(ys[0])
+        slopes = [torch.autograd.grad(y, x, cotangent)[0] for y in ys]
+    limit = max(1e-9, (4 if x.dtype.itemsize == 2 else 16) * torch.finfo(x.dtype).eps)
+    if not (_apart(*ys) <= limit and _apart(*slopes) <= limit):
+        return f"its numbers differ by {_apart(*ys):.1e} of their norm, gradients by {_apart(*slopes):.1e}"
+    return None
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -74,7 +74,7 @@ class Rerouted:
         return _at(self, plan.last)(run(self, chain, x, {}, plan.last))
 
     def _ffn_tail(self: Any, holder: nn.Module, y: Tensor, *rest):
-        return _tail(self, vars(self)[PLAN])(holder, y, *rest)  # type: ignore[misc]
+        return tail_of(self, vars(self)[PLAN])(holder, y, *rest)  # type: ignore[misc]
 
     def __setstate__(self: Any, state: dict) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -117,7 +117,7 @@ def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
         if plain_projection(product) is None:
             kind = type(product).__name__
             return f"{path} (a {kind}) is replaced, hooked, or its weight is no plain parameter"
-    if plan.chain.holds and _tail(module, plan) is None:
+    if plan.chain.holds and tail_of(module, plan) is None:
         return f"the forward of {plan.chain.last} was replaced"
     for path, kind in plan.inner.passed:
         passed = _at(module, path)
@@ -145,14 +145,16 @@ def apply(module: nn.Module, plan: Plan, x: Tensor) -> Tensor:
 
 def probability(module: nn.Module, plan: Plan) -> float:
     """Of the dropout between the products, now."""
-    if plan.inner.dropout is None:
-        return 0.0
-    path, name = plan.inner.dropout
-    holder = _at(module, path)
-    return float(getattr(holder, name)) if holder.training else 0.0
+    place = plan.inner.dropout
+    return rate(module, place) if place is not None and _at(module, place[0]).training else 0.0
 
 
-def _tail(module: nn.Module, plan: Plan) -> FunctionType | None:
+def rate(module: nn.Module, place: tuple[str, str] | None) -> float:
+    """Of the dropout at (path, attribute), whether it is training or not; 0.0 where there is none."""
+    return 0.0 if place is None else float(getattr(_at(module, place[0]), place[1]))
+
+
+def tail_of(module: nn.Module, plan: Plan) -> FunctionType | None:
     return source.TAILS.get(_holder(module, plan))
 
 

@@ -138,6 +138,12 @@ def test_models_without_blocks_and_on_meta() -> None:
     assert type(meta) is Plain
 
 
+def test_a_default_device_does_not_matter() -> None:
+    model = Plain()
+    with torch.device("meta"):
+        assert len(ffn.swap(model).swapped) == 1
+
+
 def test_code_that_is_compiled_away_is_left() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6)))
     assert ffn.swap(nn.ModuleList([scripted])).swapped == []

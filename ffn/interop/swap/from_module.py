@@ -1,0 +1,152 @@
+"""Turn a feed-forward block written elsewhere into a FeedForward that holds its weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffn.interop.swap import source
+from ffn.interop.swap.discover import NOT_FOUND, plans
+from ffn.interop.swap.plain_modules import plain_projection
+from ffn.interop.swap.probe import dropout_of, mode, preactivations, sizes, unsteady
+from ffn.interop.swap.proof import ON_META, difference, sample
+from ffn.interop.swap.reroute import Plan, Rerouted, rate, tail_of
+from ffn.interop.swap.standin import StandIn
+from ffn.nn.feed_forward import FeedForward
+from ffn.nn.plain import is_hooked
+
+MORE = "its forward does more than one feed-forward block"
+
+
+def from_module(module: nn.Module) -> FeedForward:
+    """Return a new FeedForward that computes what `module`, a whole feed-forward block, computes.
+
+    Examples of blocks: `nn.Sequential(Linear, GELU, Dropout, Linear)`, transformers' LlamaMLP, GPT2MLP and
+    Phi3MLP, timm's Mlp, a hand-written one. The module is read as `ffn.swap` reads it, and is not changed.
+
+    A weight or bias that lies as FeedForward keeps it is shared: it stays the same Parameter, so an optimizer
+    that has it goes on, and a change in one block shows in the other. The others are copied: the transposed
+    weights of a Conv1D, and the halves of a packed gate and up.
+
+    The result has the module's activation, biases (for each Linear or none), dropout rates, dtype, device,
+    requires_grad and training mode. Hooks of the module must be removed before. Set its `save`,
+    `chunk_tokens` and `backend` afterwards, as for `FeedForward`.
+
+    Args:
+        module: the block. A FeedForward is returned as it is.
+
+    Returns:
+        A FeedForward. Before it is returned, its outputs and input gradients are compared with the module's.
+
+    Raises:
+        TypeError: module is not an nn.Module.
+        ValueError: module is not one block, or it computes something that FeedForward cannot; the message
+            gives the reason.
+
+    >>> from_module(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8), nn.Dropout(0.1)))
+    FeedForward(
+      8 -> 32 -> 8, activation=gelu, out_dropout=0.1
+      (up_proj): Linear(in_features=8, out_features=32, bias=True)
+      (down_proj): Linear(in_features=32, out_features=8, bias=True)
+    )
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    if isinstance(module, FeedForward):
+        return module
+    found = _convert(module)
+    if isinstance(found, str):
+        raise ValueError(f"module must be one feed-forward block, got {type(module).__name__}: {found}")
+    return found
+
+
+def _convert(module: nn.Module) -> FeedForward | str:
+    """Return the FeedForward, or why there is none."""
+    if isinstance(module, Rerouted):
+        return "it is swapped: call ffn.unswap first"
+    if len({part.training for part in module.modules()}) > 1:
+        return "some of its parts are in training mode and some in eval mode"
+    for path, part in module.named_modules():
+        if is_hooked(part) or "forward" in vars(part):
+            return f"{path or 'the module'} has a hook or a forward of its own"
+    reason = NOT_FOUND
+    for plan in plans(module):
+        if isinstance(plan, Plan):
+            return _from_plan(module, plan)
+        reason = plan
+    return reason
+
+
+def _from_plan(module: nn.Module, plan: Plan) -> FeedForward | str:
+    if plan.chain.method != "forward":
+        return MORE
+    with torch.device("cpu"):
+        out_dropout = _out_dropout(module, plan)
+    if isinstance(out_dropout, str):
+        return out_dropout
+    block = _build(module, plan, out_dropout).eval()
+    for shape in ((2, 4), (1, 1)):
+        x = sample(module, plan, shape)
+        if why := ON_META if x.is_meta else difference(module, x, module, block):
+            return why
+    return block.train(module.training)
+
+
+def _out_dropout(module: nn.Module, plan: Plan) -> float | str:
+    """Return the rate of the dropout after the block, 0.0 if there is none, or why forward does more.
+
+    The module's forward runs with a function in place of the block, which returns values chosen here.
+    """
+    width = sizes(module.get_submodule(plan.first[0]))[0]
+    (y,) = preactivations([sizes(module.get_submodule(plan.last))[1]])
+    x = torch.rand(
+        *y.shape[:-1], width, generator=torch.Generator().manual_seed(4), dtype=y.dtype, device="cpu"
+    )
+    inputs: list[Tensor] = []
+    seen: dict[str, Any] = {}
+
+    def block(x: Tensor) -> Tensor:
+        inputs.append(x)
+        return y.clone()
+
+    stand_in = StandIn(module, {source.REROUTE: block, source.TAIL: tail_of(module, plan)}, seen)
+    forward = source.rewrite(type(module), plan.chain)
+    try:
+        with mode(module, training=False):
+            same = torch.equal(forward(stand_in, x), y)
+        with mode(module, training=True):
+            torch.default_generator.manual_seed(0)
+            place = dropout_of(y, forward(stand_in, x), [y], seen)
+        same = same and all(torch.equal(given, x) for given in inputs)
+    except Exception as error:  # noqa: BLE001 (other people's code may raise anything)
+        return f"{MORE} ({type(error).__name__}: {str(error)[:80]})"
+    if not same or len(inputs) != 2 or unsteady(seen):
+        return MORE
+    return place if isinstance(place, str) else rate(module, place)
+
+
+def _build(module: nn.Module, plan: Plan, out_dropout: float) -> FeedForward:
+    with torch.enable_grad():  # a view made under no_grad would not require a gradient
+        up, gate = plan.arrange([plain_projection(module.get_submodule(path)) for path in plan.first])
+        down = plain_projection(module.get_submodule(plan.last))
+        children = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+        linears = {name: _linear(*pair) for name, pair in children.items() if pair[0] is not None}
+    block = FeedForward(
+        linears["up_proj"].in_features, linears["up_proj"].out_features, rate(module, plan.inner.dropout),
+        out_dim=linears["down_proj"].out_features, activation=plan.inner.activation, out_dropout=out_dropout,
+        device="meta",
+    )  # fmt: skip
+    for name, linear in linears.items():
+        setattr(block, name, linear)
+    return block
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear that holds these Parameters, or copies of these views of Parameters."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and type(value) is not nn.Parameter:
+            copied = value.detach().clone(memory_format=torch.contiguous_format)
+            value = nn.Parameter(copied, value.requires_grad)
+        setattr(linear, name, value)
+    return linear
