@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ffn.interop.swap import source
 from ffn.interop.swap.probe import identify, sizes
 from ffn.interop.swap.proof import prove
-from ffn.interop.swap.reroute import Plan, reason_not_to, why_not
+from ffn.interop.swap.reroute import Plan, reason_not_to, reason_not_to_subclass
 from ffn.interop.swap.source import Chain
 
 NOT_FOUND = "its source is not to be had, or holds no such products one after the other"
@@ -98,7 +98,7 @@ def _fits(module: nn.Module, first: tuple[str, ...], last: str) -> bool:
 
 def _plan(module, chain: Chain, first, last, save, chunk_tokens, backend) -> Plan | str:
     """The plan, proved in float64 on thin products of the same hidden width, or why there is none."""
-    if reason := why_not(type(module)):
+    if reason := reason_not_to_subclass(type(module)):
         return reason
     with torch.device("cpu"):  # also where a model is being built on the meta device
         inner = identify(module, source.inner(type(module), chain), first, last)

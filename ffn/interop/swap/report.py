@@ -1,7 +1,6 @@
 """What `ffn.swap` did, block by block."""
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ffn.interop.swap.reroute import Plan
@@ -26,20 +25,8 @@ class Block:
     after: float = 0.0
 
 
-class Report(Sequence[Block]):
+class Report(list[Block]):
     """The blocks, in the model's order; as text, a table in which equal lines of many layers are one."""
-
-    def __init__(self, blocks: list[Block]):
-        self.blocks = blocks
-
-    def __getitem__(self, index):
-        return self.blocks[index]
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __iter__(self) -> Iterator[Block]:
-        return iter(self.blocks)
 
     @property
     def swapped(self) -> list[Block]:
@@ -49,7 +36,7 @@ class Report(Sequence[Block]):
     def left(self) -> list[Block]:
         return [block for block in self if block.action == "left"]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines: dict[tuple[str, ...], int] = {}
         for block in self:
             kept = f"{block.before:,.0f} -> {block.after:,.0f}" if block.what else ""
@@ -63,9 +50,6 @@ class Report(Sequence[Block]):
         if before:
             total += f"; they keep {after:,.0f} bytes a token for backward in place of {before:,.0f}"
         return "\n".join([*columns(rows, left=len(head)), total])
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def describe(plan: Plan) -> str:

@@ -176,7 +176,7 @@ def _revive(original: type, chain: Chain, *rest):
     return cls.__new__(cls, *rest)
 
 
-def why_not(cls: type) -> str | None:
+def reason_not_to_subclass(cls: type) -> str | None:
     """Why modules of this class cannot be given another one, or None."""
     own = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
     if own or hasattr(cls, "__getnewargs_ex__"):
