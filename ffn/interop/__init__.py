@@ -1,1 +1,1 @@
-"""The outside world: other libraries' checkpoints and modules. Only here are their names known."""
+"""Other libraries: swap for their modules, hf for their checkpoints. No other folder knows their names."""

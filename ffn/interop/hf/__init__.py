@@ -1,1 +1,1 @@
-"""Hugging Face: its configurations as TransformerConfig, its names and packings of weights as views."""
+"""Hugging Face checkpoints: read configurations as TransformerConfig, and weights under our names."""

@@ -1,4 +1,4 @@
-"""Find the feed-forward blocks in a module by structure: products of fitting shapes, one after the other."""
+"""Find the feed-forward blocks of a module by structure: products of fitting shapes, one after the other."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,15 @@ from ffn.interop.swap.proof import prove
 from ffn.interop.swap.reroute import Plan, reason_not_to, reason_not_to_subclass
 from ffn.interop.swap.source import Chain
 
-NOT_FOUND = "its source is not to be had, or holds no such products one after the other"
+NOT_FOUND = "its source is not available, or does not call the Linears of a block one after the other"
 
 
 def plans(
     module: nn.Module, save: str = "preact", chunk_tokens: int | None = None, backend: str = "auto"
 ) -> Iterator[Plan | str]:
-    """For each candidate in the module's own code a plan, proved in float64, or why there is none.
+    """Yield for each chain in the module's own code a plan proved in float64, or the reason for none.
 
-    The weights are not looked at: they may be on the meta device.
+    The values of the weights are not read.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return
@@ -31,18 +31,18 @@ def plans(
         if 0 < len(first) <= 2 and set(chain.first) <= set(products) and _fits(module, first, last):
             if chain.holds or last == chain.last:
                 yield _plan(module, chain, first, last, save, chunk_tokens, backend)
-            else:  # the rest of that forward would be lost
+            else:  # the code after the product in that forward would be lost
                 yield f"the forward of {chain.last} does not begin with its product"
 
 
 def has_block_shape(module: nn.Module) -> bool:
-    """Whether two children are one product each and their shapes those of a block."""
+    """Return whether two children hold one product each, in the shapes of a block."""
     convolves = any("Conv" in type(child).__name__ and not _is_product(child) for child in module.children())
     if (
         isinstance(module, torch.jit.ScriptModule)
         or convolves
         or any(True for _ in module.parameters(recurse=False))
-    ):  # a mixer of another kind
+    ):  # another kind of mixer
         return False
     found = [paths[0] for paths in _products_by_child(module).values() if len(paths) == 1]
     pairs = [sizes(module.get_submodule(path)) for path in found]
@@ -50,12 +50,12 @@ def has_block_shape(module: nn.Module) -> bool:
 
 
 def _products_by_child(module: nn.Module) -> dict[str, list[str]]:
-    """For each child that holds one product or two, or is one, their paths."""
+    """Map each child that is a product, or holds one or two, to their paths."""
     return {child: found for child, m in module.named_children() if 0 < len(found := _products(child, m)) < 3}
 
 
 def _products(path: str, module: nn.Module) -> list[str]:
-    """Paths of the Linears (and their like) in a child: all, or the first three."""
+    """Return the paths of the products in a child, at most the first three."""
     if isinstance(module, torch.jit.ScriptModule):
         return []
     if _is_product(module):
@@ -69,7 +69,7 @@ def _products(path: str, module: nn.Module) -> list[str]:
 
 
 def _opening(path: str, module: nn.Module) -> str | None:
-    """The path of the product that the forward of a child begins with, where that holds one."""
+    """Return the path of the product that the child's forward begins with, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
     for name, child in module.named_children():
@@ -88,7 +88,7 @@ def _is_product(module: nn.Module) -> bool:
 
 
 def _fits(module: nn.Module, first: tuple[str, ...], last: str) -> bool:
-    """Whether the shapes are those of a block: D -> H (twice, or 2H when packed), H -> O."""
+    """Return whether the shapes are those of a block: D -> H (twice, or once to 2H when packed), H -> O."""
     into = [sizes(module.get_submodule(path)) for path in first]
     H = sizes(module.get_submodule(last))[0]
     if len({D for D, _ in into}) != 1:
@@ -97,10 +97,10 @@ def _fits(module: nn.Module, first: tuple[str, ...], last: str) -> bool:
 
 
 def _plan(module, chain: Chain, first, last, save, chunk_tokens, backend) -> Plan | str:
-    """The plan, proved in float64 on thin products of the same hidden width, or why there is none."""
+    """Return the plan, proved in float64 on thin products, or the reason for none."""
     if reason := reason_not_to_subclass(type(module)):
         return reason
-    with torch.device("cpu"):  # also where a model is being built on the meta device
+    with torch.device("cpu"):  # whatever the default device is
         inner = identify(module, source.inner(type(module), chain), first, last)
         if isinstance(inner, str):
             return inner

@@ -19,29 +19,25 @@ MORE = "its forward does more than one feed-forward block"
 
 
 def from_module(module: nn.Module) -> FeedForward:
-    """Return a new FeedForward that computes what `module`, a whole feed-forward block, computes.
+    """Return a FeedForward with the weights of `module`, a feed-forward block from another library.
 
-    Examples of blocks: `nn.Sequential(Linear, GELU, Dropout, Linear)`, transformers' LlamaMLP, GPT2MLP and
-    Phi3MLP, timm's Mlp, a hand-written one. The module is read as `ffn.swap` reads it, and is not changed.
+    Parameters with the same layout are shared: an optimizer that has them goes on, and a change in one block
+    shows in the other. Parameters with another layout are copied: the weights of transformers' Conv1D, which
+    are (in, out), and the halves of a packed gate and up.
 
-    A weight or bias that lies as FeedForward keeps it is shared: it stays the same Parameter, so an optimizer
-    that has it goes on, and a change in one block shows in the other. The others are copied: the transposed
-    weights of a Conv1D, and the halves of a packed gate and up.
-
-    The result has the module's activation, biases (for each Linear or none), dropout rates, dtype, device,
-    requires_grad and training mode. Hooks of the module must be removed before. Set its `save`,
-    `chunk_tokens` and `backend` afterwards, as for `FeedForward`.
+    Activation, dropout rates, the bias of each Linear, dtype, device, requires_grad and training mode are
+    those of the module. To choose `save`, `chunk_tokens` or `backend`, set these attributes of the result.
 
     Args:
-        module: the block. A FeedForward is returned as it is.
+        module: for example nn.Sequential(Linear, GELU, Dropout, Linear), transformers' LlamaMLP, GPT2MLP or
+            Phi3MLP, timm's Mlp, or your own class. It is unchanged. A FeedForward is returned as it is.
 
     Returns:
-        A FeedForward. Before it is returned, its outputs and input gradients are compared with the module's.
+        A FeedForward, after its outputs and input gradients were compared with the module's.
 
     Raises:
         TypeError: module is not an nn.Module.
-        ValueError: module is not one block, or it computes something that FeedForward cannot; the message
-            gives the reason.
+        ValueError: module is not exactly one block, or FeedForward cannot compute it; the message says why.
 
     >>> from_module(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8), nn.Dropout(0.1)))
     FeedForward(

@@ -1,9 +1,8 @@
-"""Give the feed-forward blocks of any model the lean op, in place, and take it back.
+"""Reroute the feed-forward blocks of any model through the op, in place, and undo it.
 
-A block is found by structure: products of fitting shapes, one after the other in the code of one module.
-What lies between them is identified by probing (see `ffn.interop.swap.probe`), and before the module is
-rerouted its output and input gradient are compared with the old ones. What differs, or is not understood,
-stays.
+A block is found by its structure: products of fitting shapes, one after the other in the code of one module.
+`probe` identifies the code between the products. Before a module is rerouted, its outputs and input gradients
+are compared with the old ones. A block that differs, or that is not understood, is left as it is.
 """
 
 import re
@@ -28,60 +27,62 @@ def swap(
 ) -> Report:
     """Reroute the feed-forward blocks of `model`, any torch module, through `ffn.feed_forward`, in place.
 
-    Children, names, state dict, hooks, base classes and parameters stay what they are, and a LoRA adapter, a
-    hook or a quantized weight put on a block later takes effect: there the old code runs. Globals that it
-    reads are taken to stay what they are now.
+    Children, names, state dict, hooks, base classes and parameters stay the same. When a LoRA adapter, a hook
+    or a quantized weight is put on a block later, that block runs its old code. Globals that the old code
+    reads must keep their values.
 
     Args:
         save, chunk_tokens, backend: as for `ffn.feed_forward`.
-        dry_run: only report.
+        dry_run: report only; change nothing.
 
     Returns:
-        For each block what was done, or why not, and the bytes of activations a token keeps for backward
-        before and after. `print(report)` shows a table.
+        One `Block` per feed-forward block: swapped, or left with the reason; and the bytes of activations
+        saved for backward per token, before and after. `print(report)` shows a table.
 
     Raises:
-        TypeError: no torch module. ValueError: options that make no sense. The model is then as it was.
+        TypeError: model is not an nn.Module.
+        ValueError: an option is invalid. The model is unchanged.
 
     >>> layer = nn.TransformerEncoderLayer(8, 2, 32)
     >>> [block.action for block in swap(layer)]
     ['swapped']
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"swap wants a torch module; got a {type(model).__name__}")
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     found = []
     for path, module in model.named_modules():
         if examined := _examine(path, module, save, chunk_tokens, backend):
             found.append((module, *examined))
-    for module, plan, _ in found:  # after all were examined: an error above leaves the model as it was
+    for module, plan, _ in found:  # after all are examined, so that an error changes nothing
         if plan is not None and not dry_run:
             reroute(module, plan)
     return Report([block for *_, block in found])
 
 
 def unswap(model: nn.Module) -> int:
-    """Undo `swap`; returns how many blocks were rerouted.
+    """Undo `swap` and return the number of blocks restored.
 
     Raises:
-        RuntimeError: a block's class was changed since by something else (FSDP2 does); nothing is changed.
+        RuntimeError: something else changed the class of a block after `swap` (FSDP2 does). The model is
+            unchanged.
     """
     rerouted = [module for module in model.modules() if isinstance(module, Rerouted)]
     for module in rerouted:
-        origin(module)  # a look at all of them before the first is changed
+        origin(module)  # raises before any block is changed
     for module in rerouted:
         restore(module)
     return len(rerouted)
 
 
 def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Block] | None:
-    """The plan for a module and its line in the report; None if no block is to be seen in it."""
+    """Return the plan for a module and its entry in the report; None if the module has no block."""
     name = type(module).__name__
     if type(module).__module__.startswith("ffn.") or "Attention" in name:
         return None
     if isinstance(module, Rerouted):
         now, plan = (save, chunk_tokens, backend), vars(module).get(PLAN)
         other = plan is not None and now != (plan.save, plan.chunk_tokens, plan.backend)
-        reason = "swapped before, with other options: unswap first" if other else "swapped before"
+        reason = "already swapped with other options: call ffn.unswap first" if other else "already swapped"
         return None, Block(path, name, "left", reason)
     if any(p.ndim == 3 and EXPERTS.search(key) for key, p in module.named_parameters(recurse=False)):
         return None, Block(path, name, "left", "a mixture of experts")

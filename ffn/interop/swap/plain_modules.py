@@ -1,8 +1,8 @@
-"""What the op needs of another library's block, read off its modules for as long as these are plain ones.
+"""Read weights from other libraries' products, as long as these are plain.
 
-Plain means that calling the module does what its class says and nothing else. A replaced, hooked,
-parametrized or quantized module, or an activation that is in no row of the table, must be called itself:
-`fused` says so by None. It is asked at each call, so whatever is done to a module later takes effect.
+Plain means: calling the module runs the forward of its class and nothing else. A replaced, hooked,
+parametrized or quantized module must be called itself. This is checked at each call, so a later change takes
+effect.
 """
 
 from types import MethodType
@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from ffn.nn.plain import is_hooked, plain_parameters
 
 PACKINGS = ("gate_first", "gate_last", "interleaved")
-# Products that are no nn.Linear, by full name: whether the weight is kept as (in, out).
+# Products other than nn.Linear, by full name: True if the weight is (in, out).
 TRANSPOSED = {
     "transformers.pytorch_utils.Conv1D": True,
     "transformers.models.falcon.modeling_falcon.FalconLinear": False,
@@ -21,13 +21,13 @@ TRANSPOSED = {
 
 
 def split_packed(packed: Tensor, packing: str) -> tuple[Tensor, Tensor]:
-    """(gate, up), each (H, ...): views of a weight (2 H, D) or bias (2 H) that holds both.
+    """Return (gate, up), each (H, ...): views of a packed weight (2 H, D) or bias (2 H).
 
     Args:
         packing: where the gate lies: "gate_first" (the first half: Phi-3, SwiGLUPacked), "gate_last" (the
-            second: GluMlp, flash-attn) or "interleaved" (the even rows: gpt-oss).
+            second half: GluMlp, flash-attn) or "interleaved" (the even rows: gpt-oss).
 
-    The two come from one unbind, whose backward is one stack; two slices would each fill a whole gradient.
+    One unbind makes both views: its backward is one stack, while two slices would each fill a whole gradient.
     """
     if packing == "interleaved":
         gate, up = packed.unflatten(0, (-1, 2)).unbind(1)
@@ -37,9 +37,9 @@ def split_packed(packed: Tensor, packing: str) -> tuple[Tensor, Tensor]:
 
 
 def plain_projection(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    """(weight (out, in), bias) of a plain Linear, or one of transformers' like it, else None.
+    """Return (weight (out, in), bias) of a plain product, else None.
 
-    A Conv1D keeps its weight as (in, out): what is returned is a view of it.
+    The weight of a Conv1D is (in, out): a view of it is returned.
     """
     if type(module) is nn.Linear:
         return plain_parameters(module)
@@ -53,15 +53,15 @@ def plain_projection(module: nn.Module | None) -> tuple[Tensor, Tensor | None] |
 
 
 def is_plain_input(x: Tensor) -> bool:
-    """Whether x is a tensor and no subclass of it, nor a nested one, and no hook watches all modules."""
+    """Return whether x is a plain Tensor, not a subclass and not nested, and no global module hook is set."""
     return (type(x) is Tensor or type(x) is nn.Parameter) and not x.is_nested and not has_global_hooks()
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module runs the forward that its class was written with, and no hook."""
+    """Return whether calling the module runs the forward written in its class, and no hook."""
     kind, forward = type(module), module.forward
     if type(forward) is not MethodType or forward.__func__ is not kind.forward:
         return False
-    if forward.__func__.__module__ != kind.__module__:  # a patch of the class, or inherited
+    if forward.__func__.__module__ != kind.__module__:  # the class is patched, or inherits it
         return False
     return not is_hooked(module)

@@ -1,8 +1,8 @@
-"""What a module computes between its products, found by watching its own code run on chosen values.
+"""Identify what a module computes between its products, by running its own code on chosen values.
 
-The code between the first product and the last is run in float64 with stand-ins for the products: the first
-returns values chosen here, the last catches what reaches it. So the activation, which half of a packed
-product is the gate, a dropout, a clamp or a multiplier all show in the numbers, whatever the code looks like.
+The code between the products runs in float64 with stand-ins: the first product returns values chosen here,
+the last product catches its input. The numbers show the activation, the half of a packed product that is the
+gate, a dropout, a clamp or a multiplier, however the code is written.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,18 +20,18 @@ from ffn.interop.swap.plain_modules import PACKINGS, split_packed
 from ffn.interop.swap.standin import is_leaf, run
 
 Found = tuple[str, int | None, str | None]  # the first three of `Inner`
-_EVERY_MODULES = vars(nn.Module()).keys()  # attributes that say nothing of what it computes
+_EVERY_MODULES = vars(nn.Module()).keys()  # attributes that do not decide what a module computes
 
 
 @dataclass(frozen=True)
 class Inner:
-    """h = dropout(act(pre)), or dropout(act(gate) * up).
+    """The code between the products: h = dropout(act(pre)), or dropout(act(gate) * up).
 
-    activation: a row of the table. gate: which of the products it is applied to, by its index in the chain
-    (None when plain). packing: how the halves of a single packed product lie, or None.
-    dropout: (path of a module, the attribute that holds the probability), or None.
-    watched: (path of a module, attribute, value) read on the way: while they stay, so does all of this.
-    passed: (path, class) of the modules called on the way, and of those that hold the products.
+    activation: the name in the table of activations. gate: index in the chain of the product that is the gate
+    (None when plain). packing: where the gate lies in a single packed product, or None.
+    dropout: (path of a module, attribute that holds the rate), or None.
+    watched: (path of a module, attribute, value) that the code reads: while they stay, the others hold.
+    passed: (path, class) of the modules that the code calls, and of the modules that hold the products.
     """
 
     activation: str
@@ -44,9 +44,9 @@ class Inner:
 
 @contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """The module and all in it in training or eval mode; then as they were, and the random state too.
+    """Put a module and its children in training or eval mode; restore modes and random state afterwards.
 
-    By their flags alone: a train() of their own may do more than can be undone.
+    Sets the flags directly: a train() of their own may do more than can be undone.
     """
     was = {child: child.training for child in module.modules()}
     devices = {p.get_device() for p in module.parameters() if p.is_cuda}
@@ -61,11 +61,11 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 def identify(module: nn.Module, chain: Callable, first: tuple[str, ...], last: str) -> Inner | str:
-    """What `chain(module, x)` computes between its products, or why that is not a row of the table.
+    """Identify what `chain(module, x)` computes between its products; return a reason where it cannot.
 
     Args:
-        module: owns the code; it is left as it was.
-        chain: the code as `ffn.interop.swap.source.inner` gives it.
+        module: owns the code; it is unchanged afterwards.
+        chain: the code, as `ffn.interop.swap.source.inner` returns it.
         first, last: paths of the products within the module.
     """
     seen: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def identify(module: nn.Module, chain: Callable, first: tuple[str, ...], last: s
             torch.default_generator.manual_seed(0)
             dropped = h_of(grids)
             dropout = None if fault else dropout_of(h, dropped, grids, seen)
-    except Exception as error:  # noqa: BLE001 (it is their code that ran, and may raise anything)
+    except Exception as error:  # noqa: BLE001 (other people's code may raise anything)
         return unsteady(seen) or f"its code cannot be probed ({type(error).__name__}: {str(error)[:80]!r})"
     if fault := fault or unsteady(seen):
         return fault
@@ -100,7 +100,7 @@ def identify(module: nn.Module, chain: Callable, first: tuple[str, ...], last: s
 
 
 def sizes(product: nn.Module) -> tuple[int, int]:
-    """(in, out) of a Linear, or of a Conv1D, which has its weight the other way round."""
+    """Return (in, out) of a product. The weight of a Linear is (out, in), of a Conv1D (in, out)."""
     weight = product.weight
     assert isinstance(weight, Tensor)
     out, into = weight.shape
@@ -108,7 +108,7 @@ def sizes(product: nn.Module) -> tuple[int, int]:
 
 
 def preactivations(widths: list[int]) -> list[Tensor]:
-    """Preactivations (2, n, width) each: everything from -1e4 to 1e4, in another order at each place."""
+    """Return preactivations (2, n, width) for each width: values from -1e4 to 1e4 in random order."""
     reach = torch.logspace(-3, 4, 200, dtype=torch.float64)
     values = torch.cat([torch.linspace(-12, 12, 601, dtype=torch.float64), reach, -reach])
     generator = torch.Generator().manual_seed(0)
@@ -121,9 +121,9 @@ def preactivations(widths: list[int]) -> list[Tensor]:
 
 
 def _row(h: Tensor, grids: list[Tensor], H: int) -> Found | str:
-    """(activation, gate, packing) that give h and its derivatives, or why none does."""
+    """Return the (activation, gate, packing) that give h and its derivatives, or the reason for none."""
     if h.shape[:-1] != grids[0].shape[:-1] or h.shape[-1] != H or h.dtype != torch.float64:
-        return f"what reaches the last product has shape {tuple(h.shape)} and dtype {str(h.dtype)[6:]}"
+        return f"the input of the last product has shape {tuple(h.shape)} and dtype {str(h.dtype)[6:]}"
     weight = torch.linspace(0.5, 1.5, h.numel(), dtype=torch.float64).view_as(h)
     depends = h.requires_grad
     slopes = torch.autograd.grad(h, grids, weight, retain_graph=True, allow_unused=True) if depends else ()
@@ -149,7 +149,7 @@ def _row(h: Tensor, grids: list[Tensor], H: int) -> Found | str:
 
 
 def _factors(found: Found, pre: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What the activation is applied to, and what its value is multiplied with: 1 when plain."""
+    """Return the input of the activation, and the factor of its value (1 when plain)."""
     _, gate, packing = found
     if packing is not None:
         gates, ups = (half.movedim(0, -1) for half in split_packed(pre[0].movedim(-1, 0), packing))
@@ -169,20 +169,20 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found: Found) -> str | None:
-    """Why the same does not hold in shorter dtypes up to their largest values, for NaN, or for one token."""
+    """Check shorter dtypes up to their largest values, NaN, and a single token; return a reason, or None."""
     cases = ((torch.float64, 1), (torch.float32, None), (torch.bfloat16, None), (torch.float16, None))
     for dtype, tokens in cases:
         top, eps = torch.finfo(dtype).max, max(torch.finfo(dtype).eps, 1e-10)
         pre = [grid.detach()[:, :tokens].clone() for grid in grids]
         plain = len(pre) == 1 and found[2] is None
-        if plain and tokens is None:  # products of two such would overflow
+        if plain and tokens is None:  # the product of two such values would overflow
             end = top if dtype == torch.float16 else 0.4 * top
             pre[0].view(-1)[::17], pre[0].view(-1)[1::17] = end, -end
         pre[0].view(-1)[-1] = torch.nan
         pre = [values.to(dtype) for values in pre]
         try:
             h = h_of(pre)
-        except NotImplementedError:  # torch has not all functions in all dtypes
+        except NotImplementedError:  # torch lacks some functions in some dtypes
             continue
         wide = [values.double() for values in pre]
         a, b = _factors(found, wide)
@@ -192,13 +192,12 @@ def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found
         near = ((h - value).abs() <= room) | (h == value.to(dtype))
         right = torch.where(value.isnan(), h.isnan(), near | ~sure)
         if h.dtype != dtype or not bool(right.all()):
-            return f"in {str(dtype)[6:]}{', for one token,' if tokens else ''} its values are others"
+            return f"in {str(dtype)[6:]}{', for one token,' if tokens else ''} it computes other values"
     return None
 
 
 def unsteady(seen: dict[str, Any]) -> str | None:
-    """Why what was found may not last: tensors read on the way, which training changes, and objects with a
-    life of their own."""
+    """Return the reason if the code reads what may change unseen: a tensor, or an object with state."""
     for path, value in seen.items():
         if isinstance(value, nn.Module):
             if is_leaf(value):
@@ -215,14 +214,16 @@ def unsteady(seen: dict[str, Any]) -> str | None:
 
 
 def dropout_of(h: Tensor, dropped: Tensor, grids: list[Tensor], seen: dict[str, Any]):
-    """(path, attribute) of the probability with which values of h were dropped, None where none were; a str
-    says why it is not known."""
-    other = "in training its values or gradients are other than kept and scaled, or dropped"
+    """Return (path, attribute) of the rate of the dropout from h to `dropped`, or None if none dropped.
+
+    Return a str with the reason if it is not a plain dropout, or if the place of its rate is not clear.
+    """
+    other = "in training mode it does more to values or gradients than dropout"
     live = h != 0
     factor = torch.where(live, dropped / h, 0.0).detach()
     scale, lost = factor[factor != 0], (live & (factor == 0)).double()
     if scale.numel() == 0:
-        return "everything is dropped"
+        return "its dropout rate is 1"
     if not dropped.requires_grad:
         return other
     p = float(1.0 - 1.0 / scale.mean())
@@ -233,7 +234,7 @@ def dropout_of(h: Tensor, dropped: Tensor, grids: list[Tensor], seen: dict[str, 
     )
     if abs(float(lost.sum() / live.sum()) - p) > 0.1 or not all(_close(a, b) for a, b in slopes):
         return other
-    for dim in range(lost.ndim):  # neighbours are dropped together only by chance
+    for dim in range(lost.ndim):  # neighbours must be dropped independently
         first, last = (live.narrow(dim, start, live.shape[dim] - 1) for start in (0, 1))
         pairs = int((first & last).sum())
         both = float(
@@ -250,7 +251,7 @@ def dropout_of(h: Tensor, dropped: Tensor, grids: list[Tensor], seen: dict[str, 
     if len(scalars) == 1:
         holder, _, name = scalars[0].rpartition(".")
         return holder, name
-    return f"it drops {p:.3g} of its values, and where that is kept is not clear"
+    return f"it drops {p:.3g} of its values, but no single attribute holds that rate"
 
 
 def _watched(seen: dict[str, Any], dropout: tuple[str, str] | None) -> tuple[tuple[str, str, Any], ...]:
@@ -270,7 +271,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_function(value: Any) -> bool:
-    """Whether it is called, and keeps nothing of its own that could change."""
+    """Return whether it is a function without state."""
     return (
         callable(value)
         and not isinstance(value, MethodType)

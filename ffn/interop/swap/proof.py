@@ -1,4 +1,4 @@
-"""That a rerouted block gives the old numbers, compared before it is rerouted; and its saved bytes."""
+"""Compare a block with the op before it is rerouted, and count the bytes that both save for backward."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ from ffn.interop.swap.standin import run
 from ffn.ops.feed_forward import feed_forward
 
 ON_META = "its weights are on the meta device: load them first"
-THIN = 8  # channels read and written where only the hidden width matters
+THIN = 8  # input and output width where only the hidden width matters
 
 
 def prove(module: nn.Module, plan: Plan) -> str | None:
-    """Compare the old code and the op in float64, on random thin weights and data; why not, or None.
+    """Compare the old code with the op in float64, on random thin weights; return a reason, or None if equal.
 
-    The products read and write at most THIN channels, so this costs little at any size, and is as exact.
+    The products read and write at most THIN channels: this is cheap at any size, and just as exact.
     """
     g = torch.Generator().manual_seed(1)
 
@@ -50,7 +50,7 @@ def prove(module: nn.Module, plan: Plan) -> str | None:
 
 
 def compare(module: nn.Module, plan: Plan) -> tuple[float, float] | str:
-    """Compare them on the module's own weights; the bytes a token keeps before and after, or why not."""
+    """Compare both on the module's own weights; return the bytes saved per token (old, new), or a reason."""
     product, chain = module.get_submodule(plan.last), source.inner(type(module), plan.chain)
     x = sample(module, plan)
     if x.is_meta:
@@ -69,7 +69,7 @@ def compare(module: nn.Module, plan: Plan) -> tuple[float, float] | str:
 
 
 def sample(module: nn.Module, plan: Plan, shape: tuple[int, int] = (2, 4)) -> Tensor:
-    """A random input (*shape, D) in the dtype and on the device of the weights."""
+    """Return a random input (*shape, D) in the dtype and on the device of the weights."""
     first = module.get_submodule(plan.first[0])
     assert isinstance(first.weight, Tensor)
     x = torch.randn(*shape, sizes(first)[0], generator=torch.Generator().manual_seed(2), device="cpu")
@@ -77,10 +77,9 @@ def sample(module: nn.Module, plan: Plan, shape: tuple[int, int] = (2, 4)) -> Te
 
 
 def difference(module: nn.Module, x: Tensor, old: Callable, new: Callable) -> str | None:
-    """Where outputs or input gradients of the two differ while the module is in eval mode, or None.
+    """Compare outputs and input gradients with the module in eval mode; return a reason, or None if equal.
 
-    The rounding of two ways to the same numbers is allowed: sixteen units of the dtype, relative to the norm
-    (four in half precision).
+    They may differ by rounding: by 16 eps of the dtype relative to the norm, 4 eps in half precision.
     """
     with mode(module, training=False):
         ys = [old(x), new(x)]
@@ -94,7 +93,7 @@ def difference(module: nn.Module, x: Tensor, old: Callable, new: Callable) -> st
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
-    """The norm of the difference over that of a; infinite where that is no number."""
+    """Return norm(a - b) / norm(a), or infinity where that is not a number."""
     a, b = a.detach().double(), b.detach().double()
     scale, difference = float(a.norm()), float((a - b).norm())
     if not difference < float("inf"):
@@ -103,7 +102,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 
 def _kept(function, x: Tensor, module: nn.Module) -> float:
-    """Bytes a token that autograd holds for backward: each storage once, the parameters not."""
+    """Return the bytes saved for backward per token: each storage once, without the parameters."""
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     storages: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""What `ffn.swap` did, block by block."""
+"""The report of `ffn.swap`: one entry per block, printed as a table."""
 
 import re
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ from ffn.text_table import columns
 class Block:
     """One feed-forward block of a model.
 
-    path, kind: where it is, and the name of its class. action: "swapped" or "left".
-    reason: why it was left. what: what it computes, where that is known.
-    before, after: bytes of activations a token keeps for backward.
+    path, kind: the path of the module in the model, and the name of its class.
+    action: "swapped" or "left". reason: why it was left.
+    what: the activation, the packing and "dropout", as far as they are known.
+    before, after: bytes of activations saved for backward per token.
     """
 
     path: str
@@ -26,7 +27,7 @@ class Block:
 
 
 class Report(list[Block]):
-    """The blocks, in the model's order; as text, a table in which equal lines of many layers are one."""
+    """The blocks in the order of the model. As text: a table where equal blocks of many layers share a line."""
 
     @property
     def swapped(self) -> list[Block]:
@@ -43,17 +44,17 @@ class Report(list[Block]):
             path = re.sub(r"(?<![^.])\d+(?![^.])", "*", block.path) or "(the model)"
             line = (path, block.kind, block.action, block.what or block.reason, kept)
             lines[line] = lines.get(line, 0) + 1
-        head = ("block", "class", "", "what, or why not", "bytes a token", "count")
+        head = ("block", "class", "", "computes, or reason", "bytes per token", "count")
         rows = [head, *((*line, str(count)) for line, count in lines.items())]
         before, after = (sum(getattr(b, name) for b in self.swapped) for name in ("before", "after"))
         total = f"{len(self.swapped)} of {len(self)} blocks swapped"
         if before:
-            total += f"; they keep {after:,.0f} bytes a token for backward in place of {before:,.0f}"
+            total += f"; they save {after:,.0f} bytes per token for backward instead of {before:,.0f}"
         return "\n".join([*columns(rows, left=len(head)), total])
 
 
 def describe(plan: Plan) -> str:
-    """In a few words what a block computes."""
+    """Return in a few words what a block computes."""
     words = [plan.inner.activation]
     if plan.inner.packing:
         words.append(plan.inner.packing.replace("_", " "))

@@ -1,8 +1,8 @@
-"""A module whose feed-forward lines go through the block's op, while it stays what it was.
+"""Reroute the feed-forward lines of a module through the op, by giving the module a subclass of its class.
 
-The module keeps its children, its name and its base classes; only its class is changed to a subclass of the
-old one, in which one method calls the op in place of the lines between the products. Whenever something was
-done to what takes part (an adapter, a hook, a quantized weight, another activation) the old method runs.
+The module keeps its children, and the subclass keeps the name and the base classes. One method calls the op
+instead of the lines of the chain. When a part was changed (an adapter, a hook, a quantized weight, another
+activation), the old method runs.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Pair = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """How one module is rerouted: where its code is, what that computes, how the op shall run.
+    """How to reroute one module: where its chain is, what it computes, the options of the op.
 
     first, last: paths of the products. save, chunk_tokens, backend: options of `ffn.feed_forward`.
     """
@@ -42,11 +42,11 @@ class Plan:
 
     @property
     def watched(self) -> tuple[tuple[str, str, Any], ...]:
-        """(path of a module, attribute, value): what must stay for the plan to hold."""
+        """The (path of a module, attribute, value) that must stay for the plan to hold."""
         return (*(("", *fact) for fact in self.chain.facts), *self.inner.watched)
 
     def arrange(self, pairs: list) -> tuple[Pair, Pair]:
-        """(up, gate), each (weight, bias), from those of the first products."""
+        """Return (up, gate), each (weight, bias), from the (weight, bias) of the first products."""
         inner = self.inner
         if inner.packing is not None:
             weight, bias = pairs[0]
@@ -59,7 +59,7 @@ class Plan:
 
 
 class Rerouted:
-    """What a rerouted module's class has before the class it had."""
+    """Base class of rerouted modules, in front of their old class."""
 
     def __reduce_ex__(self, protocol):
         made = super().__reduce_ex__(max(protocol, 2))  # copyreg.__newobj__, (class, ...), state
@@ -70,7 +70,7 @@ class Rerouted:
         plan: Plan = vars(self)[PLAN]
         if is_plain_input(x):
             return apply(self, plan, x)
-        chain = source.inner(origin(self), plan.chain)  # made on the way, of a kind that the op does not know
+        chain = source.inner(origin(self), plan.chain)  # x became a tensor subclass inside the method
         return _at(self, plan.last)(run(self, chain, x, {}, plan.last))
 
     def _ffn_tail(self: Any, holder: nn.Module, y: Tensor, *rest):
@@ -84,32 +84,32 @@ class Rerouted:
 
 
 def reroute(module: nn.Module, plan: Plan) -> None:
-    """Give the module the class in which `plan` holds; `restore` takes it back."""
+    """Give the module the subclass that follows `plan`; `restore` undoes it."""
     module.__class__ = _subclass(type(module), plan.chain)
     module.__dict__[PLAN] = plan
 
 
 def restore(module: nn.Module) -> None:
-    """Give the module back the class it had; RuntimeError as `origin` raises it."""
+    """Give the module its old class back; raise RuntimeError as `origin` does."""
     module.__class__ = origin(module)
     del module.__dict__[PLAN]
 
 
 def origin(module: nn.Module) -> type:
-    """The class a rerouted module had.
+    """Return the old class of a rerouted module.
 
     Raises:
-        RuntimeError: something else has changed its class since (FSDP2 does).
+        RuntimeError: something else changed its class after the swap (FSDP2 does).
     """
     found = vars(type(module)).get("_ffn_origin")
     if found is None:
         name = type(module).__name__
-        raise RuntimeError(f"{name} was changed after ffn.swap (sharded?): unswap before that, or load anew")
+        raise RuntimeError(f"the class of {name} was changed after ffn.swap (sharded?): unswap before that")
     return found[0]
 
 
 def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
-    """Why the old method must run now, or None."""
+    """Return the reason why the old method must run now, or None."""
     if plan.chain.sequence and tuple(module._modules) != plan.chain.sequence:
         return "steps were added or taken away"
     for path in (*plan.first, plan.last):
@@ -128,12 +128,12 @@ def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
         if now is not value and now != value:
             return f"{path or type(module).__name__}.{name} was {value!r} and is {now!r}"
     if probability(module, plan) >= 1.0:
-        return "everything is dropped"
+        return "its dropout rate is 1"
     return None
 
 
 def apply(module: nn.Module, plan: Plan, x: Tensor) -> Tensor:
-    """The op on the module's weights, whether or not there is a reason not to."""
+    """Run the op on the module's weights, without asking `reason_not_to`."""
     (up, up_bias), (gate, gate_bias) = plan.arrange([plain_projection(_at(module, p)) for p in plan.first])
     down, down_bias = plain_projection(_at(module, plan.last))  # type: ignore[misc]
     return feed_forward(
@@ -144,13 +144,13 @@ def apply(module: nn.Module, plan: Plan, x: Tensor) -> Tensor:
 
 
 def probability(module: nn.Module, plan: Plan) -> float:
-    """Of the dropout between the products, now."""
+    """Return the rate of the dropout between the products in its present mode."""
     place = plan.inner.dropout
     return rate(module, place) if place is not None and _at(module, place[0]).training else 0.0
 
 
 def rate(module: nn.Module, place: tuple[str, str] | None) -> float:
-    """Of the dropout at (path, attribute), whether it is training or not; 0.0 where there is none."""
+    """Return the rate of the dropout at (path, attribute) in training mode; 0.0 for None."""
     return 0.0 if place is None else float(getattr(_at(module, place[0]), place[1]))
 
 
@@ -159,7 +159,7 @@ def tail_of(module: nn.Module, plan: Plan) -> FunctionType | None:
 
 
 def _holder(module: nn.Module, plan: Plan) -> tuple[FunctionType, str]:
-    """The forward of what holds the last product, and the product's name there."""
+    """Return the forward of the module that holds the last product, and the product's name in it."""
     return type(_at(module, plan.chain.last)).forward, plan.last.rpartition(".")[2]
 
 
@@ -171,27 +171,28 @@ def _at(module: nn.Module, path: str) -> Any:
 
 
 def _revive(original: type, chain: Chain, *rest):
-    """An empty module of the rerouted class; pickle and deepcopy fill it."""
+    """Return an empty module of the rerouted class, which pickle and deepcopy fill."""
     cls = _subclass(original, chain)
     return cls.__new__(cls, *rest)
 
 
 def reason_not_to_subclass(cls: type) -> str | None:
-    """Why modules of this class cannot be given another one, or None."""
+    """Return the reason why modules of this class cannot be given a subclass, or None."""
     own = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
     if own or hasattr(cls, "__getnewargs_ex__"):
-        return f"{cls.__name__} is copied and pickled in a way of its own"
+        return f"{cls.__name__} defines its own way to be copied and pickled"
     return None
 
 
 @cache
 def _subclass(original: type, chain: Chain) -> type:
-    """The class of rerouted modules: by its names the old one, which code elsewhere may look for."""
+    """Return the class of rerouted modules, with the name of the old class: other code may look for it."""
     rewritten, name = source.rewrite(original, chain), chain.method
 
     def method(self, *args, **kwargs):
         plan, now = vars(self).get(PLAN), getattr(original, name)
-        if plan is not None and now is old and not has_global_hooks():  # none in one that the class made anew
+        # an instance made by calling this class has no plan
+        if plan is not None and now is old and not has_global_hooks():
             tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             if all(map(is_plain_input, tensors)) and reason_not_to(self, plan) is None:
                 return rewritten(self, *args, **kwargs)
@@ -210,8 +211,10 @@ def _subclass(original: type, chain: Chain) -> type:
 
 
 def _slow(original: type) -> dict[str, Any]:
-    """What keeps torch's encoder layer off its fast path, which in eval mode reads the weights itself, past
-    the method. Nested tensors know no other path."""
+    """Return the attributes that keep torch's encoder layer off its fast path in eval mode.
+
+    The fast path reads the weights itself and never calls the method. Nested tensors have no other path.
+    """
 
     def forward(self, src, *args, **kwargs):
         if not src.is_nested:
@@ -222,7 +225,7 @@ def _slow(original: type) -> dict[str, Any]:
         finally:
             del vars(self)["_ffn_nested"]
 
-    def activation_relu_or_gelu(self) -> int:  # 0 says that it may not
+    def activation_relu_or_gelu(self) -> int:  # 0 turns the fast path off
         return vars(self)["activation_relu_or_gelu"] if "_ffn_nested" in vars(self) else 0
 
     return {

@@ -1,4 +1,4 @@
-"""Where a method computes last(inner(first(x))) on children of its module, read from its own source.
+"""Find in the source of a method where it computes last(inner(first(x))) on children of its module.
 
 A feed-forward block may be a module of its own or a few lines in the middle of a layer:
 
@@ -9,9 +9,9 @@ A feed-forward block may be a module of its own or a few lines in the middle of 
     hidden = self.fc2(hidden)                  to the call of the last
     return residual + hidden
 
-`find_chains` finds such runs of statements; `inner` is what lies between the products as a function, for
-probing; `rewrite` is the method with the run replaced by one call. Both are compiled from the method's own
-statements, so that all else in it stays what it was. What cannot be moved safely is not a chain.
+`find_chains` finds such statements; `inner` makes a function of the code between the products, for probing;
+`rewrite` makes the method with the chain replaced by one call. Both are compiled from the method's own
+statements, so the rest of the method stays the same. Statements that cannot be moved safely are not a chain.
 """
 
 import ast
@@ -29,17 +29,17 @@ from ffn.interop.swap.statements import Place, calls_of, is_closed, is_simple, i
 from ffn.interop.swap.syntax import function_of, is_what_runs, tree_of, written
 
 X = "_ffn_x"  # the block's input, in the functions made here
-REROUTE, TAIL = "_ffn_reroute", "_ffn_tail"  # what `rewrite` calls on self
-TAILS: dict[tuple[FunctionType, str], FunctionType | None] = {}  # for a compiler to look up what `tail` found
+REROUTE, TAIL = "_ffn_reroute", "_ffn_tail"  # the methods that a rewritten method calls
+TAILS: dict[tuple[FunctionType, str], FunctionType | None] = {}  # cache of `tail`, which a compiler can read
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A run of statements in `method`, from the calls of the children `first` (one or two) to that of `last`.
+    """The statements in `method` from the calls of the children `first` (one or two) to the call of `last`.
 
-    holds: whether `last` holds the product, which its forward begins with, rather than being it.
-    sequence: the children's names of an nn.Sequential, whose forward has no such lines.
-    facts: (attribute, value) of the module that decide which branches were taken.
+    holds: True if `last` is not the product itself but a module with a forward that begins with the product.
+    sequence: names of the children of an nn.Sequential, which has no such statements: they are made up.
+    facts: (attribute, value) of the module, which decided the branches.
     """
 
     method: str
@@ -51,10 +51,13 @@ class Chain:
 
 
 def find_chains(module: nn.Module, products: set[str], holders: set[str]) -> list[Chain]:
-    """The chains in the methods of `module`, of its children named in `products` (these are products, or hold
-    those of one step) and, as the last, in `holders` (whose forward begins with one).
+    """Return the chains in the methods of `module`.
 
-    Where there are none, they are looked for in the branches that the module's own attributes choose.
+    If there are none, look again with each `if` replaced by the branch that the module's attributes choose.
+
+    Args:
+        products: names of children that are products, or that hold one or two.
+        holders: names of children with a forward that begins with a product; they can end a chain.
     """
     cls = type(module)
     sequence = tuple(module._modules) if cls.forward is nn.Sequential.forward else ()
@@ -70,7 +73,7 @@ def find_chains(module: nn.Module, products: set[str], holders: set[str]) -> lis
 
 
 def _chains(cls: type, blank: Chain, products: set[str], holders: set[str]) -> Iterator[Chain]:
-    """The chains in one method."""
+    """Yield the chains in one method."""
     tree = _tree(cls, blank.method, blank.sequence, blank.facts)
     if tree is None:
         return
@@ -87,7 +90,7 @@ def _chains(cls: type, blank: Chain, products: set[str], holders: set[str]) -> I
 
 @cache
 def inner(cls: type, chain: Chain) -> FunctionType:
-    """f(self, x): what the method does from x to the call of the last product, which is its last act."""
+    """Return f(self, x): the code of the method from x up to the call of the last product, with that call."""
     tree, place = _found(cls, chain)
     run = place.body[place.start : place.stop + 1]
     ((_, call),) = calls_of(run[-1], {chain.last})
@@ -104,7 +107,10 @@ def inner(cls: type, chain: Chain) -> FunctionType:
 
 
 def rewrite(cls: type, chain: Chain) -> FunctionType:
-    """The method with its chain replaced by `self._ffn_reroute(x)`, or by that and the rest of `last`."""
+    """Return the method with its chain replaced by `self._ffn_reroute(x)`.
+
+    If `last` holds the product, a call of `self._ffn_tail` runs the rest of its forward.
+    """
     tree, place = _found(cls, chain)
     statement = place.body[place.stop]
     ((_, call),) = calls_of(statement, {chain.last})
@@ -119,7 +125,10 @@ def rewrite(cls: type, chain: Chain) -> FunctionType:
 
 
 def tail(forward: FunctionType, product: str) -> FunctionType | None:
-    """f(self, y, ...) from a forward that begins with the product, without it; None if it does not."""
+    """Return f(self, y, ...): a forward that begins with the product, without the product.
+
+    Return None if the forward does not begin with it.
+    """
     if (forward, product) not in TAILS:
         TAILS[forward, product] = _tail(forward, product)
     return TAILS[forward, product]
@@ -171,7 +180,7 @@ def _tree(
 
 
 def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The plain values among the module's attributes that its methods ask for in an `if`."""
+    """Yield (name, value) of the module's attributes with plain values that its methods read in an `if`."""
     names: set[str] = set()
     for method in _methods(type(module)):
         tree = _tree(type(module), method)
@@ -184,7 +193,7 @@ def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 class _Decided(ast.NodeTransformer):
-    """Puts the branch taken in the place of each `if` that asks only for these attributes of self."""
+    """Replace each `if` that reads only these attributes of self by the branch taken."""
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
@@ -203,7 +212,7 @@ class _Decided(ast.NodeTransformer):
 
 
 class _Filled(ast.NodeTransformer):
-    """Puts the values in the place of self.NAME."""
+    """Replace self.NAME by the value of the attribute."""
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
@@ -213,7 +222,7 @@ class _Filled(ast.NodeTransformer):
         return ast.copy_location(ast.Constant(self.facts[node.attr]), node) if known else node
 
     def visit_Is(self, node: ast.Is):
-        return ast.Eq()  # of the plain values that can stand here the same
+        return ast.Eq()  # the same for the plain values here
 
     def visit_IsNot(self, node: ast.IsNot):
         return ast.NotEq()
@@ -228,7 +237,7 @@ def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
 
 
 def _locate(tree: ast.FunctionDef, chain: Chain) -> Place | None:
-    """The place of the chain, if its statements can be taken out without loss."""
+    """Return the place of the chain, if its statements can be taken out of the method."""
     for body in _bodies(tree):
         stops = [i for i, s in enumerate(body) if is_simple(s) and any(calls_of(s, {chain.last}))]
         for stop in stops:

@@ -1,4 +1,4 @@
-"""A module's own code run with functions in place of its products, and all that it reads noted."""
+"""Run a module's own code with functions in place of its products, and record what it reads."""
 
 from collections.abc import Callable
 from types import MethodType
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Caught(Exception):
-    """Carries what reached the last product."""
+    """Carries the value that reached the last product."""
 
     def __init__(self, value: Tensor):
         super().__init__()
@@ -17,10 +17,10 @@ class Caught(Exception):
 
 
 class StandIn:
-    """A module to its own code, but for the products: those are functions given here, by path.
+    """Stands for a module while its own code runs, with the given functions in place of products, by path.
 
-    What the code reads of it is noted in `seen`, also in its methods and in its children's own code; it may
-    not write.
+    Each attribute that the code reads is recorded in `seen`, also in its methods and in its children's code.
+    Writing an attribute raises TypeError.
     """
 
     def __init__(self, module: nn.Module, products: dict[str, Any], seen: dict[str, Any], path: str = ""):
@@ -53,17 +53,17 @@ class StandIn:
     def __call__(self, *args, **kwargs):
         kind = self.__class__
         if kind.__call__ is not nn.Module.__call__:
-            raise TypeError(f"{kind.__name__} is called in a way of its own")
+            raise TypeError(f"{kind.__name__} defines its own __call__")
         return kind.forward(self, *args, **kwargs)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether it is one of torch's own, which do what their attributes say and nothing else."""
+    """Return whether it is a torch.nn module without children: its attributes say all that it does."""
     return type(module).__module__.startswith("torch.nn.") and not module._modules
 
 
 class Product:
-    """Stands for a Linear: calls `function`; all else is the Linear's, but for the dtype of its weight."""
+    """Stands for a product: calls `function`. Its other attributes, but the weight's dtype, are the product's."""
 
     def __init__(self, linear: nn.Module, function: Callable[[Tensor], Tensor], dtype: torch.dtype):
         self._linear, self._function = linear, function
@@ -77,7 +77,7 @@ class Product:
 
 
 def run(module: nn.Module, chain: Callable, x: Tensor, products: dict[str, Callable], last: str, seen=None):
-    """What reaches the last product when chain(module, x) runs with functions in place of `products`."""
+    """Run chain(module, x) with functions in place of `products`; return the input of the last product."""
 
     def catch(h: Tensor):
         raise Caught(h)

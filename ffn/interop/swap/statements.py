@@ -1,4 +1,4 @@
-"""What statements of a method call, read and assign, and whether a run of them can be taken out of it."""
+"""Analyse statements of a method: which calls, reads and assignments they make, and whether they can move."""
 
 import ast
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from typing import Any, TypeGuard
 
 @dataclass(frozen=True)
 class Place:
-    """A run of statements body[start:stop], and body[stop], which calls the last product.
+    """The place of a chain: statements body[start:stop], and body[stop], which calls the last product.
 
-    read: where the last one of the first products is called. argument: what they are called with, x.
+    read: index of the statement that calls the last of the first products. argument: their input, x.
     """
 
     body: list[ast.stmt]
@@ -21,7 +21,11 @@ class Place:
 
 
 def is_closed(tree: ast.FunctionDef, place: Place, first: set[str], last: str) -> bool:
-    """Whether the run reads nothing but self, the kind of x and globals, and nobody reads what it assigns."""
+    """Return whether the statements can be taken out of the method.
+
+    They may read only x at the first products, self, the dtype, device and shape of x, and globals; and no
+    other statement may read the names that they assign.
+    """
     run, final = place.body[place.start : place.stop], place.body[place.stop]
     ((_, call),) = calls_of(final, {last})
     x = place.argument.id if isinstance(place.argument, ast.Name) else None
@@ -45,7 +49,7 @@ def is_closed(tree: ast.FunctionDef, place: Place, first: set[str], last: str) -
 
 
 def _is_foreseen(node: ast.AST, local: set[str]) -> bool:
-    """Whether its branches hang only on self and dtypes, which are probed, and not on what a call brings."""
+    """Return whether its branches depend only on self and dtypes, which are probed, not on arguments."""
     for test in (n.test for n in ast.walk(node) if isinstance(n, ast.If | ast.IfExp)):
         dtypes = {id(n.value) for n in ast.walk(test) if isinstance(n, ast.Attribute) and n.attr == "dtype"}
         called = {_name(n.func) for n in ast.walk(test) if isinstance(n, ast.Call)}
@@ -67,7 +71,7 @@ def is_simple(statement: ast.stmt) -> bool:
 
 
 def _movable(statement: ast.stmt) -> bool:
-    """Whether leaving it out is noticed only through the names it assigns."""
+    """Return whether the statement does nothing but assign names."""
     if is_text(statement):
         return True
     if isinstance(statement, ast.If):
@@ -90,7 +94,10 @@ def _stored(node: ast.AST) -> set[str]:
 
 
 def _loaded(node: ast.AST, skip: set[int], after: int = 0) -> set[str]:
-    """Names read in node, but for the nodes whose ids are in `skip`, from line `after` on or in a loop."""
+    """Return the names read in node from line `after` on, or anywhere if it has a loop or an inner function.
+
+    skip: ids of nodes that do not count.
+    """
     nodes = list(ast.walk(node))
     repeated = ast.For | ast.While | ast.Lambda | ast.FunctionDef
     looped = any(isinstance(n, repeated) and n is not node for n in nodes)
@@ -105,7 +112,7 @@ def _loaded(node: ast.AST, skip: set[int], after: int = 0) -> set[str]:
 
 
 def calls_of(node: ast.AST, names: set[str]) -> Iterator[tuple[str, ast.Call]]:
-    """The calls self.NAME(...), the innermost first, as they are evaluated."""
+    """Yield the calls self.NAME(...) in the order of evaluation, the innermost first."""
     for child in ast.iter_child_nodes(node):
         yield from calls_of(child, names)
     if isinstance(node, ast.Call) and (name := _child(node.func)) in names:

@@ -1,4 +1,4 @@
-"""A method as a syntax tree, and a changed tree as a function that stands where the method stood."""
+"""Turn a method into a syntax tree, and a changed tree into a function that replaces the method."""
 
 import __future__
 
@@ -11,10 +11,10 @@ from types import CodeType, FunctionType
 
 
 def written(cls: type, method: str) -> FunctionType:
-    """The method as its author wrote it.
+    """Return the method as its author wrote it.
 
-    transformers wraps the forward of a layer once more in each subclass, to checkpoint it from the outermost;
-    it will do so with the subclasses made here too, so that is taken off.
+    transformers wraps the forward of a layer in each subclass, for gradient checkpointing. It will wrap the
+    subclasses made here too, so this wrapper is removed.
     """
     function = getattr(cls, method)
     while getattr(function, "__globals__", {}).get("__name__") == "transformers.modeling_layers":
@@ -26,17 +26,17 @@ def written(cls: type, method: str) -> FunctionType:
 
 @cache
 def tree_of(function: Callable) -> ast.FunctionDef | None:
-    """The tree of a function, with the line numbers of its file; shared, so copy it before a change.
+    """Return the tree of a function, with the line numbers of its file. Copy it before a change: it is shared.
 
-    None where the source is not to be had, or is not all of what runs: a decorated function, one that
-    stands for another, names that are other ones outside of their class (`__name`) or their scope.
+    Return None if the source is not available or does not tell all that runs: the function is decorated or
+    wraps another one, or it uses names that depend on their class (`__name`) or scope (`global`, `nonlocal`).
     """
     if type(function) is not FunctionType or hasattr(function, "__wrapped__"):
         return None
     try:
         lines, first = inspect.getsourcelines(function)
-        nested = lines[0][:1].isspace()  # not dedented: that would reach into strings of several lines
-        with warnings.catch_warnings(action="ignore"):  # theirs, of strings with strange escapes
+        nested = lines[0][:1].isspace()  # textwrap.dedent would change multi-line strings
+        with warnings.catch_warnings(action="ignore"):  # about invalid escapes in their strings
             (tree,) = ast.parse("".join(["if 1:\n"] * nested + lines)).body
     except (OSError, TypeError, SyntaxError):  # built in, or typed at a prompt
         return None
@@ -50,7 +50,7 @@ def tree_of(function: Callable) -> ast.FunctionDef | None:
 
 @cache
 def is_what_runs(function: FunctionType) -> bool:
-    """Whether the source of a function still says what runs: its file may have changed since the import."""
+    """Return whether the source still matches the code: the file may have changed since its import."""
     try:
         lines, _ = inspect.findsource(function)
         codes = _codes("".join(lines), function.__code__.co_filename)
@@ -61,9 +61,9 @@ def is_what_runs(function: FunctionType) -> bool:
 
 
 def function_of(function: FunctionType, tree: ast.FunctionDef, file: str | None = None) -> FunctionType:
-    """What the tree defines, with the globals, the closure and the defaults of `function`.
+    """Return the function that the tree defines, with the globals, closure and defaults of `function`.
 
-    file: where tracebacks say that it is written; left out, the file of `function`.
+    file: the file name in tracebacks; by default that of `function`.
     """
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     outer, made = (ast.parse(f"def {name}(): ...").body[0] for name in ("outer", tree.name))
@@ -85,7 +85,7 @@ def function_of(function: FunctionType, tree: ast.FunctionDef, file: str | None 
 
 
 def _bare(given: ast.arguments) -> ast.arguments:
-    """The names of the arguments, without annotations and defaults, which were evaluated long ago."""
+    """Return the names of the arguments, without annotations and defaults, which are already evaluated."""
 
     def bare(arguments: list[ast.arg]) -> list[ast.arg]:
         return [ast.arg(a.arg) for a in arguments]
@@ -103,7 +103,7 @@ def _is_of_its_scope(node: ast.AST) -> bool:
 
 @lru_cache(maxsize=16)
 def _codes(text: str, file: str) -> list[CodeType]:
-    """The code of every function in a file."""
+    """Return the code of every function in a file."""
 
     def below(code: CodeType) -> Iterator[CodeType]:
         for constant in code.co_consts:

@@ -330,14 +330,14 @@ REFUSED = {
     "a norm after": (lambda: followed(nn.LayerNorm(6)), MORE),
     "two blocks": (lambda: followed(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6)), MORE),
     "two dropouts after": (lambda: followed(nn.Dropout(0.2), nn.Dropout(0.3)), "it drops 0.44 of its values"),
-    "channels dropped": (lambda: followed(nn.Dropout1d(0.3)), "in training its values"),
-    "noise": (lambda: NoisyInTraining(0.0), "in training its values"),
+    "channels dropped": (lambda: followed(nn.Dropout1d(0.3)), "in training mode"),
+    "noise": (lambda: NoisyInTraining(0.0), "in training mode"),
     "clamp": (lambda: nn.Sequential(nn.Linear(6, 10), nn.Hardtanh(), nn.Linear(10, 6)), "no activation"),
     "hook": (hooked, "the module has a hook"),
     "modes": (partly_in_eval_mode, "some in eval mode"),
     "swapped": (lambda: swapped(Plain()), "ffn.unswap"),
     "meta": (lambda: sequential(0.0).to("meta"), "meta device"),
-    "no block": (lambda: nn.Linear(6, 6), "no such products"),
+    "no block": (lambda: nn.Linear(6, 6), "its source is not available"),
 }
 
 

@@ -86,8 +86,8 @@ def tanh_labelled_gelu(x):
 
 
 tanh_labelled_gelu.__name__ = "gelu"
-NO_CHAIN = "its source is not to be had, or holds no such products one after the other"
-NO_ROW = "no activation of the table gives its values (an unknown one, a clamp, a multiplier, a norm?)"
+NO_CHAIN = "its source is not available"
+NO_ROW = "no activation of the table"
 ALMOST = {
     "residual": (residual, F.gelu, NO_CHAIN),
     "used twice": (value_used_twice, F.gelu, NO_CHAIN),
@@ -99,14 +99,14 @@ ALMOST = {
     "flip": (transposed, F.gelu, NO_ROW),
     "tokens": (tokens_mixed, F.gelu, NO_ROW),
     "walrus": (named_within, F.gelu, NO_CHAIN),
-    "nan": (nan_made_a_number, F.gelu, "in float64, for one token, its values are others"),
+    "nan": (nan_made_a_number, F.gelu, "in float64, for one token"),
     "detach": (no_grad_between, F.gelu, "the last product does not depend on the first"),
     "buffer": (times_a_buffer, F.gelu, "one takes part between the products"),
     "label": (straight, tanh_labelled_gelu, NO_ROW),
     "far": (straight, lambda x: torch.where(x > 100, x * 1.01, F.gelu(x)), NO_ROW),
     "shift": (straight, lambda x: F.gelu(x) + 1e-6, NO_ROW),
     "slope": (straight, Straight.apply, NO_ROW),
-    "dtype": (straight, clamped_in_half, "in float16 its values are others"),
+    "dtype": (straight, clamped_in_half, "in float16"),
 }
 
 
@@ -119,8 +119,9 @@ def almost(name: str) -> nn.Module:
 def test_what_is_almost_a_block_is_left_alone(name: str) -> None:
     model = almost(name)
     expected, cls = numbers_of(model), type(model)
-    report = ffn.swap(model)
-    assert [(block.action, block.reason) for block in report] == [("left", ALMOST[name][2])]
+    (block,) = ffn.swap(model)
+    assert block.action == "left"
+    assert block.reason.startswith(ALMOST[name][2])
     assert type(model) is cls
     for found, wanted in zip(numbers_of(model).values(), expected.values(), strict=True):
         assert torch.equal(found, wanted)

@@ -113,7 +113,7 @@ class Reduced(Plain):
 
 def test_classes_that_copy_themselves_are_left_and_ones_made_anew_work() -> None:
     report = ffn.swap(Reduced())
-    assert report[0].reason == "Reduced is copied and pickled in a way of its own"
+    assert "Reduced" in report[0].reason
     model = swapped(Plain())
     again = type(model)().double()
     again.load_state_dict(model.state_dict())
