@@ -40,13 +40,7 @@ def prove(module: nn.Module, plan: Plan) -> str | None:
             x[..., :THIN], up[0], down, gate[0], up[1], None, gate[1], activation=plan.inner.activation,
             save=plan.save, chunk_tokens=plan.chunk_tokens, backend="eager",
         )  # fmt: skip
-        cotangent = random(*old.shape)
-        slopes = [torch.autograd.grad(y, x, cotangent)[0] for y in (old, new)]
-    if (
-        _apart(old, new) < 1e-9 and _apart(*slopes) < 1e-9
-    ):  # constants written with nine digits differ by less
-        return None
-    return f"its numbers differ in float64 by {_apart(old, new):.1e}, gradients by {_apart(*slopes):.1e}"
+        return _difference((old, new), x, random(*old.shape), 1e-9)  # nine digits of hand-written constants
 
 
 def compare(module: nn.Module, plan: Plan) -> tuple[float, float] | str:
@@ -81,15 +75,18 @@ def difference(module: nn.Module, x: Tensor, old: Callable, new: Callable) -> st
 
     They may differ by rounding: by 16 eps of the dtype relative to the norm, 4 eps in half precision.
     """
-    with mode(module, training=False):
-        ys = [old(x), new(x)]
-        g = torch.Generator().manual_seed(3)
-        cotangent = torch.randn(ys[0].shape, generator=g, device="cpu").to(ys[0])
-        slopes = [torch.autograd.grad(y, x, cotangent)[0] for y in ys]
     limit = max(1e-9, (4 if x.dtype.itemsize == 2 else 16) * torch.finfo(x.dtype).eps)
-    if not (_apart(*ys) <= limit and _apart(*slopes) <= limit):
-        return f"its numbers differ by {_apart(*ys):.1e} of their norm, gradients by {_apart(*slopes):.1e}"
-    return None
+    with mode(module, training=False):
+        ys = old(x), new(x)
+        g = torch.Generator().manual_seed(3)
+        return _difference(ys, x, torch.randn(ys[0].shape, generator=g, device="cpu").to(ys[0]), limit)
+
+
+def _difference(ys: tuple[Tensor, Tensor], x: Tensor, cotangent: Tensor, limit: float) -> str | None:
+    slopes = [torch.autograd.grad(y, x, cotangent)[0] for y in ys]
+    if _apart(*ys) <= limit and _apart(*slopes) <= limit:
+        return None
+    return f"its numbers differ by {_apart(*ys):.1e} of their norm, gradients by {_apart(*slopes):.1e}"
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

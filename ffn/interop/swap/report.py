@@ -27,7 +27,7 @@ class Block:
 
 
 class Report(list[Block]):
-    """The blocks in the order of the model. As text: a table where equal blocks of many layers share a line."""
+    """The blocks in the order of the model. As text: a table where equal blocks share a line."""
 
     @property
     def swapped(self) -> list[Block]:

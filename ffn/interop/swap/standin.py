@@ -63,7 +63,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 class Product:
-    """Stands for a product: calls `function`. Its other attributes, but the weight's dtype, are the product's."""
+    """Stands for a product: calls `function`; other attributes, but the weight's dtype, are the product's."""
 
     def __init__(self, linear: nn.Module, function: Callable[[Tensor], Tensor], dtype: torch.dtype):
         self._linear, self._function = linear, function

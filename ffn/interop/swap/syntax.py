@@ -26,7 +26,7 @@ def written(cls: type, method: str) -> FunctionType:
 
 @cache
 def tree_of(function: Callable) -> ast.FunctionDef | None:
-    """Return the tree of a function, with the line numbers of its file. Copy it before a change: it is shared.
+    """Return the tree of a function, with the line numbers of its file. It is shared: copy before a change.
 
     Return None if the source is not available or does not tell all that runs: the function is decorated or
     wraps another one, or it uses names that depend on their class (`__name`) or scope (`global`, `nonlocal`).

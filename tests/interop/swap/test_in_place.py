@@ -2,8 +2,6 @@
 
 import copy
 import doctest
-import importlib
-import re
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ffn
+from ffn.interop.swap import in_place
 from ffn.interop.swap.reroute import Rerouted
 from tests.interop.swap.blocks import KINDS, TORCHS_OWN, Gated, Plain, kinds, pair, rows, swapped
 from tests.interop.swap.same import assert_same, kept, outcome
@@ -183,16 +182,16 @@ def test_the_options_of_the_op_are_passed_on(save: str, chunk: int | None) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "argument"),
     [
-        ({"save": "all"}, "save='all': want one of preact, input"),
-        ({"chunk_tokens": 4}, "chunk_tokens=4 with save='preact'"),
-        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"save": "all"}, "save"),
+        ({"chunk_tokens": 4}, "chunk_tokens"),
+        ({"backend": "cuda"}, "backend"),
     ],
 )
-def test_wrong_options_are_told_and_nothing_is_changed(options: dict, message: str) -> None:
+def test_wrong_options_are_told_and_nothing_is_changed(options: dict, argument: str) -> None:
     model = nn.ModuleList([Plain(), Gated()])
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=argument):
         ffn.swap(model, **options)
     assert [type(m) for m in model] == [Plain, Gated]
 
@@ -215,7 +214,4 @@ def test_what_changed_the_class_since_keeps_unswap_from_a_half() -> None:
 
 
 def test_docstrings() -> None:
-    module = importlib.import_module(
-        "ffn.interop.swap.in_place"
-    )  # `ffn.interop.swap.in_place` may be the function
-    assert doctest.testmod(module, extraglobs={"torch": torch, "nn": nn}).failed == 0
+    assert doctest.testmod(in_place, extraglobs={"nn": nn}).failed == 0

@@ -36,12 +36,9 @@ def test_another_plan_is_refused_by_both(kind: str) -> None:
     plan = planned(model)
     for wrong in ("reglu", "geglu_tanh") if kind == "gated" else ("relu", "gelu_tanh", "quick_gelu"):
         other = replace(plan, inner=replace(plan.inner, activation=wrong))
-        reason = prove(model, other)
-        assert reason is not None
-        assert reason.startswith("its numbers differ in float64 by ")
-        kept = compare(model, other)
-        assert isinstance(kept, str)
-        assert kept.startswith("its numbers differ by ")
+        for reason in (prove(model, other), compare(model, other)):
+            assert isinstance(reason, str)
+            assert reason.startswith("its numbers differ")
     if kind == "gated":
         other = replace(plan, inner=replace(plan.inner, gate=1 - (plan.inner.gate or 0)))
         assert prove(model, other) is not None

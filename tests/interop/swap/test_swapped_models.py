@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ffn
 from ffn.interop.swap.reroute import Rerouted
 from tests.conftest import ROOT
-from tests.interop.swap.same import DYNAMOS_OWN, F64, assert_same
+from tests.interop.swap.same import DYNAMOS_OWN, F64
 
 transformers = pytest.importorskip("transformers", reason="these are its models")
 
@@ -157,20 +157,6 @@ def test_state_dicts_files_and_copies(name: str, tmp_path) -> None:
     assert_near(outcome(new, given), expected)
 
 
-@names
-def test_unswap_leaves_no_trace(name: str) -> None:
-    model = build(name)
-    before = [(type(m), copy.copy(vars(m)), repr(m)) for m in model.modules()]
-    swapped(model)
-    assert repr(model) == before[0][2]
-    assert ffn.unswap(model) == 2
-    for m, (cls, attributes, text) in zip(model.modules(), before, strict=True):
-        assert type(m) is cls
-        assert vars(m).keys() == attributes.keys()
-        assert all(vars(m)[key] is value for key, value in attributes.items())
-        assert repr(m) == text
-
-
 def test_a_pickle_is_read_in_a_process_that_never_swapped(tmp_path) -> None:
     _, model, given = pair("bert")
     torch.save((model, given, logits(model, given)), tmp_path / "model.pt")
@@ -292,25 +278,3 @@ def test_compile_and_export(name: str) -> None:
     with torch.no_grad():
         exported = torch.export.export(new, (), {**given, **options}).module()
     assert_near({"y": exported(**given, **options).logits}, {"y": expected["y"]})
-
-
-@names
-def test_training_goes_on_through_swap_and_unswap(name: str) -> None:
-    old, given = build(name).train(), inputs(name)
-    new = copy.deepcopy(old)
-    optimizers = [torch.optim.AdamW(m.parameters(), 1e-3) for m in (old, new)]
-
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        outcome(model, given)
-        optimizer.step()
-
-    step(new, optimizers[1])
-    step(swapped(new), optimizers[1])
-    assert all(state["step"] == 2 for state in optimizers[1].state.values())
-    old.load_state_dict(new.state_dict())
-    optimizers[0].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
-    ffn.unswap(new)
-    for _ in range(2):
-        step(old, optimizers[0])
-        step(new, optimizers[1])
-    assert_same(new.state_dict(), old.state_dict(), 0.0)

@@ -1,10 +1,8 @@
 """Swapped models over two processes: fully sharded, by layers and by each Linear, and tensor-parallel."""
 
 import copy
-import os
-import socket
-import traceback
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,44 +130,20 @@ def whole_model(name: str, how: str) -> None:
     assert len(blocks(new)) == 2
 
 
-def work(rank: int, port: int, failures) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def work(rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    try:
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-        for check in (
-            lambda: fully_sharded(False),
-            lambda: fully_sharded(True),
-            tensor_parallel,
-            data_parallel,
-        ):
-            check()
-        if find_spec("transformers"):
-            for name in ("llama", "gpt2", "phi3", "bert", "vit"):
-                for how in ("by layer", "by Linear", "parallel"):
-                    if (name, how) not in NOT_PARALLEL:
-                        whole_model(name, how)
-        torch.distributed.destroy_process_group()
-    except BaseException:
-        failures.put(traceback.format_exc())
-        raise
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    fully_sharded(by_linear=False)
+    fully_sharded(by_linear=True)
+    tensor_parallel()
+    data_parallel()
+    if find_spec("transformers"):
+        for name in ("llama", "gpt2", "phi3", "bert", "vit"):
+            for how in ("by layer", "by Linear", "parallel"):
+                if (name, how) not in NOT_PARALLEL:
+                    whole_model(name, how)
+    torch.distributed.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    failures = context.Queue()
-    processes = [context.Process(target=work, args=(rank, port, failures)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    alive = [process for process in processes if process.is_alive()]
-    for process in alive:
-        process.kill()
-    told = [] if failures.empty() else [failures.get()]
-    assert not told, told[0]
-    assert not alive, "they wait for one another"
-    assert [process.exitcode for process in processes] == [0, 0]
+def test_two_processes_compute_the_same_as_one(tmp_path: Path) -> None:
+    mp.spawn(work, (str(tmp_path / "store"),), nprocs=2)
