@@ -1,4 +1,4 @@
-"""Hand-written feed-forward blocks in the shapes people write them, and their swapped copies."""
+"""Hand-written feed-forward blocks, and their swapped copies."""
 
 import copy
 
@@ -11,7 +11,7 @@ import ffn
 from ffn.interop.swap.reroute import Rerouted, reason_not_to
 from tests.interop.swap.same import DYNAMOS_OWN, F64
 
-# Warnings of torch 2.13 about itself: jit, quantization and pruning are announced as leaving.
+# Deprecation warnings of torch 2.13 about its own jit, quantization and pruning.
 TORCHS_OWN = [
     DYNAMOS_OWN,
     pytest.mark.filterwarnings(r"ignore:.*torch.jit:DeprecationWarning"),
@@ -21,7 +21,7 @@ TORCHS_OWN = [
 
 
 class Gated(nn.Module):
-    """As in Llama, in the middle of a layer, with all that can be changed later."""
+    """A gated block in the middle of a layer, with a norm, a dropout and a multiplier."""
 
     def __init__(self, p: float = 0.0):
         super().__init__()
@@ -38,7 +38,7 @@ class Gated(nn.Module):
 
 
 class Plain(nn.Module):
-    """As in ViT, with the dropout kept as a number."""
+    """A plain block with its dropout rate as a number."""
 
     def __init__(self, p: float = 0.0):
         super().__init__()
@@ -70,12 +70,12 @@ def swapped(model: nn.Module) -> nn.Module:
 
 
 def pair(kind: str, p: float = 0.0) -> tuple[nn.Module, nn.Module]:
-    """A block and its swapped copy."""
+    """Return a block and its swapped copy."""
     old = KINDS[kind](p)
     return old, swapped(copy.deepcopy(old))
 
 
 def runs_old(model: nn.Module) -> bool:
-    """Whether its backward keeps what the old code keeps."""
+    """Return whether the swapped block runs its old code."""
     (block,) = (m for m in model.modules() if isinstance(m, Rerouted))
     return reason_not_to(block, block._ffn_plan) is not None

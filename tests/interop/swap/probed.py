@@ -1,4 +1,4 @@
-"""A module whose two or three products a given function joins, and what `identify` says of it."""
+"""A module with three products for a given function to join, and the result of `identify`."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""from_module: a FeedForward with the numbers, weights, rates and modes of the block it was made from."""
+"""from_module: a FeedForward with the outputs, weights, dropout rates and mode of another block."""
 
 import copy
 import doctest
@@ -32,7 +32,7 @@ class NanoGPT(nn.Module):
 
 
 class Halves(nn.Module):
-    """The second half is a module that begins with the product."""
+    """The last product is the first layer of a child."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -86,7 +86,7 @@ def second_half(t: Tensor) -> Tensor:
 
 
 def linears(**names: str) -> dict:
-    """{our parameter: (theirs, how its layout differs)} for Linears, with their biases."""
+    """Return {our parameter: (their parameter, None)} for weights and biases of the same layout."""
     kinds = ("weight", "bias")
     return {f"{ours}.{kind}": (f"{theirs}.{kind}", None) for ours, theirs in names.items() for kind in kinds}
 
@@ -109,7 +109,7 @@ LAST = {
 MIXED = linears(up_proj="0", down_proj="3")
 del MIXED["down_proj.bias"]
 
-# name: (how to build it, activation, share of p after the activation, after the block, its parameters)
+# name: (build(p), activation, dropout / p, out_dropout / p, {our parameter: (theirs, function of layout)})
 BLOCKS: dict[str, tuple[Callable[[float], nn.Module], str, float, float, dict]] = {
     "Sequential": (sequential, "gelu_tanh", 1.0, 0.5, linears(up_proj="0", down_proj="3")),
     "one bias": (mixed_biases, "silu", 1.0, 0.0, MIXED),
@@ -251,7 +251,7 @@ class Residual(NanoGPT):
 
 
 class Multiplied(NanoGPT):
-    """By a parameter that may be trained, and is one now."""
+    """Multiplies the output by a parameter with the value one."""
 
     def __init__(self):
         super().__init__(0.0)
@@ -271,7 +271,7 @@ class Flattened(NanoGPT):
 
 
 class Elsewhere(NanoGPT):
-    """forward calls another method for the block, and something after it."""
+    """The block is in another method, and forward computes more."""
 
     def feed(self, x):
         return self.c_proj(self.gelu(self.c_fc(x)))
@@ -294,7 +294,7 @@ class OtherForOneToken(NanoGPT):
 
 
 class Scaled(NanoGPT):
-    """Two arguments are needed."""
+    """forward needs a second argument."""
 
     def forward(self, x, scale):
         x = self.c_proj(self.gelu(self.c_fc(x)))
@@ -342,7 +342,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_one_block_is_refused_with_the_reason(name: str) -> None:
+def test_a_module_that_is_not_one_block_raises_with_the_reason(name: str) -> None:
     make, reason = REFUSED[name]
     module = make()
     flags = [m.training for m in module.modules()]
@@ -353,7 +353,7 @@ def test_what_is_not_one_block_is_refused_with_the_reason(name: str) -> None:
     assert flags == [m.training for m in module.modules()]
 
 
-def test_only_a_module_is_taken() -> None:
+def test_a_function_raises() -> None:
     with pytest.raises(TypeError, match=r"^module must be"):
         from_module(F.gelu)  # type: ignore[arg-type]
 

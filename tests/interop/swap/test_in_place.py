@@ -1,4 +1,4 @@
-"""swap: found, rerouted, taken back; models of all shapes."""
+"""swap and unswap: blocks are found, rerouted and restored in models of many shapes."""
 
 import copy
 import doctest
@@ -18,7 +18,7 @@ pytestmark = TORCHS_OWN
 
 
 @kinds
-def test_numbers_are_the_same_and_less_is_kept(kind: str) -> None:
+def test_outputs_and_gradients_are_equal_and_less_is_saved(kind: str) -> None:
     old, new = pair(kind)
     for x in (rows(), rows()[0], rows()[0, 0], rows()[:0], rows().transpose(0, 1)):
         if x.numel():
@@ -31,7 +31,7 @@ def test_numbers_are_the_same_and_less_is_kept(kind: str) -> None:
 
 
 @kinds
-def test_it_stays_what_it_was_to_everyone(kind: str) -> None:
+def test_repr_class_name_and_state_dict_stay_the_same(kind: str) -> None:
     old, new = pair(kind)
     assert repr(new) == repr(old)
     assert isinstance(new, type(old))
@@ -57,7 +57,7 @@ def test_unswap_leaves_no_trace(kind: str) -> None:
 
 
 @kinds
-def test_a_dry_run_changes_nothing_and_tells_the_same(kind: str) -> None:
+def test_a_dry_run_changes_nothing_and_reports_the_same(kind: str) -> None:
     model = KINDS[kind]()
     report = ffn.swap(model, dry_run=True)
     assert type(model) is type(KINDS[kind]())
@@ -66,7 +66,7 @@ def test_a_dry_run_changes_nothing_and_tells_the_same(kind: str) -> None:
 
 
 @kinds
-def test_a_swap_leaves_random_state_flags_and_gradients(kind: str) -> None:
+def test_swap_keeps_random_state_modes_and_gradients(kind: str) -> None:
     model = KINDS[kind](0.5).train()
     first = next(model.parameters())
     first.grad = torch.ones_like(first)
@@ -78,7 +78,7 @@ def test_a_swap_leaves_random_state_flags_and_gradients(kind: str) -> None:
     assert sum(p.grad is not None for p in model.parameters()) == 1
 
 
-def test_what_was_swapped_before_is_left() -> None:
+def test_a_swapped_block_is_not_swapped_again() -> None:
     model = swapped(Plain())
     cls = type(model)
     report = ffn.swap(model)
@@ -89,10 +89,7 @@ def test_what_was_swapped_before_is_left() -> None:
     assert ffn.unswap(model) == 1
 
 
-# --- what is almost a block
-
-
-def test_the_label_says_nothing_and_the_numbers_all() -> None:
+def test_numbers_decide_and_not_the_name_of_the_activation() -> None:
     class Lying(nn.Module):
         def __init__(self):
             super().__init__()
@@ -103,9 +100,6 @@ def test_the_label_says_nothing_and_the_numbers_all() -> None:
             return self.fc2(self.gelu(self.fc1(x)))
 
     assert ffn.swap(Lying().double())[0].what == "gelu_tanh"
-
-
-# --- models of other shapes
 
 
 def test_a_shared_block_is_swapped_once() -> None:
@@ -127,7 +121,7 @@ def test_a_shared_block_is_swapped_once() -> None:
     assert ffn.unswap(new) == 1
 
 
-def test_models_without_blocks_and_on_meta() -> None:
+def test_models_without_blocks_or_weights_are_left_alone() -> None:
     for model in (nn.Module(), nn.Linear(3, 4), nn.Sequential(), nn.LayerNorm(3), nn.ModuleList()):
         assert len(ffn.swap(model)) == 0
         assert str(ffn.swap(model)).endswith("0 of 0 blocks swapped")
@@ -143,7 +137,7 @@ def test_a_default_device_does_not_matter() -> None:
         assert len(ffn.swap(model).swapped) == 1
 
 
-def test_code_that_is_compiled_away_is_left() -> None:
+def test_scripted_and_traced_modules_are_left_alone() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6)))
     assert ffn.swap(nn.ModuleList([scripted])).swapped == []
     traced = torch.fx.symbolic_trace(Plain().eval())
@@ -151,7 +145,7 @@ def test_code_that_is_compiled_away_is_left() -> None:
     assert traced(rows()).shape == (2, 3, 6)
 
 
-def test_parts_of_attention_and_experts_are_no_blocks() -> None:
+def test_attention_and_experts_are_not_swapped() -> None:
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -172,7 +166,7 @@ def test_parts_of_attention_and_experts_are_no_blocks() -> None:
 
 
 @pytest.mark.parametrize(("save", "chunk"), [("preact", None), ("input", None), ("input", 2)])
-def test_the_options_of_the_op_are_passed_on(save: str, chunk: int | None) -> None:
+def test_options_are_passed_to_the_op(save: str, chunk: int | None) -> None:
     old = Gated(0.0)
     new = copy.deepcopy(old)
     (block,) = ffn.swap(new, save=save, chunk_tokens=chunk).swapped
@@ -189,7 +183,7 @@ def test_the_options_of_the_op_are_passed_on(save: str, chunk: int | None) -> No
         ({"backend": "cuda"}, "backend"),
     ],
 )
-def test_wrong_options_are_told_and_nothing_is_changed(options: dict, argument: str) -> None:
+def test_an_invalid_option_raises_and_changes_nothing(options: dict, argument: str) -> None:
     model = nn.ModuleList([Plain(), Gated()])
     with pytest.raises(ValueError, match=argument):
         ffn.swap(model, **options)
@@ -197,12 +191,12 @@ def test_wrong_options_are_told_and_nothing_is_changed(options: dict, argument: 
 
 
 @pytest.mark.parametrize("given", [None, torch.zeros(3)])
-def test_only_a_module_is_swapped(given) -> None:
+def test_a_model_that_is_no_module_raises(given) -> None:
     with pytest.raises(TypeError, match="model"):
         ffn.swap(given)
 
 
-def test_what_changed_the_class_since_keeps_unswap_from_a_half() -> None:
+def test_unswap_is_all_or_nothing() -> None:
     model = nn.ModuleList([swapped(Plain()), swapped(Gated())])
     cls = type(model[1])
     model[1].__class__ = type("Sharded", (cls,), {})

@@ -1,4 +1,4 @@
-"""What is almost a block is left alone, for the reason that is told."""
+"""swap leaves code alone that is almost a block, and reports the reason."""
 
 import pytest
 import torch
@@ -116,7 +116,7 @@ def almost(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ALMOST)
-def test_what_is_almost_a_block_is_left_alone(name: str) -> None:
+def test_almost_a_block_is_left_alone_with_its_reason(name: str) -> None:
     model = almost(name)
     expected, cls = numbers_of(model), type(model)
     (block,) = ffn.swap(model)

@@ -1,4 +1,4 @@
-"""What the op reads off other libraries' modules: split weights, rows, and the guard before both."""
+"""plain_modules: packed weights are split, and weights are read from plain products only."""
 
 import pytest
 import torch
@@ -24,14 +24,19 @@ def by_hand(packed: Tensor, packing: str) -> tuple[Tensor, Tensor]:
 @packings
 def test_packed_weights_are_split_into_views(packing: str) -> None:
     storage = torch.randn(8, 12, dtype=F64)
-    for packed in (storage[:, :3], storage[0, :6], storage.t()[:6], storage[:0]):  # strided ones, and none
+    for packed in (
+        storage[:, :3],
+        storage[0, :6],
+        storage.t()[:6],
+        storage[:0],
+    ):  # also strided and empty
         parts = split_packed(packed, packing)
         assert [torch.equal(a, b) for a, b in zip(parts, by_hand(packed, packing), strict=True)] == [True] * 2
         assert all(t.untyped_storage().data_ptr() == storage.untyped_storage().data_ptr() for t in parts)
 
 
 @packings
-def test_the_gradient_of_a_split_comes_back_in_place(packing: str) -> None:
+def test_the_gradient_of_a_split_is_packed_the_same_way(packing: str) -> None:
     packed = torch.randn(6, 4, dtype=F64, requires_grad=True)
     factors = torch.randn(2, 3, 4, dtype=F64)
     ours, theirs = (

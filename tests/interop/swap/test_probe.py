@@ -1,4 +1,4 @@
-"""probe: what lies between two products, told from the numbers of the code, and nothing is changed by it."""
+"""probe: the code between two products is identified by its numbers, and nothing is changed."""
 
 import copy
 from functools import partial
@@ -33,23 +33,23 @@ def packed(packing: str):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_every_plain_row_is_told_by_its_values(name: str) -> None:
+def test_every_plain_activation_is_identified(name: str) -> None:
     inner = seen(Block(partial(PLAIN[name])))
     assert (inner.activation, inner.gate, inner.packing, inner.dropout) == (name, None, None, None)
 
 
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("gate", [0, 1])
-def test_every_gated_row_is_told_with_its_gate(name: str, gate: int) -> None:
+def test_every_gated_activation_is_identified_with_its_gate(name: str, gate: int) -> None:
     inner = seen(Block(partial(GATED[name])), (gated, swapped_gate)[gate], ("fc1", "fc3"))
     assert inner.activation == name
-    assert inner.gate == gate or name == "bilinear"  # where both are alike
+    assert inner.gate == gate or name == "bilinear"  # where both are the same
     assert inner.packing is None
 
 
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_every_packing_is_told(name: str, packing: str) -> None:
+def test_every_packing_is_identified(name: str, packing: str) -> None:
     inner = seen(Block(partial(GATED[name]), first=20), packed(packing))
     assert (inner.activation, inner.gate) == (name, 0)
     assert inner.packing == packing or (name, packing) == ("bilinear", "gate_last")
@@ -68,11 +68,11 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_rows_written_out_by_hand_and_in_place(name: str) -> None:
+def test_activations_written_by_hand_or_in_place_are_identified(name: str) -> None:
     assert seen(Block(WRITTEN[name])).activation == name
 
 
-def test_modules_in_place_and_within_others() -> None:
+def test_in_place_and_nested_activation_modules_are_identified() -> None:
     assert seen(Block(nn.ReLU(inplace=True))).activation == "relu"
     assert seen(Block(nn.SiLU(inplace=True))).activation == "silu"
     assert seen(Block(nn.Sequential(nn.GELU(), nn.Identity()))).activation == "gelu"
@@ -83,7 +83,7 @@ def drops_by_number(self, x):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
-def test_dropout_is_found_with_the_place_of_its_probability(p: float) -> None:
+def test_dropout_is_found_with_the_attribute_of_its_rate(p: float) -> None:
     block = Block()
     block.drop = nn.Dropout(p)
     assert seen(block, drops).dropout == ("drop", "p")
@@ -92,7 +92,7 @@ def test_dropout_is_found_with_the_place_of_its_probability(p: float) -> None:
     assert (("", "rate", p) in seen(block, drops_by_number).watched) == (p == 0.0)
 
 
-def test_two_products_held_by_children() -> None:
+def test_products_may_be_held_by_children() -> None:
     class Up(nn.Module):
         def __init__(self):
             super().__init__()
@@ -110,10 +110,7 @@ def test_two_products_held_by_children() -> None:
     assert {("up", Up), ("up.act", nn.SiLU), ("down", nn.Sequential)} <= set(inner.passed)
 
 
-# --- what is read on the way is noted
-
-
-def test_what_decides_is_watched() -> None:
+def test_attributes_that_the_code_reads_are_watched() -> None:
     class Act(nn.Module):
         power = 1
 
@@ -148,10 +145,7 @@ def test_what_decides_is_watched() -> None:
     assert ("", "act", F.gelu) in seen(Block(F.gelu)).watched
 
 
-# --- nothing is changed by looking
-
-
-def test_the_module_the_random_state_and_the_gradients_stay() -> None:
+def test_probing_changes_nothing() -> None:
     class Watchful(nn.Linear):
         trained = 0
 
@@ -180,7 +174,7 @@ def test_the_module_the_random_state_and_the_gradients_stay() -> None:
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
-def test_hooks_are_not_called_by_looking() -> None:
+def test_probing_calls_no_hooks() -> None:
     block, calls = Block(), []
     for module in block.modules():
         if isinstance(module, nn.Linear):
@@ -189,13 +183,13 @@ def test_hooks_are_not_called_by_looking() -> None:
     assert calls == []
 
 
-def test_any_dtype_and_device_of_the_weights() -> None:
+def test_weights_may_have_any_dtype_and_device() -> None:
     for dtype in (torch.bfloat16, torch.float16, F64):
         assert seen(Block(dtype=dtype)).activation == "gelu"
     assert seen(Block().to("meta")).activation == "gelu"
 
 
-def test_widths_as_large_as_they_come() -> None:
+def test_large_widths_are_probed() -> None:
     block = Block()
     block.fc1, block.fc2 = nn.Linear(8, 5000, device="meta"), nn.Linear(5000, 8, device="meta")
     assert seen(block).activation == "gelu"
@@ -210,7 +204,7 @@ def test_sizes_of_products() -> None:
     assert sizes(nn.Linear(3, 7)) == sizes(Conv1D()) == (3, 7)
 
 
-def test_a_stand_in_is_its_module_to_those_who_ask() -> None:
+def test_a_stand_in_behaves_like_its_module() -> None:
     stand_in = StandIn(nn.Sequential(nn.GELU(), nn.ReLU()), {}, {})
     assert isinstance(stand_in, nn.Sequential)
     assert [type(step) for step in stand_in] == [nn.GELU, nn.ReLU]

@@ -1,4 +1,4 @@
-"""probe: what lies between two products and is no activation of the table, or may become another unseen."""
+"""probe: code between two products is refused if it is no known activation, or may change unseen."""
 
 from functools import partial
 
@@ -102,7 +102,7 @@ TAKES_PART = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_almost_an_activation_is_none(name: str) -> None:
+def test_almost_an_activation_is_refused(name: str) -> None:
     reason = refused(Block(UNKNOWN[name]))
     assert reason.startswith(("no activation of the table gives its values", "the last product does not")), (
         reason
@@ -110,17 +110,17 @@ def test_almost_an_activation_is_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TAKES_PART)
-def test_what_may_change_without_a_word_is_named(name: str) -> None:
+def test_state_between_the_products_is_refused_by_name(name: str) -> None:
     act, path = TAKES_PART[name]
     assert path in refused(Block(act))
 
 
 @pytest.mark.parametrize("act", [clamped_in_half, lambda x: F.gelu(x) if x.dtype == F64 else F.relu(x)])
-def test_other_values_in_other_dtypes_are_seen(act) -> None:
+def test_other_values_in_other_dtypes_are_refused(act) -> None:
     assert refused(Block(act)).startswith("in float")
 
 
-def test_other_values_for_a_single_token_are_seen() -> None:
+def test_other_values_for_a_single_token_are_refused() -> None:
     assert refused(Block(other_alone)).startswith("in float64, for one token")
 
 
@@ -134,7 +134,7 @@ def test_other_values_for_a_single_token_are_seen() -> None:
         lambda self, x: self.fc2(self.act(self.fc1(x))),
     ],
 )
-def test_almost_gated_is_not(chain) -> None:
+def test_almost_gated_is_refused(chain) -> None:
     refused(Block(nn.SiLU()), chain, ("fc1", "fc3"))
 
 
@@ -194,7 +194,7 @@ def test_dropouts_of_another_kind_are_refused(name: str) -> None:
     assert refused(block, drops).startswith(reason)
 
 
-def test_a_probability_kept_in_two_places_is_not_clear() -> None:
+def test_a_rate_held_by_two_attributes_is_refused() -> None:
     block = Block()
     block.rate = block.other = 0.25
     chain = lambda self, x: self.fc2(  # noqa: E731

@@ -1,4 +1,4 @@
-"""proof: a plan that is not what the code does is refused; what is kept is counted; nothing is changed."""
+"""proof: a wrong plan is refused, saved bytes are counted, and nothing is changed."""
 
 import copy
 from dataclasses import replace
@@ -23,7 +23,7 @@ def planned(model: nn.Module) -> Plan:
 
 
 @kinds
-def test_what_the_code_does_is_proved_at_any_width_and_without_weights(kind: str) -> None:
+def test_the_right_plan_is_proved_with_and_without_weights(kind: str) -> None:
     model = KINDS[kind]()
     assert prove(model, planned(model)) is None
     model.to("meta")
@@ -31,7 +31,7 @@ def test_what_the_code_does_is_proved_at_any_width_and_without_weights(kind: str
 
 
 @kinds
-def test_another_plan_is_refused_by_both(kind: str) -> None:
+def test_a_wrong_plan_is_refused(kind: str) -> None:
     model = KINDS[kind]()
     plan = planned(model)
     for wrong in ("reglu", "geglu_tanh") if kind == "gated" else ("relu", "gelu_tanh", "quick_gelu"):
@@ -46,7 +46,7 @@ def test_another_plan_is_refused_by_both(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
-def test_bytes_a_token_before_and_after(kind: str, dtype: torch.dtype) -> None:
+def test_bytes_per_token_before_and_after(kind: str, dtype: torch.dtype) -> None:
     model = KINDS[kind]().to(dtype)
     kept = compare(model, planned(model))
     assert isinstance(kept, tuple)
@@ -56,7 +56,7 @@ def test_bytes_a_token_before_and_after(kind: str, dtype: torch.dtype) -> None:
 
 
 @kinds
-def test_dropout_costs_the_original_and_not_the_op(kind: str) -> None:
+def test_dropout_adds_bytes_to_the_original_only(kind: str) -> None:
     model, dropping = KINDS[kind](), KINDS[kind](0.5)
     (before, after), (more, same) = (compare(m, planned(m)) for m in (model, dropping))
     assert more > before
@@ -64,7 +64,7 @@ def test_dropout_costs_the_original_and_not_the_op(kind: str) -> None:
 
 
 @kinds
-def test_weights_flags_and_random_state_stay(kind: str) -> None:
+def test_comparing_changes_nothing(kind: str) -> None:
     model = KINDS[kind](0.5).train()
     state, weights = torch.get_rng_state(), copy.deepcopy(model.state_dict())
     plan = planned(model)
@@ -77,7 +77,7 @@ def test_weights_flags_and_random_state_stay(kind: str) -> None:
 
 
 @kinds
-def test_weights_that_are_no_numbers_are_left(kind: str) -> None:
+def test_nan_and_meta_weights_are_refused(kind: str) -> None:
     model = KINDS[kind]()
     plan = planned(model)
     with torch.no_grad():

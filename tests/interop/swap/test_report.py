@@ -1,4 +1,4 @@
-"""report: the lines as data, and as a table a person reads."""
+"""report: blocks as a list, and as a table."""
 
 from ffn.interop.swap.probe import Inner
 from ffn.interop.swap.report import Block, Report, describe
@@ -13,14 +13,14 @@ BLOCKS = [
 ]
 
 
-def test_a_report_tells_swapped_blocks_from_left_ones() -> None:
+def test_a_report_lists_swapped_and_left_blocks() -> None:
     report = Report(BLOCKS)
     assert list(report) == BLOCKS
     assert report.swapped == BLOCKS[:2]
     assert report.left == BLOCKS[2:]
 
 
-def test_equal_layers_are_one_line() -> None:
+def test_equal_blocks_share_a_line() -> None:
     text = str(Report(BLOCKS))
     assert repr(Report(BLOCKS)) == text
     lines = text.splitlines()
@@ -41,7 +41,7 @@ def test_equal_layers_are_one_line() -> None:
     assert all(line == line.rstrip() for line in lines)
 
 
-def test_what_a_block_computes_in_a_few_words() -> None:
+def test_describe_names_activation_packing_and_dropout() -> None:
     def plan(**fields) -> Plan:
         inner = Inner(
             **({"gate": None, "packing": None, "dropout": None, "watched": (), "passed": ()} | fields)

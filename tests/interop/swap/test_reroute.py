@@ -1,4 +1,4 @@
-"""reroute: whatever is done to a block later takes effect."""
+"""reroute: a later change to a swapped block takes effect."""
 
 import functools
 
@@ -93,7 +93,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize(("kind", "child"), [(k, c) for k, cs in LINEARS.items() for c in cs])
-def test_what_is_done_to_a_product_takes_effect(kind: str, child: str, name: str) -> None:
+def test_a_change_to_a_product_takes_effect(kind: str, child: str, name: str) -> None:
     old, new = pair(kind)
     x = rows()
     before = outcome(old, x)
@@ -103,7 +103,7 @@ def test_what_is_done_to_a_product_takes_effect(kind: str, child: str, name: str
     expected = outcome(old, x)
     assert_same(outcome(new, x), expected)
     same = [a.shape == b.shape and torch.equal(a, b) for a, b in zip(before.values(), expected.values())]  # noqa: B905
-    assert not all(same), "the change should show"
+    assert not all(same), "the change must have an effect"
     if name not in ("another Linear", "new weight", "no bias", "weight in place"):
         assert runs_old(new)
 
@@ -155,7 +155,7 @@ LATER = {
 
 
 @pytest.mark.parametrize("name", LATER)
-def test_what_is_done_to_a_block_takes_effect(name: str) -> None:
+def test_a_change_to_a_block_takes_effect(name: str) -> None:
     old, new = pair("gated")
     x = rows()
     before = old(x)
@@ -173,14 +173,14 @@ def test_another_activation_function_takes_effect() -> None:
     assert_same(outcome(new, rows()), outcome(old, rows()))
 
 
-def test_attributes_within_an_activation_take_effect() -> None:
+def test_attributes_of_an_activation_take_effect() -> None:
     model = nn.Sequential(nn.Linear(6, 10), nn.LeakyReLU(), nn.Linear(10, 6)).double()
     swapped(model)
     model[1].negative_slope = 0.5
     assert_same({"y": model(rows())}, {"y": model[2](model[1](model[0](rows())))})
 
 
-def test_steps_of_a_sequential_can_come_and_go() -> None:
+def test_layers_of_a_sequential_can_be_added_and_removed() -> None:
     old, new = pair("sequential")
     x = rows()
     for edit in (
@@ -206,7 +206,7 @@ def test_a_class_patched_later_takes_effect(monkeypatch) -> None:
     assert not torch.equal(model(x), x + 1)
 
 
-def test_a_class_patched_before_is_left_where_the_patch_calls_the_old(monkeypatch) -> None:
+def test_a_class_with_a_patched_forward_is_left_alone(monkeypatch) -> None:
     old = Plain.forward
 
     @functools.wraps(old)

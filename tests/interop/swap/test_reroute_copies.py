@@ -1,4 +1,4 @@
-"""reroute: copies and files of swapped blocks, and blocks of other dtypes, quantized, tied or frozen."""
+"""reroute: copies and files of swapped blocks; other dtypes; quantized, tied and frozen weights."""
 
 import copy
 import io
@@ -82,7 +82,7 @@ COPIES = {
 
 @pytest.mark.parametrize("name", COPIES)
 @kinds
-def test_copies_are_swapped_too_and_their_own(kind: str, name: str) -> None:
+def test_copies_are_swapped_and_independent(kind: str, name: str) -> None:
     model, x = nn.ModuleList([swapped(KINDS[kind](0.2))]).eval(), rows()
     other = COPIES[name](model)
     assert type(other[0]) is type(model[0])
@@ -97,7 +97,7 @@ def test_copies_are_swapped_too_and_their_own(kind: str, name: str) -> None:
     assert_same({"y": COPIES[name](other)[0](x)}, {"y": other[0](x)})
 
 
-def test_state_dicts_go_both_ways() -> None:
+def test_state_dicts_load_into_swapped_and_original_blocks() -> None:
     old, new = Gated(), swapped(Gated())
     assert list(vars(new.state_dict())) == list(vars(old.state_dict()))
     new.load_state_dict(old.state_dict())
@@ -111,7 +111,7 @@ class Reduced(Plain):
         return Reduced, (), self.__dict__
 
 
-def test_classes_that_copy_themselves_are_left_and_ones_made_anew_work() -> None:
+def test_classes_with_their_own_reduce_are_left_alone() -> None:
     report = ffn.swap(Reduced())
     assert "Reduced" in report[0].reason
     model = swapped(Plain())

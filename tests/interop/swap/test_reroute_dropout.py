@@ -1,4 +1,4 @@
-"""reroute: a swapped block drops as its original does, and the same again where a forward is repeated."""
+"""reroute: dropout in a swapped block follows its original, and repeats in checkpointing."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.interop.swap.same import F64, assert_same, outcome
 
 
 @kinds
-def test_dropout_follows_its_probability_and_mode(kind: str) -> None:
+def test_dropout_follows_its_rate_and_mode(kind: str) -> None:
     old, new = pair(kind, 0.5)
     x = rows()
     assert_same(outcome(new.eval(), x), outcome(old.eval(), x))
@@ -24,7 +24,7 @@ def test_dropout_follows_its_probability_and_mode(kind: str) -> None:
     assert_same(outcome(new, x), outcome(old.eval(), x))
     assert not runs_old(new)
     setattr(holder, name, 1.0)
-    assert torch.equal(new(x), new(x)), "all is dropped"
+    assert torch.equal(new(x), new(x)), "at rate 1 the output is constant"
     assert runs_old(new)
     if kind != "plain":
         setattr(holder, name, 0.5)
@@ -49,7 +49,7 @@ def test_dropout_has_the_statistics_of_the_original(kind: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @kinds
-def test_checkpointing_repeats_the_same_dropout(kind: str, reentrant: bool) -> None:
+def test_checkpointing_repeats_the_same_dropout_mask(kind: str, reentrant: bool) -> None:
     model, x = swapped(KINDS[kind](0.4)), rows()
     expected = outcome(model, x, 5)
 

@@ -1,4 +1,4 @@
-"""reroute: compilers, tracers, transforms and optimizers see an ordinary block."""
+"""reroute: compilers, tracers, transforms and optimizers work on swapped blocks."""
 
 import copy
 
@@ -13,7 +13,7 @@ pytestmark = [*TORCHS_OWN, pytest.mark.usefixtures("nothing_compiled")]
 
 
 @kinds
-def test_compile_export_trace_and_transforms_see_the_block(kind: str) -> None:
+def test_compile_export_trace_and_transforms_give_the_same(kind: str) -> None:
     old, new = pair(kind)
     x = rows()
     expected = outcome(old, x)
@@ -26,7 +26,7 @@ def test_compile_export_trace_and_transforms_see_the_block(kind: str) -> None:
     assert_same({"y": torch.func.jvp(new, (x,), (x,))[1]}, {"y": torch.func.jvp(old, (x,), (x,))[1]})
 
 
-def test_a_model_compiled_before_is_swapped_within() -> None:
+def test_a_compiled_model_can_be_swapped() -> None:
     old = Gated()
     compiled, x = torch.compile(copy.deepcopy(old), backend="eager"), rows()
     compiled(x)

@@ -1,4 +1,4 @@
-"""source: chains found in code as people write it, and the rest of the method around them."""
+"""source: chains are found in the forms that people write, and the rest of the method is kept."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ FOUND = {
 
 
 class Told(nn.Module):
-    """What `rewrite` calls on self, as the old code does it."""
+    """Has the method that rewritten code calls, which runs the old code."""
 
     def _ffn_reroute(self, x):
         caught = []
@@ -91,7 +91,7 @@ class Told(nn.Module):
 
 
 @pytest.mark.parametrize("forward", FOUND, ids=lambda f: f.__name__)
-def test_the_chain_is_found_and_its_place_can_be_taken(forward) -> None:
+def test_a_chain_is_found_and_replaced(forward) -> None:
     module, x = block(forward), torch.randn(2, 3, 4, dtype=torch.float64)
     (chain,) = chains(module)
     assert (chain.method, chain.first, chain.last) == ("forward", *FOUND[forward])
@@ -117,11 +117,11 @@ def test_the_rest_of_the_method_keeps_its_defaults_annotations_and_closure() -> 
     rewritten = source.rewrite(type(module), chain)
     module.__class__ = type("Told", (Told, type(module)), {"chain": chain, "forward": rewritten})
     assert torch.equal(module(x), before)
-    scale = 3.0  # the closure is the method's own, and not a copy of what it held
+    scale = 3.0  # the closure must be the method's own, not a copy
     assert torch.allclose(module(x), before * 1.5)
 
 
-def test_a_chain_across_two_modules_and_the_rest_of_the_second() -> None:
+def test_a_chain_may_end_in_a_module_that_holds_the_product() -> None:
     class First(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,7 +159,7 @@ def test_a_chain_across_two_modules_and_the_rest_of_the_second() -> None:
 
 
 @pytest.mark.parametrize("inside", [(), (nn.Dropout(0.1),), (nn.Dropout(0.1), nn.Identity())])
-def test_a_sequential_is_the_list_of_its_steps(inside: tuple) -> None:
+def test_a_sequential_is_read_as_calls_of_its_layers(inside: tuple) -> None:
     module = nn.Sequential(nn.Linear(4, 6), nn.GELU(), *inside, nn.Linear(6, 4), nn.Tanh())
     last = str(len(module) - 2)
     (chain,) = find_chains(module, {"0", last}, set())
@@ -193,7 +193,7 @@ def test_branches_are_decided_by_the_modules_attributes() -> None:
     assert chains(block(decided, mode=object(), kind="odd")) == [], "no plain value"
 
 
-def test_super_outside_of_the_chain_stays_what_it_is() -> None:
+def test_super_outside_of_the_chain_still_works() -> None:
     class Parent(Block):
         def forward(self, x):
             return x + 1
@@ -211,7 +211,7 @@ def test_super_outside_of_the_chain_stays_what_it_is() -> None:
     assert torch.equal(module(x), expected)
 
 
-def test_inherited_methods_count_and_special_ones_do_not() -> None:
+def test_inherited_methods_are_searched_but_not_special_ones() -> None:
     class Parent(Block):
         def feed(self, x):
             return self.fc2(self.act(self.fc1(x)))
@@ -226,6 +226,6 @@ def test_inherited_methods_count_and_special_ones_do_not() -> None:
     assert [c.method for c in chains(Child())] == ["feed"]
 
 
-def test_a_chain_that_is_gone_is_an_error() -> None:
+def test_a_missing_chain_raises() -> None:
     with pytest.raises(ValueError, match=r"forward has changed: \('fc3',\) to fc2 not found"):
         source.inner(type(block(t5)), Chain("forward", ("fc3",), "fc2"))

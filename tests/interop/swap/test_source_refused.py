@@ -1,4 +1,4 @@
-"""source: what is no chain, for taking the lines out could be noticed, or the lines are not to be trusted."""
+"""source: no chain where taking lines out changes something, or where the source cannot be trusted."""
 
 import functools
 import importlib.util
@@ -167,11 +167,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
-def test_what_cannot_be_taken_out_is_no_chain(forward) -> None:
+def test_statements_that_cannot_be_taken_out_are_no_chain(forward) -> None:
     assert chains(block(forward)) == []
 
 
-def test_names_that_a_class_mangles_are_refused() -> None:
+def test_mangled_names_are_refused() -> None:
     class Mangled(Block):
         __scale = 2.0
 
@@ -189,7 +189,7 @@ def test_without_source_there_is_no_chain() -> None:
     assert chains(block(torch.relu)) == []
 
 
-def test_a_file_changed_since_its_import_is_not_believed(tmp_path, monkeypatch) -> None:
+def test_a_file_changed_since_its_import_is_refused(tmp_path, monkeypatch) -> None:
     text = "def forward(self, x):\n    return self.fc2(self.act(self.fc1(x)))\n"
     path = tmp_path / "changing.py"
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""statements: calls in the order they are made, and what can be told of a run; chains are in test_source."""
+"""statements: calls in order of evaluation, and kinds of statements; test_source tests the rest."""
 
 import ast
 
@@ -20,7 +20,7 @@ def statement(text: str) -> ast.stmt:
         ("y = self.a.b(x) + a(x) + self.d(x)", []),
     ],
 )
-def test_calls_come_as_they_are_evaluated(text: str, names: list[str]) -> None:
+def test_calls_come_in_order_of_evaluation(text: str, names: list[str]) -> None:
     assert [name for name, _ in calls_of(statement(text), {"a", "b", "c"})] == names
 
 

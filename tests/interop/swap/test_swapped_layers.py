@@ -1,4 +1,4 @@
-"""torch's own Transformer, whose layers have a fast path in eval mode; models of timm and x-transformers."""
+"""Swapped layers of torch's own Transformer, which have a fast path in eval mode, and of other libraries."""
 
 import copy
 
@@ -13,9 +13,9 @@ from tests.interop.swap.same import DYNAMOS_OWN, F64, assert_same, kept, outcome
 
 pytestmark = [
     DYNAMOS_OWN,
-    # what torch's encoder makes of a padding mask in eval mode
+    # torch's encoder makes nested tensors of a padding mask in eval mode
     pytest.mark.filterwarnings(r"ignore:The PyTorch API of nested tensors:UserWarning"),
-    # torch's encoder, that its nested tensors need an even number of heads and the like
+    # torch's encoder warns that its nested tensors need an even number of heads
     pytest.mark.filterwarnings(r"ignore:enable_nested_tensor is True:UserWarning"),
 ]
 
@@ -30,7 +30,7 @@ def layer(kind=nn.TransformerEncoderLayer, **options) -> nn.Module:
 
 def encoder(**options) -> nn.Module:
     model = nn.TransformerEncoder(layer(**options), 2)
-    with torch.no_grad():  # it copies one layer
+    with torch.no_grad():  # TransformerEncoder copies one layer
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
     return model
@@ -52,20 +52,20 @@ PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_an_encoder_layer_in_both_modes(activation, options: dict) -> None:
+def test_an_encoder_layer_gives_the_same_in_both_modes(activation, options: dict) -> None:
     old, new = pair(layer(activation=activation, **options), 1)
     for training in (True, False):
         for model in (old, new):
             model.train(training)
         assert_same(outcome(new, rows()), outcome(old, rows()))
-        if activation is not ACTIVATIONS["GELU"]:  # torch's fast path takes any nn.GELU for the one with erf
+        if activation is not ACTIVATIONS["GELU"]:  # torch's fast path computes any nn.GELU with erf
             with torch.no_grad():
                 assert_same({"y": new(rows())}, {"y": old(rows())})
     fewer = sum(kept(old.train(), rows()).values()) - sum(kept(new.train(), rows()).values())
     assert fewer == (0 if activation == "relu" else 10 * 20)
 
 
-def test_the_op_runs_in_eval_mode_too_and_hooks_and_children_count() -> None:
+def test_the_op_runs_in_eval_mode_and_changed_children_take_effect() -> None:
     _, new = pair(layer().eval(), 1)
     calls: list[int] = []
     method = type(new)._ffn_reroute
@@ -78,7 +78,7 @@ def test_the_op_runs_in_eval_mode_too_and_hooks_and_children_count() -> None:
     new.__class__ = Watched
     with torch.no_grad():
         y = new(rows())
-    assert calls == [1], "torch's fast path reads the weights itself"
+    assert calls == [1], "the fast path would not call it"
     old = layer().eval()
     old.load_state_dict(new.state_dict())
     for model in (old, new):
@@ -90,7 +90,7 @@ def test_the_op_runs_in_eval_mode_too_and_hooks_and_children_count() -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["the encoder", "its layers"])
-def test_an_encoder_with_padding_in_all_modes(whole: bool) -> None:
+def test_an_encoder_with_padding_gives_the_same_in_all_modes(whole: bool) -> None:
     old = encoder()
     new = copy.deepcopy(old)
     for part in [new] if whole else list(new.layers):
@@ -111,7 +111,7 @@ def test_an_encoder_with_padding_in_all_modes(whole: bool) -> None:
     assert new.use_nested_tensor == old.use_nested_tensor
 
 
-def test_a_nested_tensor_goes_where_it_went() -> None:
+def test_a_nested_tensor_takes_the_same_path_as_before() -> None:
     old, new = pair(layer().eval(), 1)
     nested = torch.nested.nested_tensor([rows()[0], rows()[1, :3]])
     with torch.no_grad():
@@ -121,8 +121,8 @@ def test_a_nested_tensor_goes_where_it_went() -> None:
         assert_same({"y": new(rows())}, {"y": old(rows())})
 
 
-@pytest.mark.parametrize("name", [*ACTIVATIONS][:-1])  # a module is lost where it is copied
-def test_a_decoder_layer(name: str) -> None:
+@pytest.mark.parametrize("name", [*ACTIVATIONS][:-1])  # a copied layer loses a module as activation
+def test_a_decoder_layer_gives_the_same(name: str) -> None:
     old, new = pair(layer(nn.TransformerDecoderLayer, activation=ACTIVATIONS[name]), 1)
     memory = rows().flip(0)
 
@@ -139,7 +139,7 @@ def test_a_decoder_layer(name: str) -> None:
         assert_same({"y": new.eval()(rows(), memory)}, {"y": old.eval()(rows(), memory)})
 
 
-def test_the_whole_transformer_is_swapped_copied_and_taken_back() -> None:
+def test_a_transformer_is_swapped_copied_and_unswapped() -> None:
     sizes = {"num_encoder_layers": 2, "num_decoder_layers": 2, **SIZES}
     old, new = pair(nn.Transformer(**sizes, batch_first=True, dtype=F64), 4)
     for other in (new, copy.deepcopy(new)):
@@ -153,7 +153,7 @@ def test_the_whole_transformer_is_swapped_copied_and_taken_back() -> None:
         assert other.encoder.layers[0].activation_relu_or_gelu == 1
 
 
-def test_dropout_in_a_layer_is_one_mask_both_ways() -> None:
+def test_dropout_in_a_layer_repeats_by_seed() -> None:
     _, new = pair(layer(dropout=0.4), 1)
     assert_same(outcome(new, rows(), 1), outcome(new, rows(), 1))
     assert not torch.equal(outcome(new, rows(), 1)["y"], outcome(new, rows(), 2)["y"])
@@ -168,13 +168,11 @@ def test_a_compiled_encoder_is_one_graph() -> None:
     assert_same(dict(zip(expected, found.values(), strict=True)), expected)
 
 
-# --- other libraries
-
 VISION = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 
 
 @pytest.mark.parametrize("name", ["Mlp", "SwiGLUPacked", "GluMlp", "SwiGLU"])
-def test_vision_transformers_of_timm(name: str) -> None:
+def test_vision_transformers_of_timm_give_the_same(name: str) -> None:
     layers = pytest.importorskip("timm.layers.mlp")
     vision = pytest.importorskip("timm.models.vision_transformer").VisionTransformer
     old, new = pair(vision(mlp_layer=getattr(layers, name), proj_drop_rate=0.0, **VISION).double(), 2)
@@ -188,7 +186,7 @@ FEEDS = [(), ("ff_glu",), ("ff_glu", "ff_swish"), ("ff_relu_squared",), ("ff_no_
 
 
 @pytest.mark.parametrize("options", FEEDS, ids=lambda o: "-".join(o) or "plain")
-def test_x_transformers(options: tuple) -> None:
+def test_x_transformers_give_the_same(options: tuple) -> None:
     library = pytest.importorskip("x_transformers")
     layers = library.Decoder(dim=16, depth=2, heads=2, attn_dim_head=8, **dict.fromkeys(options, True))
     model = library.TransformerWrapper(num_tokens=20, max_seq_len=8, attn_layers=layers).double()

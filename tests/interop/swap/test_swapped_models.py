@@ -1,4 +1,4 @@
-"""Whole models of transformers after a swap: numbers, files, copies, adapters, int8, compilers, training."""
+"""Swapped models of transformers: numbers, files, copies, adapters, int8, compilers."""
 
 import copy
 import io
@@ -19,9 +19,9 @@ transformers = pytest.importorskip("transformers", reason="these are its models"
 
 pytestmark = [
     DYNAMOS_OWN,
-    # gradient_checkpointing_enable, by the name that all versions have, and by which peft asks
+    # transformers: gradient_checkpointing_enable, under the name that all versions have
     pytest.mark.filterwarnings(r"ignore:.*gradient_checkpointing:FutureWarning"),
-    # peft says of GPT-2's Conv1D that it keeps its weight the other way round
+    # peft: the weight of GPT-2's Conv1D is (in, out)
     pytest.mark.filterwarnings(r"ignore:fan_in_fan_out is set to False:UserWarning"),
 ]
 
@@ -80,7 +80,7 @@ def logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 
 
 def outcome(model: nn.Module, given: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """The logits and the gradient of every trained parameter."""
+    """Return the logits and the gradients of all trained parameters."""
     model.zero_grad()
     torch.manual_seed(seed)
     y = logits(model, given)
@@ -90,7 +90,7 @@ def outcome(model: nn.Module, given: dict[str, Tensor], seed: int = 0) -> dict[s
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
-    """The same but for rounding; what is nothing else (the gradient of a key's bias) has no size."""
+    """Assert equality up to rounding, also of gradients that are zero (of a key's bias)."""
     floor = 1e-6 * max(float(value.abs().max()) for value in expected.values())
     assert list(found) == list(expected)
     for n, wanted in expected.items():
@@ -118,15 +118,15 @@ def test_outputs_and_all_gradients_are_equal(name: str, training: bool) -> None:
 
 @names
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shorter_dtypes_are_equal_but_for_rounding(name: str, dtype: torch.dtype) -> None:
+def test_shorter_dtypes_are_equal_up_to_rounding(name: str, dtype: torch.dtype) -> None:
     old, new, given = pair(name, dtype=dtype)
     y, expected = outcome(new, given)["y"].double(), outcome(old, given)["y"].double()
     assert (y - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "bert", "vit"])
-def test_dropout_beside_the_block_stays_its_own(name: str) -> None:
-    """None of them drops between the products, so that equal seeds give equal masks."""
+def test_dropout_outside_the_block_draws_the_same_masks(name: str) -> None:
+    """None of these models drops between the products, so equal seeds give equal masks."""
     old, new, given = pair(name, p=0.3)
     expected = outcome(old.train(), given, 4)
     assert_near(outcome(new.train(), given, 4), expected)
@@ -134,7 +134,7 @@ def test_dropout_beside_the_block_stays_its_own(name: str) -> None:
 
 
 @names
-def test_state_dicts_files_and_copies(name: str, tmp_path) -> None:
+def test_state_dicts_files_and_copies_give_the_same(name: str, tmp_path) -> None:
     old, new, given = pair(name)
     assert list(new.state_dict()) == list(old.state_dict())
     expected = outcome(old, given)
@@ -157,7 +157,7 @@ def test_state_dicts_files_and_copies(name: str, tmp_path) -> None:
     assert_near(outcome(new, given), expected)
 
 
-def test_a_pickle_is_read_in_a_process_that_never_swapped(tmp_path) -> None:
+def test_a_pickle_loads_in_a_process_that_never_swapped(tmp_path) -> None:
     _, model, given = pair("bert")
     torch.save((model, given, logits(model, given)), tmp_path / "model.pt")
     code = """if 1:
@@ -173,7 +173,7 @@ def test_a_pickle_is_read_in_a_process_that_never_swapped(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_class_that_holds_the_last_product_may_be_patched(monkeypatch) -> None:
+def test_a_patched_class_of_the_last_product_takes_effect(monkeypatch) -> None:
     from transformers.models.bert.modeling_bert import BertOutput
 
     old, new, given = pair("bert")
@@ -197,7 +197,7 @@ def test_generation_is_the_same(name: str) -> None:
 
 @names
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same(name: str, reentrant: bool) -> None:
     old, new, given = pair(name)
     expected = outcome(old.train(), given)
     new.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -223,7 +223,7 @@ def test_hooks_on_children_fire(name: str) -> None:
 
 
 @names
-def test_adapters_before_and_after(name: str) -> None:
+def test_adapters_take_effect_before_and_after_a_swap(name: str) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=TARGETS[name], init_lora_weights=False)
     old, new, given = pair(name)
@@ -243,7 +243,7 @@ def test_adapters_before_and_after(name: str) -> None:
         assert_near(found, wanted)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
         optimizer.step()
-        assert not torch.allclose(logits(model, given), found["y"]), "a step of training has an effect"
+        assert not torch.allclose(logits(model, given), found["y"]), "a training step must have an effect"
         model.load_state_dict(expected.state_dict())
         merged = model.merge_and_unload()
         assert_near({"y": logits(merged, given)}, {"y": wanted["y"]})
@@ -264,7 +264,7 @@ def test_int8_weights_of_torchao_take_effect(name: str) -> None:
 
 
 @names
-def test_compile_and_export(name: str) -> None:
+def test_compile_and_export_give_the_same(name: str) -> None:
     old, new, given = pair(name)
     given = {key: value for key, value in given.items() if key != "attention_mask"}
     options = {} if name in ("bert", "vit") else {"use_cache": False}

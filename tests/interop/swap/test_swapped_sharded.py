@@ -1,4 +1,4 @@
-"""Swapped models over two processes: fully sharded, by layers and by each Linear, and tensor-parallel."""
+"""Swapped models on two processes: fully sharded by layer and by Linear, tensor-parallel, data-parallel."""
 
 import copy
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import ffn
 from ffn.interop.swap.reroute import Rerouted, reason_not_to
 
-# torch's plan knows no Conv1D, and halves a packed product across gate and up
+# torch's tensor-parallel plans do not know Conv1D, and split a packed product between gate and up
 NOT_PARALLEL = {("gpt2", "parallel"), ("phi3", "parallel")}
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def build() -> tuple[nn.Module, nn.Module]:
 
 
 def step(model: nn.Module, x: Tensor) -> Tensor:
-    """The output after a step of training."""
+    """Return the output after a training step."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model(x).square().mean().backward()
     optimizer.step()
@@ -70,7 +70,7 @@ def fully_sharded(by_linear: bool) -> None:
     assert len(blocks(new)) == 2
     for block in blocks(new):
         assert (reason_not_to(block, block._ffn_plan) is not None) or not by_linear
-    with pytest.raises(RuntimeError, match="unswap before"):  # its class is FSDP's now
+    with pytest.raises(RuntimeError, match="unswap before"):  # FSDP changed its class
         ffn.unswap(new)
 
 
@@ -99,7 +99,7 @@ def data_parallel() -> None:
 
 
 def whole_model(name: str, how: str) -> None:
-    """A model of transformers, its layers or each Linear sharded, or its blocks in tensor parallel."""
+    """Check a model of transformers: its layers or each Linear sharded, or its blocks tensor-parallel."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module

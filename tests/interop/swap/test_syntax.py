@@ -1,4 +1,4 @@
-"""syntax: a tree says what its function says, where it says it, and becomes a function of the same place."""
+"""syntax: the tree of a function, and functions made from trees."""
 
 import ast
 import inspect
@@ -17,7 +17,7 @@ two"""
 {name}""" + end + str((rest, more))  # fmt: skip
 
 
-def test_a_tree_becomes_the_same_function_in_the_same_place() -> None:
+def test_an_unchanged_tree_gives_the_same_function() -> None:
     tree = tree_of(Text.told)
     assert tree is not None
     assert tree.lineno == Text.told.__code__.co_firstlineno
@@ -29,7 +29,7 @@ def test_a_tree_becomes_the_same_function_in_the_same_place() -> None:
         assert again(Text(), *arguments, **named) == Text().told(*arguments, **named)
 
 
-def test_a_changed_tree_is_another_function() -> None:
+def test_a_changed_tree_gives_another_function() -> None:
     changed = ast.parse("def told(self): return missing").body[0]
     assert isinstance(changed, ast.FunctionDef)
     function = function_of(Text.told, changed)
@@ -38,7 +38,7 @@ def test_a_changed_tree_is_another_function() -> None:
     assert not is_what_runs(function)
 
 
-def test_what_is_no_plain_function_has_no_tree() -> None:
+def test_only_plain_functions_have_a_tree() -> None:
     assert tree_of(len) is None
     assert tree_of(Text) is None
     assert tree_of(lambda self: 1) is None

@@ -1,4 +1,4 @@
-"""Modules whose forward is a given function, as people write it, and the chains found in them."""
+"""Modules with a given function as forward, and the chains found in them."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from ffn.interop.swap.source import Chain, find_chains
 
 
 class Block(nn.Module):
-    """Children by the names that the forwards in the tests use."""
+    """Has the children that the forwards in the tests use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ PRODUCTS = {"fc1", "fc2", "fc3", "wide"}
 
 
 def block(forward, **attributes) -> nn.Module:
-    """An instance of a class of its own whose forward is this function."""
+    """Return an instance of a new class with this forward."""
     module = type("Made", (Block,), {"forward": forward})()
     for name, value in attributes.items():
         setattr(module, name, value)
