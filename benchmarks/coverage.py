@@ -1,13 +1,19 @@
-"""In how many models of the installed transformers `ffn.swap` takes every dense feed-forward block.
+"""Count the models of the installed transformers in which `ffn.swap` swaps every dense feed-forward block.
 
     python -m benchmarks coverage [--kind causal,masked,seq2seq,vision] [--only TYPE,...] [--out DIR]
 
-Every model type that can be built from its configuration alone, offline, is built with tiny sizes and run
-before and after the swap, in float64 (in float32 where it knows no other). Which products are feed-forward
-ones is told without `swap`: by their width, which nothing else in the tiny model has; in vision models, whose
-widths differ from stage to stage, by their names. A row for each type says "swapped" (all of them, outputs
-and gradients equal), "left" (and why), "wrong" (they differ), "none" (no dense block in it), or "unbuilt".
-Rows go to DIR/coverage.jsonl, and as a table to DIR/coverage.md (for benchmarks/results to docs/coverage.md).
+Each model type is built offline from its default configuration with tiny sizes, and run before and after the
+swap in float64 (in float32 if float64 fails). The expected feed-forward products are found without `swap`: by
+their width, which no other product in the tiny model has; in vision models, where widths differ by stage, by
+their names. One row per type:
+
+    swapped   all blocks are swapped, outputs and gradients are equal
+    left      some block is left, with the reason
+    wrong     outputs or gradients differ
+    none      the model has no dense block
+    unbuilt   the model could not be built or run
+
+Rows go to DIR/coverage.jsonl, and a table to DIR/coverage.md (to docs/coverage.md for benchmarks/results).
 """
 
 import contextlib
@@ -27,16 +33,16 @@ import ffn
 from benchmarks.report import RESULTS, arguments, listed, machine, read
 from ffn.files.atomic import write_file
 
-KINDS = {  # (name of transformers' list of types, its class)
+KINDS = {  # (name of the list of types in transformers, auto class)
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
     "masked": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
     "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM"),
     "vision": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification"),
 }
 OUTCOMES = ("swapped", "left", "wrong", "none", "unbuilt")
-WIDTH, HEADS, HIDDEN = 40, 5, 52  # 4 WIDTH = 160 where a configuration names no hidden width
+WIDTH, HEADS, HIDDEN = 40, 5, 52  # the hidden width is 4 WIDTH = 160 if a configuration has no entry for it
 HEAD = WIDTH // HEADS
-SIZES = {  # by the name of a configuration's entry; the first pattern that matches
+SIZES = {  # pattern of a configuration's entry: size; the first match counts
     r"^(hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|embedding_size|model_dim)$": WIDTH,
     r"^(encoder_hidden_size|hidden_dim|width)$": WIDTH,
     r"(intermediate_size|ffn_dim|d_ff|dff|dim_ff|d_inner|n_inner|ffn_hidden_size)$": HIDDEN,
@@ -58,7 +64,7 @@ SIZES = {  # by the name of a configuration's entry; the first pattern that matc
     r"^patch_size$": 16,
     r"(pad_token_id|bos_token_id|eos_token_id|decoder_start_token_id)$": 1,
 }
-SPECIAL: dict[str, dict[str, Any]] = {  # what the names above do not say
+SPECIAL: dict[str, dict[str, Any]] = {  # entries by model type, where the patterns are not enough
     "codegen": {"n_head": 4, "rotary_dim": 8},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "diffllama": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10},
@@ -76,16 +82,16 @@ NAMES = re.compile(
 )
 OTHER = re.compile(
     r"^experts$|[Aa]ttention|^attn$|Mamba|Mixer|Recurrent|DeltaNet|SSM|Conv|MixMLP"
-)  # no such block
+)  # modules with products of the same widths that are not feed-forward blocks
 
 
 class Unbuildable(Exception):
-    """This type cannot be built, or run; the message says why."""
+    """This model type cannot be built or run; the message says why."""
 
 
 @contextlib.contextmanager
 def attempt(what: str, seconds: int = 60) -> Iterator[None]:
-    """Whatever their code raises, or taking too long, is an Unbuildable."""
+    """Turn any error of their code, or a timeout, into Unbuildable."""
 
     def late(*_):
         raise TimeoutError(f"took more than {seconds} s")
@@ -103,7 +109,7 @@ def attempt(what: str, seconds: int = 60) -> Iterator[None]:
 
 
 def shrink(config) -> None:
-    """Tiny sizes in a configuration and those within it."""
+    """Set tiny sizes in a configuration and its nested configurations."""
     layers = max(getattr(config, "num_hidden_layers", 0) or 0, 0)
     for key, value in list(vars(config).items()):
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -112,9 +118,9 @@ def shrink(config) -> None:
         elif whole or (value is None and key in ("head_dim", "num_key_value_heads")):
             size = next((size for pattern, size in SIZES.items() if re.search(pattern, key)), None)
             if size is not None:
-                with contextlib.suppress(Exception):  # some are properties that others follow from
+                with contextlib.suppress(Exception):  # some entries are read-only properties
                     setattr(config, key, size)
-    for key, value in list(vars(config).items()):  # lists with an entry a layer
+    for key, value in list(vars(config).items()):  # lists with one entry per layer
         if isinstance(value, list) and layers > 2 and len(value) == layers:
             with contextlib.suppress(Exception):
                 setattr(config, key, value[:1] + value[-1:])
@@ -132,13 +138,13 @@ def build(kind: str, model_type: str, tiny: bool, dtype: torch.dtype) -> nn.Modu
             for key, value in SPECIAL.get(model_type, {}).items():
                 setattr(config, key, value)
         model = getattr(transformers, KINDS[kind][1]).from_config(config).to(dtype)
-        with contextlib.suppress(Exception):  # the grouped products of experts know no float64
+        with contextlib.suppress(Exception):  # grouped matmuls of experts do not support float64
             model.set_experts_implementation("eager")
         return model.eval()
 
 
 def run(model: nn.Module, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The outputs, and the gradient of every parameter, for fixed inputs."""
+    """Return the outputs and the gradients of all parameters, for fixed inputs."""
     g = torch.Generator().manual_seed(1)
     inputs: dict[str, Any] = {"use_cache": False, "input_ids": torch.randint(5, 90, (2, 8), generator=g)}
     if kind == "vision":
@@ -160,8 +166,10 @@ def run(model: nn.Module, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def apart(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
-    """The largest difference, relative to each tensor; what is zero but for rounding (the gradient of a key's
-    bias) has no size of its own to be compared with."""
+    """Return the largest difference relative to the largest element of each tensor.
+
+    A floor for that element covers gradients that are zero up to rounding (of a key's bias).
+    """
     floor = 1e-6 * max(float(a.abs().max()) for a in before.values())
     if before.keys() != after.keys():
         return math.inf
@@ -169,7 +177,7 @@ def apart(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
 
 
 def dense_products(model: nn.Module, by_width: bool) -> set[str]:
-    """Paths of the products of dense feed-forward blocks, told by width, else by name."""
+    """Return the paths of the products of dense feed-forward blocks, found by width or else by name."""
     found = set()
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -191,7 +199,7 @@ def swapped_products(model: nn.Module) -> set[str]:
 
 
 def examine(kind: str, model_type: str) -> dict:
-    """The row of one type: as tiny as may be, else as it comes; in float64, else in float32."""
+    """Return the row of one type: tiny in float64, else tiny in float32, else (vision) in its own sizes."""
     ways = [(True, torch.float64), (True, torch.float32)]
     if kind == "vision":
         ways += [(False, torch.float32)]
@@ -208,7 +216,7 @@ def examine(kind: str, model_type: str) -> dict:
 
 def measure(kind: str, model_type: str, tiny: bool, dtype: torch.dtype) -> dict:
     model = build(kind, model_type, tiny, dtype)
-    run(model, kind, dtype)  # some settle on something in their first run
+    run(model, kind, dtype)  # some models change their state in the first run
     before = run(model, kind, dtype)
     report = ffn.swap(model)
     difference = apart(before, run(model, kind, dtype))
@@ -229,15 +237,15 @@ def measure(kind: str, model_type: str, tiny: bool, dtype: torch.dtype) -> dict:
 
 
 def table(rows: list[dict], versions: str) -> str:
-    """The rows in Markdown: counts by kind, then each type that is not all swapped, then the rest by name."""
+    """Return the rows in Markdown: counts by kind, each type that is not swapped, the names of the others."""
     lines = [
-        "# What `ffn.swap` takes in transformers",
+        "# Models of transformers that `ffn.swap` swaps",
         "",
         f"By `python -m benchmarks coverage`, {versions}.",
         "",
     ]
     lines += [
-        f"| kind | types | {' | '.join(OUTCOMES)} | swapped of those with a dense block |",
+        f"| kind | types | {' | '.join(OUTCOMES)} | swapped, of types with a dense block |",
         "|---" * 8 + "|",
     ]
     for kind in KINDS:
@@ -263,7 +271,7 @@ def table(rows: list[dict], versions: str) -> str:
 def main(argv: list[str]) -> None:
     parser = arguments("coverage", __doc__)
     parser.add_argument("--kind", type=listed(*KINDS), default=[*KINDS], help=f"any of {', '.join(KINDS)}")
-    parser.add_argument("--only", type=listed(), default=[], help="model types; nothing is written")
+    parser.add_argument("--only", type=listed(), default=[], help="only these model types; write no files")
     options = parser.parse_args(argv)
     import transformers
     from transformers.models.auto import modeling_auto

@@ -1,4 +1,4 @@
-"""The count of what `ffn.swap` takes: each outcome found on a model that has it, and the table of them."""
+"""coverage: each outcome occurs for a model that has it, and the table counts them."""
 
 import json
 
@@ -11,21 +11,21 @@ from benchmarks import coverage
 transformers = pytest.importorskip("transformers")
 
 
-def test_a_llama_is_swapped_whole():
+def test_llama_is_swapped():
     row = coverage.examine("causal", "llama")
     assert row["outcome"] == "swapped"
     assert row["classes"] == ["LlamaMLP"]
     assert row["apart"] < 1e-9
 
 
-def test_an_activation_without_a_row_is_left_with_its_reason():
+def test_an_unknown_activation_is_left_with_its_reason():
     row = coverage.examine("causal", "apertus")
     assert row["outcome"] == "left"
     assert "no activation of the table" in row["reason"]
     assert any(path.endswith("mlp.up_proj") for path in row["missed"])
 
 
-def test_what_cannot_be_built_says_why():
+def test_an_unbuilt_model_has_a_reason():
     row = coverage.examine("causal", "musicgen")
     assert row["outcome"] == "unbuilt"
     assert row["reason"].startswith("not built: AttributeError")
@@ -42,7 +42,7 @@ def test_a_swap_that_changes_numbers_is_wrong(monkeypatch):
     assert coverage.examine("causal", "llama")["outcome"] == "wrong"
 
 
-def test_a_block_not_seen_is_missed(monkeypatch):
+def test_a_block_that_is_not_swapped_is_missed(monkeypatch):
     real = coverage.ffn.swap
     monkeypatch.setattr(coverage.ffn, "swap", lambda model: real(nn.Identity()))
     row = coverage.examine("causal", "llama")
@@ -50,7 +50,7 @@ def test_a_block_not_seen_is_missed(monkeypatch):
     assert len(row["missed"]) == 6
 
 
-def test_the_table_counts_and_names():
+def test_the_table_counts_outcomes_and_names_types():
     rows = [
         {"kind": "causal", "model_type": "a", "outcome": "swapped", "reason": ""},
         {"kind": "causal", "model_type": "b", "outcome": "left", "reason": "a | b"},
@@ -62,7 +62,7 @@ def test_the_table_counts_and_names():
     assert "Swapped, causal: a." in text
 
 
-def test_the_rows_of_a_kind_are_replaced_and_the_others_kept(tmp_path, monkeypatch):
+def test_only_the_rows_of_the_measured_kinds_are_replaced(tmp_path, monkeypatch):
     def examine(kind: str, model_type: str) -> dict:
         return {"kind": kind, "model_type": model_type, "outcome": "none", "reason": ""}
 
