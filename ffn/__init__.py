@@ -13,7 +13,7 @@ The tree, in the order data flows through it:
     tokenizer data  text in, tokens on disk out; batches makes them (B, T)
     optim train     the loop; checkpoint saves it, recipe and config describe it, report shows it
     classify        texts sorted into classes: a head on a model, its training, the folder it leaves
-    interop         swap: the block in models written elsewhere; checkpoints and classes of other libraries
+    interop         swap, from_module: the block in models written elsewhere; checkpoints of other libraries
     cli             ffn train | generate | eval | classify | info | doctor
 
 The letters of shapes, everywhere: B batch, T time, S keys seen, N = B T tokens, D model width, H hidden

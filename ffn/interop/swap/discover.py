@@ -38,11 +38,8 @@ def plans(
 def has_block_shape(module: nn.Module) -> bool:
     """Return whether two children hold one product each, in the shapes of a block."""
     convolves = any("Conv" in type(child).__name__ and not _is_product(child) for child in module.children())
-    if (
-        isinstance(module, torch.jit.ScriptModule)
-        or convolves
-        or any(True for _ in module.parameters(recurse=False))
-    ):  # another kind of mixer
+    mixes = convolves or any(True for _ in module.parameters(recurse=False))
+    if isinstance(module, torch.jit.ScriptModule) or mixes:
         return False
     found = [paths[0] for paths in _products_by_child(module).values() if len(paths) == 1]
     pairs = [sizes(module.get_submodule(path)) for path in found]

@@ -57,7 +57,7 @@ def from_module(module: nn.Module) -> FeedForward:
 
 
 def _convert(module: nn.Module) -> FeedForward | str:
-    """Return the FeedForward, or why there is none."""
+    """Return the FeedForward, or the reason for none."""
     if isinstance(module, Rerouted):
         return "it is swapped: call ffn.unswap first"
     if len({part.training for part in module.modules()}) > 1:
@@ -89,15 +89,13 @@ def _from_plan(module: nn.Module, plan: Plan) -> FeedForward | str:
 
 
 def _out_dropout(module: nn.Module, plan: Plan) -> float | str:
-    """Return the rate of the dropout after the block, 0.0 if there is none, or why forward does more.
+    """Return the rate of the dropout after the block (0.0 without one), or a reason if forward does more.
 
     The module's forward runs with a function in place of the block, which returns values chosen here.
     """
     width = sizes(module.get_submodule(plan.first[0]))[0]
     (y,) = preactivations([sizes(module.get_submodule(plan.last))[1]])
-    x = torch.rand(
-        *y.shape[:-1], width, generator=torch.Generator().manual_seed(4), dtype=y.dtype, device="cpu"
-    )
+    x = torch.rand(*y.shape[:-1], width, generator=torch.Generator().manual_seed(4), dtype=y.dtype)
     inputs: list[Tensor] = []
     seen: dict[str, Any] = {}
 
@@ -138,7 +136,7 @@ def _build(module: nn.Module, plan: Plan, out_dropout: float) -> FeedForward:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A Linear that holds these Parameters, or copies of these views of Parameters."""
+    """Return a Linear that holds these Parameters, or copies where they are views of Parameters."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and type(value) is not nn.Parameter:

@@ -127,7 +127,7 @@ def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
         now = getattr(_at(module, path), name)
         if now is not value and now != value:
             return f"{path or type(module).__name__}.{name} was {value!r} and is {now!r}"
-    if probability(module, plan) >= 1.0:
+    if current_rate(module, plan) >= 1.0:
         return "its dropout rate is 1"
     return None
 
@@ -138,12 +138,12 @@ def apply(module: nn.Module, plan: Plan, x: Tensor) -> Tensor:
     down, down_bias = plain_projection(_at(module, plan.last))  # type: ignore[misc]
     return feed_forward(
         x, up, down, gate, up_bias, down_bias, gate_bias, activation=plan.inner.activation,
-        dropout=probability(module, plan), save=plan.save, chunk_tokens=plan.chunk_tokens,
+        dropout=current_rate(module, plan), save=plan.save, chunk_tokens=plan.chunk_tokens,
         backend=plan.backend,
     )  # fmt: skip
 
 
-def probability(module: nn.Module, plan: Plan) -> float:
+def current_rate(module: nn.Module, plan: Plan) -> float:
     """Return the rate of the dropout between the products in its present mode."""
     place = plan.inner.dropout
     return rate(module, place) if place is not None and _at(module, place[0]).training else 0.0

@@ -158,7 +158,7 @@ def test_dropout_in_a_layer_repeats_by_seed() -> None:
     assert_same(outcome(new, rows(), 1), outcome(new, rows(), 1))
     assert not torch.equal(outcome(new, rows(), 1)["y"], outcome(new, rows(), 2)["y"])
     new.dropout.p = 0.1
-    assert ffn.interop.swap.reroute.probability(new, new._ffn_plan) == 0.1
+    assert ffn.interop.swap.reroute.current_rate(new, new._ffn_plan) == 0.1
 
 
 def test_a_compiled_encoder_is_one_graph() -> None:
