@@ -25,6 +25,7 @@ from ffn.files.shards import PICKLES, Shards
 from ffn.gpt.cost import flops_per_token, render_kept, render_table
 from ffn.gpt.generate import stream
 from ffn.ops.dispatch import choose, why_not_triton
+from ffn.packing.pack import packed_where_possible
 from ffn.text.corpus import open_corpus
 from ffn.text.tokenizer import Tokenizer, encode_prompt
 from ffn.train.base import named_base, open_base
@@ -183,7 +184,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     print(text, end="")
-    _print_stream(tokens, tokenizer)
+    with packed_where_possible(model):
+        _print_stream(tokens, tokenizer)
     return 0
 
 

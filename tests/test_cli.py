@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from ffn.cli import main
 from ffn.disk import load, load_tokenizer, save
 from ffn.files.dataclass_toml import flatten
+from ffn.packing.pack import is_packed
 from ffn.text.corpus import prepare
 from ffn.train.loop import train
 from tests import tiny
@@ -93,6 +95,19 @@ def test_generate_draws_as_asked(run: Path, monkeypatch: pytest.MonkeyPatch, cap
         command += [f"--{name.replace('_', '-')}", str(value)]
     assert main(command) == 0
     assert given == {"prompt": [49, 32], **options}
+
+
+@pytest.mark.usefixtures("small_is_worth_it")
+def test_generate_reads_packed_weights(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[bool] = []
+
+    def stream(model, prompt, tokens, **_) -> Iterator[int]:
+        packed.append(is_packed(model.head))
+        yield 65
+
+    monkeypatch.setattr("ffn.cli.stream", stream)
+    assert main(["generate", str(run), "--device", "cpu", "--prompt", "1 "]) == 0
+    assert packed == [True]
 
 
 def test_eval_makes_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +267,7 @@ def test_mistakes_about_a_run_are_one_line(run: Path, capsys: pytest.CaptureFixt
         ),
         (
             ["generate", str(run), "--seed", str(10**20)],
-            f"seed={10**20}: want a whole number of 64 bits, or None",
+            f"seed must be an integer of 64 bits or None, got {10**20}",
         ),
     ):
         assert main([*arguments, "--device", "cpu"]) == 2

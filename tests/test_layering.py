@@ -33,7 +33,7 @@ LAYERS = [
     ["ffn.ops.feed_forward", "ffn.packing.float_copies", "ffn.ops.attention", "ffn.ops.lora"],
     ["ffn.packing.int8_copies"],
     ["ffn.ops"],
-    ["ffn.nn.init", "ffn.nn.rotary", "ffn.nn.plain"],
+    ["ffn.nn.init", "ffn.nn.rotary", "ffn.nn.plain", "ffn.nn.eval_mode"],
     ["ffn.nn.lora"],
     ["ffn.nn.embedding", "ffn.nn.norm", "ffn.nn.attention", "ffn.nn.feed_forward", "ffn.nn.loss"],
     ["ffn.nn.block", "ffn.nn.head", "ffn.nn.classifier"],

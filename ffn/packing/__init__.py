@@ -1,1 +1,1 @@
-"""Faster inference on the CPU from copies of the weights in oneDNN's layout, as they are or in int8."""
+"""Faster inference on the CPU from packed copies of the weights, in their own precision or in int8."""

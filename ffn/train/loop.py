@@ -27,6 +27,7 @@ from ffn.files.atomic import exclusive, write_file
 from ffn.files.checkpoints import checkpoint_path, list_checkpoints, newest_checkpoint, prune
 from ffn.gpt.adapters import save_adapters
 from ffn.gpt.generate import generate
+from ffn.packing.pack import packed_where_possible
 from ffn.text.corpus import Corpus, find_files
 from ffn.text.tokenizer import encode_prompt
 from ffn.text.windows import Batches, derive_seed
@@ -234,7 +235,7 @@ class Trainer:
 
     def _sample(self) -> str:
         loop, window = self.config.train, self.config.model.max_seq_len
-        with evaluating(self.model), autocast(self.device, self.precision):
+        with evaluating(self.model), autocast(self.device, self.precision), packed_where_possible(self.model):
             new = generate(
                 self.model,
                 [self.prompt],

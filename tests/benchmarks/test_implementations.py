@@ -143,7 +143,7 @@ REFUSED = [
     ("ffn triton", GELU, "the kernels run on NVIDIA GPUs, not on cpu"),
     ("ffn packed", GELU, "is for inference"),
     ("ffn packed", replace(WIDE, dtype="autocast"), "takes no part in autocast"),
-    ("ffn packed", replace(GELU, work="inference"), "nothing to serve"),
+    ("ffn packed", replace(GELU, work="inference"), "nothing to pack"),
 ]
 ON_GPUS = ("liger", "liger fused", "liger tiled", "quack", "quack tuned", "torchao float8")
 ON_GPUS += ("ffn fused", "ffn unfused")

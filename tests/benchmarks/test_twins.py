@@ -44,7 +44,7 @@ def test_no_weight_is_left_behind() -> None:
     assert not any((w == 0).any() or (w == 1).any() for w in weights.values())
 
 
-def test_packed_weights_leave_the_function() -> None:
+def test_packing_changes_no_logits() -> None:
     wide = Shape(64, 256, 1, 2, 24, 2, "gelu_tanh")  # enough to pack
     plain, packed = (twin(name, wide, torch.float32) for name in ("torch", "ffn packed"))
     tokens = torch.randint(64, (2, 8))

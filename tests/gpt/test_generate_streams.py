@@ -1,15 +1,17 @@
-"""Streams: the tokens of `generate` one by one, several over one model, what happens between two tokens."""
+"""Streams: the tokens of `generate` one by one, several per model, and changes between two tokens."""
+
+import copy
 
 import pytest
 import torch
 
+from ffn import pack, unpack
 from ffn.gpt.generate import generate, stream
-from ffn.packing import pack as packing
 from tests.gpt.test_generate import PROMPTS, build
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_stream_is_generate(cache: bool) -> None:
+def test_a_stream_equals_generate(cache: bool) -> None:
     model = build()
     options = {"seed": 4, "temperature": 0.7, "top_k": 6, "top_p": 0.9, "cache": cache}
     (row,) = generate(model, [PROMPTS[0]], 20, **options)
@@ -19,59 +21,51 @@ def test_stream_is_generate(cache: bool) -> None:
         assert list(stream(model, torch.tensor(PROMPTS[0]), 20, stop=stop, **options)) == whole
 
 
-def test_stream_yields_as_it_goes_and_leaves_no_mode_behind() -> None:
-    model = build()
+def test_a_stream_computes_a_token_when_it_is_asked_for() -> None:
+    model = build(dropout=0.5)
     seen = []
-    model.norm.register_forward_hook(lambda *_: seen.append(1) and None)
+    model.norm.register_forward_hook(lambda module, *_: seen.append(module.training))
     tokens = stream(model, [1, 2], 10, seed=0)
-    assert model.training
     for expected in (1, 2, 3):
         next(tokens)
-        assert len(seen) == expected
+        assert seen == [False] * expected
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
-    tokens.close()
-    assert model.training
+        assert all(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("closed", [True, False])
-def test_streams_share_a_model(monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
-    monkeypatch.setattr(packing, "WORTH_PACKING", 0)
+def test_streams_of_one_model_do_not_disturb_each_other() -> None:
     model = build(dropout=0.5)
     want = [generate(model, [prompt], 10, seed=0)[0] for prompt in PROMPTS[:2]]
-    assert "forward" not in model.head.__dict__
     first, second = (stream(model, prompt, 10, seed=0) for prompt in PROMPTS[:2])
     got = [next(first)], [next(second)]
-    if closed:
-        first.close()
-    else:
-        got[0].extend(first)
-        assert got[0] == want[0]
-    assert not any(module.training for module in model.modules())
-    assert "forward" in model.head.__dict__
+    got[0].extend(first)
     assert generate(model, PROMPTS[:1], 10, seed=0) == want[:1]
     got[1].extend(second)
-    assert got[1] == want[1]
+    assert [*got] == want
     assert all(module.training for module in model.modules())
-    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_weights_change_between_two_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "WORTH_PACKING", 0)
+@pytest.mark.usefixtures("small_is_worth_it")
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_stream_uses_the_weights_of_the_moment(packs: bool) -> None:
     model = build(dropout=0.5).float()
+    if packs:
+        pack(model)
     tokens, row = stream(model, PROMPTS[0], 10, temperature=0.0), list(PROMPTS[0])
     row += [next(tokens), next(tokens)]
     with torch.no_grad():
-        model.blocks[-1].feed_forward.up_proj.weight.neg_()  # behind the keys and values in the cache
+        model.blocks[-1].feed_forward.up_proj.weight.neg_()  # after the keys and values in the cache
         model.blocks[-1].feed_forward.down_proj.weight.mul_(2.0)
-    for token in tokens:  # differentiated, so that nothing is packed
-        assert token == model(torch.tensor([row]))[0, -1].argmax()
+    plain = unpack(copy.deepcopy(model)).eval()
+    for token in tokens:
+        assert token == plain(torch.tensor([row]))[0, -1].argmax()
         row.append(token)
     assert len(row) == len(PROMPTS[0]) + 10
 
 
-def test_training_between_two_streams() -> None:
-    model = build(dropout=0.5)
+def test_training_between_two_tokens_is_seen() -> None:
+    model = build(dropout=0.5).eval()
     first = stream(model, PROMPTS[0], 10, seed=0)
     next(first)
     model.train()
@@ -80,5 +74,5 @@ def test_training_between_two_streams() -> None:
     fresh = build()
     fresh.load_state_dict(model.state_dict())
     assert generate(model, PROMPTS, 10, seed=0) == generate(fresh, PROMPTS, 10, seed=0)
-    first.close()
+    next(first)
     assert all(module.training for module in model.modules())

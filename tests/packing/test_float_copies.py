@@ -1,4 +1,4 @@
-"""Packed weights: the same products from another layout, and never those of weights that have changed."""
+"""Packed copies: matmuls equal those of the plain weights, and a changed weight is seen."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffn.activations import TABLE
-from ffn.ops import dispatch
+from ffn.ops import hardware
 from ffn.packing.float_copies import Packed
 from tests.ops.samples import NAMES, by_reference, draw
 
@@ -14,7 +14,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def skip_unless_packed(dtype: torch.dtype) -> None:
-    if not dispatch.packs(dtype):
+    if not hardware.packs(dtype):
         pytest.skip(f"oneDNN packs no {dtype} on this processor")
 
 
@@ -42,7 +42,7 @@ def test_equals_linear(dtype: torch.dtype, rows: tuple[int, ...], bias: bool) ->
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (), (0,)])
 @torch.no_grad()
-def test_equals_the_textbook(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_equals_the_reference(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     skip_unless_packed(dtype)
     x, *weights = draw(name, shape=shape, widths=(48, 64, 40), dtype=dtype)
     y = Packed(tuple(weights)).feed_forward(x, name)
@@ -58,7 +58,7 @@ def test_equals_the_textbook(name: str, dtype: torch.dtype, shape: tuple[int, ..
 @DTYPES
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_what_is_not_a_number_stays_so(name: str, dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_token(name: str, dtype: torch.dtype) -> None:
     skip_unless_packed(dtype)
     x, *weights = draw(name, widths=(48, 64, 40), dtype=dtype)
     x[2, 5] = torch.nan
@@ -73,10 +73,6 @@ def transpose(p: nn.Parameter) -> None:
 
 def cut(p: nn.Parameter) -> None:
     p.data = p.data[:32]
-
-
-def fill(p: nn.Parameter) -> None:
-    p.data.fill_(2.0)
 
 
 def halve(p: nn.Parameter) -> None:
@@ -99,10 +95,10 @@ def write_one_element(p: nn.Parameter) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [transpose, cut, fill, halve, multiply, multiply_in_inference, write_one_element],
+    [transpose, cut, halve, multiply, multiply_in_inference, write_one_element],
     ids=lambda change: change.__name__,
 )
-def test_changes_are_seen(change) -> None:
+def test_a_changed_weight_is_seen(change) -> None:
     skip_unless_packed(torch.float32)
     weight, bias = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(64))
     packed = Packed((weight, bias))
@@ -124,7 +120,7 @@ BIAS_CHANGES = {
 
 
 @pytest.mark.parametrize("change", BIAS_CHANGES)
-def test_a_bias_at_the_same_address_is_looked_at(change: str) -> None:
+def test_a_changed_bias_at_the_same_address_is_seen(change: str) -> None:
     skip_unless_packed(torch.float32)
     linear = nn.Linear(64, 64)
     packed = Packed((linear.weight, linear.bias))
@@ -133,7 +129,7 @@ def test_a_bias_at_the_same_address_is_looked_at(change: str) -> None:
     assert not packed.are_of((linear.weight, linear.bias))
 
 
-def test_an_address_is_not_given_away() -> None:
+def test_the_address_of_a_copied_weight_is_not_reused() -> None:
     skip_unless_packed(torch.float32)
     weight = nn.Parameter(torch.zeros(1024, 1024))
     packed, address = Packed((weight, None)), weight.data_ptr()
@@ -146,25 +142,25 @@ def test_an_address_is_not_given_away() -> None:
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [
-        (torch.zeros(64, 64, dtype=torch.float16), "float16 on cpu; oneDNN packs float32 and bfloat16"),
-        (torch.zeros(64, 64, dtype=torch.float64), "float64 on cpu; oneDNN packs"),
-        (torch.zeros(64, 64, device="meta"), "float32 on meta; oneDNN packs"),
-        (torch.zeros(32, 64).t(), "strided; make it contiguous"),
+        (torch.zeros(64, 64, dtype=torch.float16), "float16 on cpu"),
+        (torch.zeros(64, 64, dtype=torch.float64), "float64 on cpu"),
+        (torch.zeros(64, 64, device="meta"), "float32 on meta"),
+        (torch.zeros(32, 64).t(), "strided"),
     ],
 )
-def test_what_is_not_packed(weight: Tensor, reason: str) -> None:
+def test_unsupported_weights_are_refused(weight: Tensor, reason: str) -> None:
     skip_unless_packed(torch.float32)
     assert str(Packed.why_not(weight)).startswith(reason)
     assert Packed.why_not(torch.zeros(64, 64)) is None
 
 
-def test_what_inference_mode_made_is_not_packed() -> None:
+def test_inference_tensors_are_refused() -> None:
     skip_unless_packed(torch.float32)
     with torch.inference_mode():
         weight = torch.zeros(64, 64)
-    assert str(Packed.why_not(weight)).startswith("made in inference mode")
+    assert "inference" in str(Packed.why_not(weight))
 
 
-def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "packs", lambda dtype: False)
-    assert "does not take on this processor" in str(Packed.why_not(torch.zeros(64, 64)))
+def test_without_onednn_every_weight_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "packs", lambda dtype: False)
+    assert "oneDNN" in str(Packed.why_not(torch.zeros(64, 64)))

@@ -1,4 +1,4 @@
-"""Int8 products: within the bound of their rounding, each token by itself, what is no number not lost."""
+"""Int8 matmuls: errors within the bound of rounding, each token by itself, NaN and infinity kept."""
 
 import pytest
 import torch
@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ffn.activations import TABLE
-from ffn.ops import dispatch
+from ffn.ops import hardware
 from ffn.ops.reference import feed_forward as reference
 from ffn.packing.float_copies import Packed
 from ffn.packing.int8_copies import Quantized
 
-pytestmark = pytest.mark.skipif(not dispatch.int8_in_onednn(), reason="no int8 products on this processor")
+pytestmark = pytest.mark.skipif(not hardware.int8_in_onednn(), reason="no int8 matmuls on this processor")
 
 
 def bound(x: Tensor, weight: Tensor) -> Tensor:
-    """How far rounding x and the weight to half a step each may move x weight^T, in float64."""
+    """Return how far rounding x and the weight, by half a step each, may move x weight^T, in float64."""
     x, weight = x.double().abs(), weight.double().abs()
     off_x, off_weight = x.amax(-1, keepdim=True) / 254, weight.amax(-1) / 254
     moved = off_x * weight.sum(-1) + x.sum(-1, keepdim=True) * off_weight
@@ -24,7 +24,7 @@ def bound(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def draw(tokens: int, width: int, height: int, seed: int, kind: str) -> tuple[Tensor, Tensor]:
-    """x (tokens, width) and a weight (height, width), some of whose rows are odd."""
+    """Return x (tokens, width) and a weight (height, width), with unusual rows as `kind` says."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, width, generator=generator)
     weight = torch.randn(height, width, generator=generator)
@@ -46,7 +46,7 @@ SIZES = st.integers(1, 40), st.integers(1, 300), st.integers(1, 70), st.integers
 
 
 @given(*SIZES, KINDS, st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_the_error_is_that_of_rounding(tokens, width, height, seed, kind, biased, dtype) -> None:
+def test_the_error_is_within_the_bound_of_rounding(tokens, width, height, seed, kind, biased, dtype) -> None:
     x, weight = (t.to(dtype) for t in draw(tokens, width, height, seed, kind))
     bias = torch.randn(height).to(dtype) if biased else None
     y = Quantized((weight, bias)).linear(x)
@@ -57,7 +57,7 @@ def test_the_error_is_that_of_rounding(tokens, width, height, seed, kind, biased
 
 
 @given(*SIZES, KINDS)
-def test_a_token_is_alone(tokens, width, height, seed, kind) -> None:
+def test_a_token_does_not_depend_on_the_others(tokens, width, height, seed, kind) -> None:
     x, weight = draw(tokens + 2, width, height, seed, kind)
     product = Quantized((weight, None))
     y = product.linear(x)
@@ -67,8 +67,8 @@ def test_a_token_is_alone(tokens, width, height, seed, kind) -> None:
     assert ((alone - y[:1]).abs() <= 2 * bound(x[:1], weight) + 1e-6 * y[:1].abs()).all()
 
 
-def test_without_fbgemm_a_token_alone_is_no_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "int8_in_fbgemm", lambda: False)
+def test_without_fbgemm_a_single_token_equals_its_row_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "int8_in_fbgemm", lambda: False)
     x, product = torch.randn(3, 40), Quantized((torch.randn(9, 40), torch.randn(9)))
     assert product.layouts[0].alone is None
     assert torch.equal(product.linear(x[:1]), product.linear(x)[:1])
@@ -90,7 +90,7 @@ def test_shapes_and_strides() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_number_is_seen(bad: float, tokens: int) -> None:
+def test_nan_and_infinity_stay_in_their_token(bad: float, tokens: int) -> None:
     x, weight = torch.randn(tokens, 8), torch.randn(6, 8)
     clean = Quantized((weight, None)).linear(x)
     x[0, 3] = bad
@@ -106,7 +106,7 @@ def test_what_is_no_number_is_seen(bad: float, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("activation", [name for name, row in TABLE.items() if row.formula])
-def test_the_block(activation: str, tokens: int) -> None:
+def test_the_block_is_near_the_reference(activation: str, tokens: int) -> None:
     x, up, down = torch.randn(tokens, 64), torch.randn(96, 64) / 8, torch.randn(48, 96) / 8
     gate = torch.randn(96, 64) / 8 if TABLE[activation].gated else None
     biases = torch.randn(96), torch.randn(48), None if gate is None else torch.randn(96)
@@ -118,14 +118,14 @@ def test_the_block(activation: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("form", [Packed, Quantized])
-def test_joined_copies_are_those_of_each(form: type[Packed]) -> None:
+def test_joined_copies_equal_separate_ones(form: type[Packed]) -> None:
     x, weights, biases = torch.randn(5, 8), torch.randn(3, 6, 8).unbind(), torch.randn(3, 6).unbind()
     joined = form((*weights, *biases), joined=True)
     assert joined.heights == [6, 6, 6]
     apart = [form(pair).linear(x) for pair in zip(weights, biases, strict=True)]
     torch.testing.assert_close(joined.linear(x), torch.cat(apart, 1))
     assert joined.are_of((*weights, *biases))
-    biases[1].data.zero_()
+    biases[1].zero_()
     assert not joined.are_of((*weights, *biases))
     unbiased = form((*weights, None, None, None), joined=True)
     torch.testing.assert_close(unbiased.linear(x), torch.cat([form((w, None)).linear(x) for w in weights], 1))
@@ -141,12 +141,11 @@ def test_a_bias_is_read_and_not_copied(tokens: int, dtype: torch.dtype) -> None:
     )
     packed = Quantized((weight, bias))
     before = packed.linear(x)
-    bias.data.fill_(16.0)  # past torch's counter
-    assert packed.are_of((weight, bias))
+    bias.fill_(16.0)
     torch.testing.assert_close(packed.linear(x), before + 16.0)
 
 
-def test_a_token_of_small_and_of_large_values_is_as_exact() -> None:
+def test_small_and_large_tokens_have_the_same_relative_error() -> None:
     x, weight = torch.randn(1, 64), torch.randn(6, 64)
     sparse = torch.zeros(1, 64).index_fill_(1, torch.tensor([3]), 0.1)
     packed = Quantized((weight, None))
@@ -155,20 +154,19 @@ def test_a_token_of_small_and_of_large_values_is_as_exact() -> None:
         assert (packed.linear(token) - exact).norm() <= 0.03 * exact.norm()
 
 
-def test_sums_fit_int32_or_are_refused() -> None:
+def test_weights_too_wide_for_int32_sums_are_refused() -> None:
     widest = (2**31 - 1) // (255 * 127)
     one = torch.ones(1, widest)
     assert Quantized.why_not(one) is None
     torch.testing.assert_close(Quantized((one, None)).linear(one), torch.tensor([[float(widest)]]))
-    reason = Quantized.why_not(torch.ones(1, widest + 1))
-    assert reason == f"{widest + 1} wide; int8 sums hold up to {widest} terms"
+    assert f"{widest + 1} wide" in str(Quantized.why_not(torch.ones(1, widest + 1)))
 
 
-def test_other_machines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_machines_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_) -> None:
         raise RuntimeError("no such op")
 
-    monkeypatch.setattr(dispatch, "fbgemm_layout", absent)
-    assert not dispatch.int8_in_fbgemm.__wrapped__()
-    monkeypatch.setattr(dispatch.platform, "machine", lambda: "arm64")
-    assert not dispatch.int8_in_onednn.__wrapped__()
+    monkeypatch.setattr(hardware, "fbgemm_layout", absent)
+    assert not hardware.int8_in_fbgemm.__wrapped__()
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "arm64")
+    assert not hardware.int8_in_onednn.__wrapped__()

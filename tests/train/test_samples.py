@@ -2,8 +2,32 @@
 
 from pathlib import Path
 
-from ffn.train.loop import train
+import pytest
+import torch
+
+from ffn.packing.pack import is_packed
+from ffn.text.corpus import prepare
+from ffn.train.loop import Trainer, train
 from tests import tiny
+
+
+@pytest.mark.usefixtures("small_is_worth_it")
+def test_samples_come_from_packed_weights_and_leave_the_model_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = []
+
+    def generate(model, prompts, tokens, **_) -> list[list[int]]:
+        packed.append(is_packed(model.head))
+        return [[65] * tokens]
+
+    monkeypatch.setattr("ffn.train.loop.generate", generate)
+    config = tiny.config(tmp_path)
+    corpus = prepare(config.data, Path(config.out))
+    trainer = Trainer(config, corpus, torch.device("cpu"), "float32", lambda _: None)
+    trainer._sample()
+    assert packed == [True]
+    assert not any(map(is_packed, trainer.model.modules()))
 
 
 def test_a_prompt_longer_than_the_window_is_cut(tmp_path: Path) -> None:
