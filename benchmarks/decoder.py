@@ -12,8 +12,9 @@ torch. Times are a person's: by the host's clock, until the device is done.
 A step of training is forward, loss, backward and AdamW, with dropout where nanoGPT has it. `mfu`: the model's
 operations a second (`ffn.gpt.cost`: matrix products and causal attention, thrice those of a forward) over
 `ceiling_tflops`, the rate of the bare products of its Linears, forward and backward, run in turn with the
-models. Generation is greedy, 32 tokens in; `ttft_ms` is the time to the first token out. `ffn` packs its
-weights anew in each call, `ffn packed` once. `peak_MB` is what a call holds beyond weights and optimizer.
+models. Generation is greedy, 32 tokens in; `ttft_ms` is the time to the first token out. `ffn` is not packed;
+`ffn packed` and `ffn int8` are packed before all calls. `peak_MB` is what a call holds beyond weights and
+optimizer.
 """
 
 import math

@@ -189,13 +189,13 @@ def build_ffn(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype
 def build_ffn_packed(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype) -> Twin:
     twin = build_ffn(shape, dropout, weights, dtype)
     ffn.pack(twin.model)
-    return twin._replace(note="packed once, before all calls")
+    return twin._replace(note="packed before all calls")
 
 
 def build_ffn_int8(shape: Shape, dropout: float, weights: Weights, dtype: torch.dtype) -> Twin:
     twin = build_ffn(shape, dropout, weights, dtype)
     ffn.pack(twin.model, form="int8")
-    return twin._replace(note="packed once, before all calls")
+    return twin._replace(note="packed before all calls")
 
 
 Build = Callable[[Shape, float, Weights, torch.dtype], Twin]
