@@ -19,13 +19,7 @@ from ffn.nn.feed_forward import FeedForward
 from ffn.nn.head import Head
 from ffn.nn.plain import LINEAR_FORWARD
 from ffn.packing.float_copies import Packed, Tensors
-from ffn.packing.forwards import (
-    PackedAttention,
-    PackedBlock,
-    PackedForward,
-    PackedHead,
-    PackedLinear,
-)
+from ffn.packing.forwards import PackedAttention, PackedBlock, PackedForward, PackedHead, PackedLinear
 from ffn.packing.int8_copies import Quantized
 
 WORTH_PACKING = 1 << 18  # elements of a weight; below, a call costs more than reading the weight
