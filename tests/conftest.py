@@ -64,9 +64,9 @@ def nothing_compiled() -> Iterator[None]:
 @pytest.fixture
 def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packing takes weights of any size."""
-    from ffn.ops import dispatch
+    from ffn.ops import hardware
     from ffn.packing import pack as packing
 
-    if not dispatch.packs(torch.float32):
+    if not hardware.packs(torch.float32):
         pytest.skip("oneDNN packs nothing in this build of torch")
     monkeypatch.setattr(packing, "WORTH_PACKING", 0)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ffn.activations import TABLE
 from ffn.ops import hardware
-from ffn.ops.reference import feed_forward as reference
 from ffn.packing.float_copies import Packed
 from ffn.packing.int8_copies import Quantized
+from tests.ops.samples import by_reference
 
 pytestmark = pytest.mark.skipif(not hardware.int8_in_onednn(), reason="no int8 matmuls on this processor")
 
@@ -111,7 +111,7 @@ def test_the_block_is_near_the_reference(activation: str, tokens: int) -> None:
     gate = torch.randn(96, 64) / 8 if TABLE[activation].gated else None
     biases = torch.randn(96), torch.randn(48), None if gate is None else torch.randn(96)
     y = Quantized((up, down, gate, *biases)).feed_forward(x, activation)
-    exact = reference(
+    exact = by_reference(
         *(t if t is None else t.double() for t in (x, up, down, gate, *biases)), activation=TABLE[activation]
     )
     assert (y - exact).norm() <= 0.05 * exact.norm()

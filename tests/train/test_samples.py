@@ -24,7 +24,7 @@ def test_samples_come_from_packed_weights_and_leave_the_model_unpacked(
     monkeypatch.setattr("ffn.train.loop.generate", generate)
     config = tiny.config(tmp_path)
     corpus = prepare(config.data, Path(config.out))
-    trainer = Trainer(config, corpus, torch.device("cpu"), "float32", lambda _: None)
+    trainer = Trainer(config, None, corpus, torch.device("cpu"), "float32", lambda _: None)
     trainer._sample()
     assert packed == [True]
     assert not any(map(is_packed, trainer.model.modules()))
