@@ -132,7 +132,7 @@ def test_chunks_change_nothing(form: str) -> None:
 def test_misfits_raise_the_errors_of_the_class() -> None:
     block, _, x = build()
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"x \(\.\.\., 64\)"):
+        with pytest.raises(ValueError, match=r"^x must be "):
             block(x[..., :7])
         with pytest.raises(TypeError, match="dtype"):
             block(x.double())
