@@ -4,7 +4,7 @@ config = read_config(words=["data.path=reviews.csv", "base=MODEL", "train=head",
 train(config)                                       # or: ffn classify train reviews.csv --from MODEL ...
 load_classifier("runs/reviews").predict(["a fine film"])        # probabilities (N, K)
 
-recipe        the configuration
+config        the configuration
 vocabulary    tokenizers made from the training texts
 batches       texts to token rows, and rows to batches
 objective     losses, predictions, metrics
@@ -12,12 +12,12 @@ loop          epochs, the best of them, cached features
 parts         train, validation and test
 report        progress, pictures, predictions.csv
 result        the folder
-train         all of it, in order
+training      all of it, in order
 commands      ffn classify train | eval | predict | export
 """
 
-from ffn.classify.recipe import ClassifyConfig, read_config
+from ffn.classify.config import ClassifyConfig, read_config
 from ffn.classify.result import TextClassifier, load_classifier
-from ffn.classify.train import train
+from ffn.classify.training import train
 
 __all__ = ["ClassifyConfig", "TextClassifier", "load_classifier", "read_config", "train"]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ffn.classify.batches import TextEncoder, batches, collate
+from ffn.classify.config import FitConfig
 from ffn.classify.objective import Objective, better
-from ffn.classify.recipe import FitConfig
 from ffn.nn.classifier import Classifier
 from ffn.text.windows import derive_seed
 from ffn.train.device import Precision, autocast

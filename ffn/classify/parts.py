@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ffn.classify.batches import TextEncoder
+from ffn.classify.config import ClassifyConfig, DataConfig, FitConfig
 from ffn.classify.labelled import Labelled, encode_labels, overlap, read_labelled, split
 from ffn.classify.loop import TokenSource
 from ffn.classify.objective import Objective, parse_class_weights
-from ffn.classify.recipe import ClassifyConfig, DataConfig, FitConfig
 
 PARTS = ("train", "val", "test")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ffn.classify.recipe import ClassifyConfig, read_config
+from ffn.classify.config import ClassifyConfig, read_config
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.text.tokenizer import ByteTokenizer
 

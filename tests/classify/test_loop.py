@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ffn.classify.batches import TextEncoder
+from ffn.classify.config import FitConfig
 from ffn.classify.loop import FeatureSource, Outcome, TokenSource, cache_features, evaluate, fit
 from ffn.classify.objective import Objective
-from ffn.classify.recipe import FitConfig
 from ffn.gpt.freeze import train_only
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.nn.classifier import Classifier

@@ -1,7 +1,6 @@
 """Every option of the recipe reaches the training: with it the weights come out otherwise than without."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[train.__module__], "draw", lambda *_: True)
+    monkeypatch.setattr("ffn.classify.training.draw", lambda *_: True)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ SHIPPED = [
 ]
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)  # [fit] is of ffn.classify.recipe
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)  # [fit] is of ffn.classify.config
 def test_the_shipped_files_are_read(file: Path) -> None:
     assert read_config(file) != TrainConfig()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffn.classify.recipe import ClassifyConfig, HeadConfig, read_config
+from ffn.classify.config import ClassifyConfig, HeadConfig, read_config
 from ffn.files.dataclass_toml import from_toml, to_toml
 from ffn.nn.classifier import Classifier
 from tests.conftest import ROOT

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from ffn.classify.batches import TextEncoder
+from ffn.classify.config import ClassifyConfig
 from ffn.classify.loop import Outcome, Source, TokenSource, cache_features, fit
 from ffn.classify.metrics import Scores
 from ffn.classify.objective import Objective
 from ffn.classify.parts import Parts, read_parts
-from ffn.classify.recipe import ClassifyConfig
 from ffn.classify.report import NO_PICTURES, Progress, draw, write_history, write_predictions
 from ffn.classify.result import TextClassifier, check_new, new_folder, save_classifier
 from ffn.classify.vocabulary import train_tokenizer

@@ -184,7 +184,7 @@ def test_a_decoder_from_scratch_reads_its_last_token(tmp_path: Path) -> None:
 
 
 def test_padding_may_be_token_0() -> None:
-    from ffn.classify.train import _pad
+    from ffn.classify.training import _pad
 
     learned = {"position": "learned", "position_offset": 1, "causal": False, "pad_token_id": 0}
     model = Transformer(dataclasses.replace(PRETRAINED, **learned), device="meta")
