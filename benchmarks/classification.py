@@ -40,7 +40,13 @@ COLUMNS = [
 ROOT = Path(__file__).parents[1]
 MB = 1e6
 # the recipe of MiniLM, both implementations'
-PRETRAINED = ["fit.epochs=3", "fit.batch_size=32", "fit.precision=float32", "fit.patience=0", "fit.seeds=[1]"]
+PRETRAINED = [
+    "train.epochs=3",
+    "train.batch_size=32",
+    "train.precision=float32",
+    "train.patience=0",
+    "train.seeds=[1]",
+]
 RATES = {"head": "5e-3", "all": "1e-4", "ffn": "2e-4"}
 EPOCHS = {"head": 10, "head uncached": 2}  # of the second only the time is asked
 
@@ -66,20 +72,20 @@ def config_of(job: dict):
         words += [f"data.path={folder / 'rt-polarity.*'}", "data.val_fraction=0.1", "data.test_fraction=0.1"]
         if job["what"] == "scratch":
             file = ROOT / "configs" / "classify.toml"
-            words += ["fit.precision=float32"]
+            words += ["train.precision=float32"]
         elif (what := job["what"].partition(" ")[0]) in RATES:
-            words += [f"base={job['base']}", f"train={what}", f"fit.lr={RATES[what]}", *PRETRAINED]
-            words += [f"fit.epochs={EPOCHS[job['what']]}"] if job["what"] in EPOCHS else []
+            words += [f"base={job['base']}", f"train.only={what}", f"train.lr={RATES[what]}", *PRETRAINED]
+            words += [f"train.epochs={EPOCHS[job['what']]}"] if job["what"] in EPOCHS else []
     else:
         file = ROOT / "configs" / "titles.toml"
-        words += [f"data.path={folder / 'thucnews-dev.txt'}", "data.format=tab", "fit.precision=float32"]
+        words += [f"data.path={folder / 'thucnews-dev.txt'}", "data.format=tab", "train.precision=float32"]
         # a split that no choice of the recipe was made by
         words += ["data.val_fraction=0.02", "data.seed=3", f"data.tokenizer={job['what']}"]
         words += ["model.vocab_size=5000"] if job["what"] == "bpe" else []
     if job["what"].endswith("uncached"):
-        words += ["fit.cache=false"]
+        words += ["train.cache=false"]
     if job["epochs"]:
-        words += [f"fit.epochs={job['epochs']}"]
+        words += [f"train.epochs={job['epochs']}"]
     return read_config(file, words)
 
 

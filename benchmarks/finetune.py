@@ -14,7 +14,6 @@ from ffn.classify.batches import TextEncoder, batches, collate
 from ffn.classify.metrics import Scores
 from ffn.classify.parts import Parts
 from ffn.text.windows import derive_seed
-from ffn.train.optim import lr_factor
 
 
 class TheirClassifier(nn.Module):
@@ -53,30 +52,31 @@ class TheirClassifier(nn.Module):
 def fine_tune(base: str, what: str, config: ClassifyConfig, parts: Parts) -> dict:
     """Train what config says, as `ffn classify train` does; returns a row."""
     rows, pad = token_rows(base, parts)
-    fit, targets = config.fit, parts.targets["train"]
-    torch.manual_seed(fit.seeds[0])
+    options, targets = config.train, parts.targets["train"]
+    torch.manual_seed(options.seeds[0])
     model = TheirClassifier(base, len(parts.objective.classes), what, config.head.dropout)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1 and p is not model.backbone.get_input_embeddings().weight]
     others = [p for p in trained if all(p is not matrix for matrix in matrices)]
-    groups = [{"params": matrices, "weight_decay": fit.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.chosen_lr, betas=fit.betas, fused=True)  # type: ignore[arg-type]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.chosen_lr, betas=options.betas, fused=True)  # type: ignore[arg-type]
     lengths = [len(row) for row in rows["train"]]
-    steps, step, seconds = fit.epochs * -(-len(lengths) // fit.batch_size), 0, 0.0
+    steps, step, seconds = options.epochs * -(-len(lengths) // options.batch_size), 0, 0.0
     best, kept_state, best_epoch = -1.0, {}, 0
-    for epoch in range(1, fit.epochs + 1):
+    for epoch in range(1, options.epochs + 1):
         start = time.perf_counter()
         model.train()
-        generator = torch.Generator().manual_seed(derive_seed(fit.seeds[0], "epoch", epoch))
-        for index in batches(lengths, fit.batch_size, generator):
+        generator = torch.Generator().manual_seed(derive_seed(options.seeds[0], "epoch", epoch))
+        for index in batches(lengths, options.batch_size, generator):
             tokens, mask = collate([rows["train"][i] for i in index], pad)
             loss = nn.functional.cross_entropy(model(tokens, mask), targets[index])
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, fit.clip)
+            nn.utils.clip_grad_norm_(trained, options.clip)
             for group in optimizer.param_groups:
-                group["lr"] = config.chosen_lr * lr_factor(
-                    step, steps, fit.schedule, round(fit.warmup * steps)
-                )
+                group["lr"] = config.chosen_lr * options.lr_factor(step, steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             loss.item()
@@ -92,10 +92,10 @@ def fine_tune(base: str, what: str, config: ClassifyConfig, parts: Parts) -> dic
     return {
         "accuracy": scores["accuracy"],
         "f1_macro": scores["f1_macro"],
-        "epochs": fit.epochs,
+        "epochs": options.epochs,
         "best_epoch": best_epoch,
         "train_s": seconds,
-        "epoch_s": seconds / fit.epochs,
+        "epoch_s": seconds / options.epochs,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in trained),
     }

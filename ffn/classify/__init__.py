@@ -1,6 +1,6 @@
 """Text classification: a pretrained model or a new one, a head on it, training, and the folder it leaves.
 
-config = read_config(words=["data.path=reviews.csv", "base=MODEL", "train=head", "out=runs/reviews"])
+config = read_config(words=["data.path=reviews.csv", "base=MODEL", "train.only=head", "out=runs/reviews"])
 train(config)                                       # or: ffn classify train reviews.csv --from MODEL ...
 load_classifier("runs/reviews").predict(["a fine film"])        # probabilities (N, K)
 

@@ -36,8 +36,8 @@ def add_commands(command: Callable[..., Callable[..., object]]) -> None:
     `add_argument`."""
     usual = "It writes a new folder, out=FOLDER (default: runs/classify), whose config.toml lists every key."
     summary = "train on labelled text, from scratch or from a pretrained model"
-    add = command("train", _train, summary, usual, "fit.epochs=3")
-    words = f"{DATA}; a TOML file; keys such as fit.epochs=3 and out=FOLDER"
+    add = command("train", _train, summary, usual, "train.epochs=3")
+    words = f"{DATA}; a TOML file; keys such as train.epochs=3 and out=FOLDER"
     add("words", nargs="*", metavar="DATA CONFIG key=value", help=words)
     base = "a pretrained model: a run, a model's folder, or one of Hugging Face"
     add("--from", dest="base", metavar="PATH", help=base)

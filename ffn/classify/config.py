@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Literal
 
 from ffn.classify.objective import METRICS, Loss
 from ffn.files import dataclass_toml as config_file
 from ffn.files.dataclass_toml import settle
-from ffn.gpt.adapters import AdapterConfig
-from ffn.gpt.freeze import check_choice
 from ffn.gpt.transformer import TransformerConfig
 from ffn.nn.classifier import Pooling, Transform
 from ffn.train.base import named_base, open_base
-from ffn.train.device import Precision
-from ffn.train.optim import Schedule, ScheduledOptimizer, lr_factor
+from ffn.train.optim import lr_factor
+from ffn.train.options import TrainingOptions, require
 
 
 @dataclass(frozen=True)
@@ -41,9 +38,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         settle(self)
-        for name in ("val_fraction", "test_fraction"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise ValueError(f"{name}: wants a share between 0 and 1; got {getattr(self, name)}")
+        require(self, ["val_fraction", "test_fraction"], "a number in (0, 1)", lambda x: 0 < x < 1)
 
 
 @dataclass(frozen=True)
@@ -63,80 +58,44 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """How to train. Rates left out follow from what trains; `chosen_lr` has them."""
+class FitConfig(TrainingOptions):
+    """The training loop of a classifier. Without `lr`, `ClassifyConfig.chosen_lr` applies."""
 
-    epochs: int = 10
-    batch_size: int = 32
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float | None = None
-    muon_lr: float = 0.02
-    layer_decay: float = 1.0  # a rate is multiplied by it for each block above
     betas: tuple[float, ...] = (0.9, 0.98)
-    weight_decay: float = 0.01  # decoupled L2 penalty on matrices, a share of the learning rate
-    l1: float = 0.0  # proximal L1 penalty on matrices, likewise
-    schedule: Schedule = "linear"
+    weight_decay: float = 0.01
+    patience: int = 3  # epochs without improvement before training stops; 0 never stops early
+    epochs: int = 10
     warmup: float = 0.1  # share of all steps
-    clip: float = 1.0  # the largest gradient norm; 0 for any
     loss: Loss = "cross_entropy"
     class_weights: str = "none"  # "balanced", or as in "neg:1, pos:2.5"
     label_smoothing: float = 0.0
     word_dropout: float = 0.0  # probability that a token of a training text is left out
-    metric: str = "auto"  # decides what was best: accuracy, or mse for numbers
-    patience: int = 3  # epochs without a better one before stopping; 0 to go on
-    seeds: tuple[int, ...] = (1337,)  # more than one train as many models, whose predictions are averaged
-    precision: Precision = "auto"
-    frozen_dropout: bool = False  # let the frozen first layers drop values too
-    cache: bool = True  # run what stays frozen once, where only the head trains
+    metric: str = "auto"  # decides which epoch is best: accuracy, or mse for numbers
+    seeds: tuple[int, ...] = (1337,)  # one model is trained for each; their predictions are averaged
+    cache: bool = True  # with only=head: run the frozen backbone once and keep its features
 
     def __post_init__(self) -> None:
-        settle(self)
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wants 1 or more; got {getattr(self, name)}")
-        for name in ("lr", "muon_lr", "weight_decay", "l1", "clip", "patience"):
-            if not (getattr(self, name) is None or inf > getattr(self, name) >= 0):
-                raise ValueError(f"{name}: wants 0 or more; got {getattr(self, name)}")
-        for name in ("label_smoothing", "word_dropout", "warmup"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}: wants a share in [0, 1); got {getattr(self, name)}")
-        if not 0.0 < self.layer_decay <= 1.0:
-            raise ValueError(f"layer_decay: wants a share in (0, 1]; got {self.layer_decay}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: wants two numbers in [0, 1); got {list(self.betas)}")
-        if not self.seeds or len({*self.seeds}) < len(self.seeds):
-            raise ValueError(f"seeds: wants one or more, each another; got {list(self.seeds)}")
-        if not all(-(2**63) <= seed < 2**63 for seed in self.seeds):
-            raise ValueError(f"seeds: wants whole numbers of 64 bits; got {list(self.seeds)}")
+        super().__post_init__()
+        require(self, ["epochs"], "1 or more", lambda x: x >= 1)
+        shares = ["label_smoothing", "word_dropout", "warmup"]
+        require(self, shares, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        require(self, ["seeds"], "different numbers, one or more", lambda x: len({*x}) == len(x) > 0)
+        require(self, ["seeds"], "whole numbers of 64 bits", lambda x: all(-(2**63) <= s < 2**63 for s in x))
         if self.loss == "mse":
             for name, nothing in (("class_weights", "none"), ("label_smoothing", 0.0)):
                 if getattr(self, name) != nothing:
-                    raise ValueError(f"{name}: numbers have no classes; wants {nothing} with loss=mse")
-        known = METRICS[self.loss]
-        if self.metric not in ("auto", *known):
-            raise ValueError(f"metric: wants auto or one of {', '.join(known)}; got {self.metric!r}")
+                    raise ValueError(f"{name} must be {nothing} with loss=mse, got {getattr(self, name)}")
+        known = ("auto", *METRICS[self.loss])
+        require(self, ["metric"], f"one of {', '.join(known)}", lambda x: x in known)
 
     @property
     def chosen_metric(self) -> str:
-        """The metric that decides."""
+        """The metric that decides which epoch is best."""
         return METRICS[self.loss][1] if self.metric == "auto" else self.metric
 
     def lr_factor(self, step: int, steps: int) -> float:
-        """The share of the learning rate that step `step` of `steps`, counted from 0, takes."""
-        return lr_factor(step, steps, self.schedule, round(self.warmup * steps))
-
-    def build_optimizer(self, model, lr: float) -> ScheduledOptimizer:
-        """The optimizer of what trains."""
-        return ScheduledOptimizer(
-            model,
-            self.optimizer,
-            lr=lr,
-            muon_lr=self.muon_lr,
-            weight_decay=self.weight_decay,
-            l1=self.l1,
-            betas=(self.betas[0], self.betas[1]),
-            layer_decay=self.layer_decay,
-        )
+        """Return the factor of the learning rate at step `step` of `steps`, counted from 0."""
+        return lr_factor(step, steps, self.schedule, round(self.warmup * steps), self.lr_floor)
 
 
 def _default_model() -> TransformerConfig:
@@ -164,38 +123,36 @@ def _default_model() -> TransformerConfig:
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    """Everything a training is. Without `base` the model is built from `model`, and its tokenizer made; with
-    one `model` and `data.tokenizer` are its own, and the dropouts of `model` may be others.
+    """The whole configuration of `ffn classify train`.
 
-    `train` says what trains of a pretrained model; see `ffn.gpt.freeze`. Adapters are merged at the end.
+    Without `base` the model is built from `model` and a tokenizer is trained on the texts. With `base`,
+    `model` and `data.tokenizer` are those of the base; only the dropouts of `model` may differ. Adapters
+    (train.only=lora) are merged at the end.
     """
 
     out: str = "runs/classify"
     device: str = "auto"
     base: str | None = None  # what --from names: a folder that `ffn.load` reads
-    train: str = "all"
     data: DataConfig = field(default_factory=DataConfig)
     model: TransformerConfig = field(default_factory=_default_model)  # vocab_size: of the tokenizer, at most
     head: HeadConfig = field(default_factory=HeadConfig)
-    fit: FitConfig = field(default_factory=FitConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # with train=lora
+    train: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
         settle(self)
-        check_choice(self.train)
 
     @property
     def chosen_lr(self) -> float:
-        """fit.lr, or the usual one for what trains."""
-        if self.fit.lr is not None:
-            return self.fit.lr
+        """train.lr, or the usual one for what trains."""
+        if self.train.lr is not None:
+            return self.train.lr
         if not self.base:
             return 1e-3
-        return {"head": 5e-3, "lora": 1e-3}.get(self.train, 1e-4)
+        return {"head": 5e-3, "lora": 1e-3}.get(self.train.only, 1e-4)
 
 
 def read_config(file: str | Path | None = None, words: Iterable[str] = ()) -> ClassifyConfig:
-    """The defaults, then a TOML file, then words such as `fit.epochs=3`; ValueError says what is wrong.
+    """The defaults, then a TOML file, then words such as `train.epochs=3`; ValueError says what is wrong.
 
     With a base the defaults of model and tokenizer are the base's.
     """

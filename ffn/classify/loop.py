@@ -1,7 +1,7 @@
 """Training one classifier: epochs over rows of tokens, or over cached features where only the head trains.
 
     source = TokenSource(rows, targets, encode, device)
-    outcome = fit(model, source, validation, objective, config, lr, seed)
+    outcome = fit(model, source, validation, objective, config, seed=seed)
 
 After `fit` the model has the weights of its best epoch. The same arguments give the same weights.
 """
@@ -136,7 +136,6 @@ def fit(
     objective: Objective,
     config: FitConfig,
     *,
-    lr: float,
     seed: int,
     precision: Precision = "float32",
     watcher: Watcher | None = None,
@@ -146,7 +145,7 @@ def fit(
     Ctrl-C ends it as well, and passes on only where no epoch is done yet. Raises FloatingPointError when the
     loss or the gradient is no longer finite, ValueError where there is nothing to train.
     """
-    loop = _Loop(model, train, objective, config, lr, seed, precision, watcher)
+    loop = _Loop(model, train, objective, config, seed, precision, watcher)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     outcome, kept = Outcome(), {}
     try:
@@ -186,7 +185,7 @@ def _judge(outcome: Outcome, metric: str) -> bool:
     """Whether the last epoch is the best so far; then it is noted."""
     row = outcome.history[-1]
     if metric not in row:
-        raise ValueError(f"fit.metric={metric}: not defined on these validation rows; choose another")
+        raise ValueError(f"train.metric={metric}: not defined on these validation rows; choose another")
     if not better(metric, row[metric], outcome.best):
         return False
     outcome.best, outcome.best_epoch = row[metric], int(row["epoch"])
@@ -196,12 +195,12 @@ def _judge(outcome: Outcome, metric: str) -> bool:
 class _Loop:
     """The steps of one training."""
 
-    def __init__(self, model, train, objective, config, lr, seed, precision, watcher) -> None:
+    def __init__(self, model, train, objective, config, seed, precision, watcher) -> None:
         self.model, self.train, self.objective, self.config = model, train, objective, config
         self.seed, self.precision, self.watcher = seed, precision, watcher
         self.device = model.head.out_proj.weight.device
         self.targets = train.targets.to(self.device)
-        self.optimizer = config.build_optimizer(model, lr)
+        self.optimizer = config.build_optimizer(model)
         self.steps = config.epochs * math.ceil(len(train.targets) / config.batch_size)
         self.step = 0
 
@@ -227,7 +226,7 @@ class _Loop:
         for what, number in (("loss", value), ("gradient's norm", norm)):
             if not math.isfinite(number):
                 raise FloatingPointError(
-                    f"step {self.step + 1}: the {what} is {number}; lower fit.lr or lengthen fit.warmup"
+                    f"step {self.step + 1}: the {what} is {number}; lower train.lr or lengthen train.warmup"
                 )
         self.optimizer.step(self.config.lr_factor(self.step, self.steps))
         self.optimizer.zero_grad()

@@ -53,7 +53,7 @@ class Objective:
         if self.loss_name == "binary_cross_entropy" and len(self.classes) != 2:
             got = len(self.classes)
             raise ValueError(
-                f"fit.loss=binary_cross_entropy: wants two classes; got {got}; take cross_entropy"
+                f"train.loss=binary_cross_entropy: wants two classes; got {got}; take cross_entropy"
             )
 
     @property
@@ -112,7 +112,7 @@ def parse_class_weights(words: str, classes: Sequence[str], targets: Tensor) -> 
     if words == "none":
         return None
     if not classes:
-        raise ValueError(f"fit.class_weights={words}: numbers have no classes; leave it out")
+        raise ValueError(f"train.class_weights={words}: numbers have no classes; leave it out")
     if words == "balanced":
         return balanced_weights(targets, len(classes))
     found = {}
@@ -124,8 +124,8 @@ def parse_class_weights(words: str, classes: Sequence[str], targets: Tensor) -> 
             colon = ""
         if not colon or name not in classes or not 0 < found[name] < float("inf"):
             raise ValueError(
-                f"fit.class_weights: {word.strip()!r}: wants class:weight, of {', '.join(classes[:20])}"
+                f"train.class_weights: {word.strip()!r}: wants class:weight, of {', '.join(classes[:20])}"
             )
     if missing := [name for name in classes if name not in found]:
-        raise ValueError(f"fit.class_weights: no weight for {', '.join(missing)}")
+        raise ValueError(f"train.class_weights: no weight for {', '.join(missing)}")
     return torch.tensor([found[name] for name in classes])

@@ -46,7 +46,7 @@ def read_parts(config: ClassifyConfig, say: Callable[[str], None]) -> Parts:
     if not config.data.path:
         raise ValueError("data.path: missing; name a file or folder of labelled text")
     rows, counts = _split(config, say)
-    targets, objective = _targets(config.fit, rows)
+    targets, objective = _targets(config.train, rows)
     kinds = f"{len(objective.classes)} classes" if objective.classes else "numbers"
     sizes = ", ".join(f"{len(rows[name]):,} {name}" for name in PARTS)
     say(f"data         {sizes}; {kinds}")
@@ -80,7 +80,7 @@ def _split(config: ClassifyConfig, say: Callable[[str], None]) -> tuple[dict[str
     data, found, counts = config.data, {}, {}
     for name, path in (("train", data.path), ("val", data.val), ("test", data.test)):
         if path:
-            found[name] = read_data(data, path, say, numbers=config.fit.loss == "mse")
+            found[name] = read_data(data, path, say, numbers=config.train.loss == "mse")
             counts[f"{name}_skipped"] = len(found[name].skipped)
     shares = {"val": data.val_fraction, "test": data.test_fraction}
     cut = {name: share for name, share in shares.items() if name not in found}
@@ -93,15 +93,15 @@ def _split(config: ClassifyConfig, say: Callable[[str], None]) -> tuple[dict[str
     return {name: found[name] for name in PARTS}, counts
 
 
-def _targets(fit: FitConfig, rows: dict[str, Labelled]) -> tuple[dict[str, Tensor], Objective]:
-    if fit.loss == "mse":
+def _targets(options: FitConfig, rows: dict[str, Labelled]) -> tuple[dict[str, Tensor], Objective]:
+    if options.loss == "mse":
         found = {name: torch.tensor(part.labels, dtype=torch.float64) for name, part in rows.items()}
         center, spread = float(found["train"].mean()), float(found["train"].std(correction=0))
         return found, Objective("mse", center=center, scale=spread or 1.0)
     numbers, classes = encode_labels(rows["train"])
-    if fit.metric == "roc_auc" and len(classes) != 2:
-        raise ValueError(f"fit.metric=roc_auc: wants two classes; got {len(classes)}; take f1_macro")
+    if options.metric == "roc_auc" and len(classes) != 2:
+        raise ValueError(f"train.metric=roc_auc: wants two classes; got {len(classes)}; take f1_macro")
     found = {name: encode_labels(part, classes)[0] for name, part in rows.items()}
-    objective = Objective(fit.loss, classes, label_smoothing=fit.label_smoothing)
-    weights = parse_class_weights(fit.class_weights, classes, numbers)
+    objective = Objective(options.loss, classes, label_smoothing=options.label_smoothing)
+    weights = parse_class_weights(options.class_weights, classes, numbers)
     return found, dataclasses.replace(objective, class_weights=weights)

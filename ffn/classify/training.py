@@ -1,6 +1,6 @@
 """Training a classifier, from one configuration to a folder that holds everything.
 
-    train(read_config(words=["data.path=reviews.csv", "base=MODEL", "train=head"]))
+    train(read_config(words=["data.path=reviews.csv", "base=MODEL", "train.only=head"]))
 
 Nothing is written before the end, and then all of it or nothing; see `ffn.classify.result`.
 """
@@ -51,16 +51,16 @@ def train(config: ClassifyConfig, say: Say = print, parts: Parts | None = None) 
     """
     check_new(Path(config.out))
     device, why = choose_device(config.device)
-    precision, why_precision = choose_precision(config.fit.precision, device)
+    precision, why_precision = choose_precision(config.train.precision, device)
     say(f"device       {device} ({why})")
     say(f"precision    {precision} ({why_precision})")
     parts = read_parts(config, say) if parts is None else parts
     config, backbone, tokenizer = _backbone(config, parts, device)
     model = config.model if backbone is None else backbone.config
     encode = TextEncoder(tokenizer, model.max_seq_len, _pad(backbone))
-    sources = parts.encode(encode, config.fit.word_dropout, say)
+    sources = parts.encode(encode, config.train.word_dropout, say)
     run = Training(config, parts.objective, backbone, sources, device, precision, say)
-    for seed in config.fit.seeds:
+    for seed in config.train.seeds:
         try:
             run.fit(seed)
         except KeyboardInterrupt:
@@ -68,7 +68,7 @@ def train(config: ClassifyConfig, say: Say = print, parts: Parts | None = None) 
                 raise
             run.interrupted = True
         if run.interrupted:
-            say(f"interrupted  with {len(run.members)} of {len(config.fit.seeds)} models")
+            say(f"interrupted  with {len(run.members)} of {len(config.train.seeds)} models")
             break
     classifier = TextClassifier(run.members, run.settle(), encode)
     return _finish(config, parts, run, classifier)
@@ -103,24 +103,25 @@ class Training:
         torch.manual_seed(seed)
         if backbone is None:
             backbone = Transformer(config.model, device=self.device)
-        elif config.train != "head" and len(config.fit.seeds) > 1:
+        elif config.train.only != "head" and len(config.train.seeds) > 1:
             backbone = copy.deepcopy(backbone)
-        if config.train == "lora":
-            add_adapters(backbone, config.adapter)
+        if config.train.only == "lora":
+            add_adapters(backbone, config.train.adapter)
         return Classifier(
             backbone,
             self.objective.num_scores,
             config.head.chosen(backbone.config.causal),
             config.head.transform,
             config.head.dropout,
-            bias=True if config.fit.loss == "mse" else None,  # numbers do not lie around 0
+            bias=True if config.train.loss == "mse" else None,  # numbers do not lie around 0
         )
 
     def fit(self, seed: int) -> None:
         """Train one more member."""
-        config, fitting = self.config, self.config.fit
+        config = self.config
+        fitting = dataclasses.replace(config.train, lr=config.chosen_lr)
         model = self._model(seed)
-        train_only(model, config.train, frozen_dropout=fitting.frozen_dropout)
+        train_only(model, fitting.only, frozen_dropout=fitting.frozen_dropout)
         if not self.members:
             self.say(render_trained(model))
             self._prepare(model)
@@ -134,14 +135,13 @@ class Training:
                 self.sources["val"],
                 self.objective,
                 fitting,
-                lr=config.chosen_lr,
                 seed=seed,
                 precision=self.precision,
                 watcher=progress,
             )
         self.outcomes[seed] = outcome
         self.interrupted = outcome.stopped == "interrupted"
-        if config.train == "lora":
+        if fitting.only == "lora":
             merge_adapters(model)
         self.members.append(model)
         best = f"{metric} {outcome.best:.4f} after epoch {outcome.best_epoch}"
@@ -150,12 +150,12 @@ class Training:
     def _prepare(self, model: Classifier) -> None:
         """Run what stays frozen over all texts, once, where only the head trains and texts stay the same."""
         self.sources = dict(self.tokens)
-        fitting = self.config.fit
-        if self.config.train != "head" or not fitting.cache:
+        fitting = self.config.train
+        if fitting.only != "head" or not fitting.cache:
             return
         for name in ("word_dropout", "frozen_dropout"):
             if getattr(fitting, name):
-                self.say(f"not cached   fit.{name} makes the features others in each epoch")
+                self.say(f"not cached   train.{name} makes the features others in each epoch")
                 return
         start = time.perf_counter()
         self.sources = {n: cache_features(model, s, self.precision) for n, s in self.tokens.items()}
@@ -194,8 +194,8 @@ def _backbone(
     if config.base:
         backbone, tokenizer = load_backbone(config, device)
         return config, backbone, tokenizer
-    if config.train != "all":
-        raise ValueError(f"train={config.train}: wants a pretrained model, base=PATH; or train=all")
+    if config.train.only != "all":
+        raise ValueError(f"train.only={config.train.only} needs a pretrained model: give base=PATH")
     start = config.head.chosen(config.model.causal) == "first"
     texts, size = parts.rows["train"].texts, config.model.vocab_size
     tokenizer = train_tokenizer(config.data.tokenizer, texts, size, start=start)
@@ -220,7 +220,7 @@ def _finish(
         found[name] = classifier.predict_rows(run.tokens[name].rows)
     scores = {name: objective.scores(parts.targets[name], found[name]) for name in found}
     summary = _summary(config, parts, run, scores)
-    out, metric = Path(config.out), config.fit.chosen_metric
+    out, metric = Path(config.out), config.train.chosen_metric
     with new_folder(out) as folder:
         save_classifier(folder, classifier)
         write_file(folder / "config.toml", to_toml(config))
@@ -247,7 +247,7 @@ def _summary(
     model = run.members[0]
     members = [
         {"seed": seed, "stopped": o.stopped, "best_epoch": o.best_epoch, "epochs": len(o.history)}
-        | {f"best_{config.fit.chosen_metric}": o.best, "train_seconds": o.seconds}
+        | {f"best_{config.train.chosen_metric}": o.best, "train_seconds": o.seconds}
         for seed, o in run.outcomes.items()
     ]
     return {

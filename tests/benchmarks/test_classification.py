@@ -39,7 +39,7 @@ def job(tmp_path: Path) -> dict:
 @pytest.mark.parametrize(("task", "name", "what"), classification.JOBS)
 def test_every_job_makes_a_configuration(task: str, name: str, what: str, job: dict) -> None:
     config, parts = classification.parts_of({**job, "task": task, "implementation": name, "what": what})
-    assert config.fit.epochs == 1
+    assert config.train.epochs == 1
     assert len(parts.objective.classes) == (2 if task == "reviews" else 3)
 
 

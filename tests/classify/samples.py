@@ -29,7 +29,7 @@ PRETRAINED = TransformerConfig(
     vocab_size=256, dim=16, num_layers=2, num_heads=2, hidden_dim=24, max_seq_len=48, dropout=0.1
 )
 WORDS = [
-    *MODEL, "device=cpu", "fit.precision=float32", "fit.epochs=4", "fit.batch_size=8", "fit.lr=5e-3",
+    *MODEL, "device=cpu", "train.precision=float32", "train.epochs=4", "train.batch_size=8", "train.lr=5e-3",
     "data.tokenizer=char", "model.dropout=0.0", "head.dropout=0.0",
 ]  # fmt: skip
 

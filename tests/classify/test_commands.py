@@ -17,13 +17,13 @@ from tests.classify.samples import WORDS, texts, write_table
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classify")
     table = write_table(folder / "texts.csv", texts(90))
-    words = [*WORDS, "fit.epochs=1", f"out={folder / 'run'}"]
+    words = [*WORDS, "train.epochs=1", f"out={folder / 'run'}"]
     assert main(["classify", "train", str(table), *words]) == 0
     return folder / "run"
 
 
 def test_train_takes_data_a_config_keys_and_from(run: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / "c.toml").write_text("train = 'head'\n[fit]\nepochs = 2\n")
+    (tmp_path / "c.toml").write_text("[train]\nonly = 'head'\nepochs = 2\n")
     data, out = str(run.parent / "texts.csv"), tmp_path / "out"
     command = [
         "classify",
@@ -47,10 +47,9 @@ def test_train_takes_data_a_config_keys_and_from(run: Path, tmp_path: Path, caps
     finally:
         (run.parent / "gone").rename(run)
     capsys.readouterr()
-    other = ["classify", "train", "--from", str(run), data, "train=head", "fit.epochs=1", f"out={out}2"]
-    assert main([*other, "device=cpu"]) == 0
-    around = ["classify", "train", data, "fit.epochs=1", f"--from={run}", "train=head", f"out={out}3"]
-    assert main([*around, "device=cpu"]) == 0
+    fast = ["train.only=head", "train.epochs=1", "device=cpu"]
+    assert main(["classify", "train", "--from", str(run), data, *fast, f"out={out}2"]) == 0
+    assert main(["classify", "train", data, *fast, f"--from={run}", f"out={out}3"]) == 0
     assert "base = " in Path(f"{out}3", "config.toml").read_text()
     capsys.readouterr()
     assert main(command) == 2
@@ -158,7 +157,7 @@ def test_eval_shows_a_table_and_writes_predictions(run: Path, tmp_path: Path, ca
 
 def test_numbers(tmp_path: Path, capsys) -> None:
     table = write_table(tmp_path / "texts.csv", [(text, len(text)) for text, _ in texts(40)])
-    words = [*WORDS, "fit.loss=mse", "fit.epochs=1", f"out={tmp_path / 'run'}"]
+    words = [*WORDS, "train.loss=mse", "train.epochs=1", f"out={tmp_path / 'run'}"]
     assert main(["classify", "train", str(table), *words]) == 0
     capsys.readouterr()
     run = str(tmp_path / "run")
@@ -173,7 +172,7 @@ def test_numbers(tmp_path: Path, capsys) -> None:
 def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tokenizers")
-    words = ["data.tokenizer=word", "head.pooling=first", "head.transform=tanh", "fit.epochs=1"]
+    words = ["data.tokenizer=word", "head.pooling=first", "head.transform=tanh", "train.epochs=1"]
     table = write_table(tmp_path / "texts.csv", texts(60))
     assert main(["classify", "train", str(table), *WORDS, *words, f"out={tmp_path / 'run'}"]) == 0
     out = tmp_path / "hf"
@@ -194,7 +193,7 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
         assert main(["classify", "eval", str(folder), str(table)]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1], "what is transformers' is read here too"
-    again = ["train=head", "fit.epochs=1", "device=cpu", f"out={tmp_path / 'again'}"]
+    again = ["train.only=head", "train.epochs=1", "device=cpu", f"out={tmp_path / 'again'}"]
     assert main(["classify", "train", str(table), "--from", str(out), *again]) == 0
     capsys.readouterr()
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
@@ -209,9 +208,9 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
     [
         (["train", "a.csv", "b.csv"], "a.csv b.csv: wants one DATA; put a pattern in quotes"),
         (["train", "a.csv", "x.toml", "y.toml"], "x.toml y.toml: wants one config"),
-        (["train", "fit.epochs=1"], "data.path: missing; name a file or folder of labelled text"),
+        (["train", "train.epochs=1"], "data.path: missing; name a file or folder of labelled text"),
         (["train", "/nowhere.csv"], "/nowhere.csv: no such file"),
-        (["train", "/nowhere.csv", "epoch=1"], "epoch: no such key; did you mean fit.epochs?"),
+        (["train", "/nowhere.csv", "epoch=1"], "epoch: no such key; did you mean train.epochs?"),
         (["predict", "/nowhere", "a"], "/nowhere: not the folder of a classifier, it has no classifier.json"),
         (["predict", "RUN", "a", " "], "text:2: an empty text"),
         (["predict", "RUN", "a\udcff"], "text:1: not utf-8"),
@@ -220,7 +219,10 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
         (["predict", "RUN", "NEW", "a wave"], "a wave: behind the file NEW wants keys of data"),
         (["predict", "RUN", "NEW", "data.text=txt"], "NEW:1: no 'txt'; there are 'text', 'label'; did you"),
         (["eval", "RUN", "a=b"], "a: no such key"),
-        (["eval", "RUN", "NEW", "fit.epochs=3"], "fit.epochs=3: nothing is trained here; wants keys of data"),
+        (
+            ["eval", "RUN", "NEW", "train.epochs=3"],
+            "train.epochs=3: nothing is trained here; wants keys of data",
+        ),
         (["eval", "RUN", "data.label=x"], "eval wants the folder of a classifier, DATA, and then keys"),
         (["eval", "RUN", "NEW"], "NEW:3: unknown label 'see'"),
         (["eval", "RUN", "NEW", "--predictions", "NEW"], "--predictions NEW: wants a file of its own"),

@@ -48,7 +48,7 @@ def weights(model: Classifier) -> dict[str, torch.Tensor]:
 
 
 def run(model: Classifier, train, val, config: FitConfig = FIT, **options) -> Outcome:
-    return fit(model, train, val, OBJECTIVE, config, **{"lr": 1e-2, "seed": 1, **options})
+    return fit(model, train, val, OBJECTIVE, config, **{"seed": 1, **options})
 
 
 def test_it_learns_and_twice_the_same() -> None:
@@ -202,14 +202,14 @@ def test_the_watcher_hears_everything() -> None:
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     model = model_of()
     model.head.out_proj.weight.data.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan; lower fit.lr or lengthen"):
+    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan; lower train.lr or lengthen"):
         run(model, source(20), source(10))
 
 
 def test_a_metric_that_is_not_defined_is_an_error() -> None:
     val = source(10)
     val.targets = torch.zeros_like(val.targets)
-    with pytest.raises(ValueError, match=r"^fit.metric=roc_auc: not defined on these validation rows"):
+    with pytest.raises(ValueError, match=r"^train.metric=roc_auc: not defined on these validation rows"):
         run(model_of(), source(20), val, dataclasses.replace(FIT, metric="roc_auc"))
 
 

@@ -38,7 +38,7 @@ def test_binary_cross_entropy(smoothing: float, weights: torch.Tensor | None) ->
     torch.testing.assert_close(objective.loss(scores, targets), loss.sum() / weight[targets].sum())
     torch.testing.assert_close(objective.predictions(scores), torch.stack([1 - p, p], 1))
     assert objective.num_scores == 1
-    with pytest.raises(ValueError, match=r"^fit.loss=binary_cross_entropy: wants two classes; got 3;"):
+    with pytest.raises(ValueError, match=r"^train.loss=binary_cross_entropy: wants two classes; got 3;"):
         Objective("binary_cross_entropy", ("a", "b", "c"))
 
 
@@ -92,12 +92,12 @@ def test_class_weights_from_words() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("a:1", r"^fit.class_weights: no weight for b$"),
-        ("a:1,c:1", r"^fit.class_weights: 'c:1': wants class:weight, of a, b$"),
-        ("a:1,b:x", r"^fit.class_weights: 'b:x': wants"),
-        ("a:1,b:0", r"^fit.class_weights: 'b:0': wants"),
-        ("a:1,b:nan", r"^fit.class_weights: 'b:nan': wants"),
-        ("often", r"^fit.class_weights: 'often': wants"),
+        ("a:1", r"^train.class_weights: no weight for b$"),
+        ("a:1,c:1", r"^train.class_weights: 'c:1': wants class:weight, of a, b$"),
+        ("a:1,b:x", r"^train.class_weights: 'b:x': wants"),
+        ("a:1,b:0", r"^train.class_weights: 'b:0': wants"),
+        ("a:1,b:nan", r"^train.class_weights: 'b:nan': wants"),
+        ("often", r"^train.class_weights: 'often': wants"),
     ],
 )
 def test_wrong_class_weights(words: str, message: str) -> None:
@@ -106,5 +106,5 @@ def test_wrong_class_weights(words: str, message: str) -> None:
 
 
 def test_numbers_have_no_class_weights() -> None:
-    with pytest.raises(ValueError, match=r"^fit.class_weights=balanced: numbers have no classes"):
+    with pytest.raises(ValueError, match=r"^train.class_weights=balanced: numbers have no classes"):
         parse_class_weights("balanced", (), TARGETS)

@@ -67,13 +67,13 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
 def test_numbers_are_centred_on_those_of_training(tmp_path: Path) -> None:
     rows = [(text, 100 + 10 * len(text)) for text, _ in texts(50)]
     write_table(tmp_path / "texts.csv", rows)
-    parts = read_parts(config(tmp_path, "fit.loss=mse"), quiet)
+    parts = read_parts(config(tmp_path, "train.loss=mse"), quiet)
     numbers = parts.targets["train"]
     assert numbers.dtype == torch.float64
     assert parts.objective.center == pytest.approx(numbers.mean().item())
     assert parts.objective.scale == pytest.approx(numbers.std(correction=0).item())
     write_table(tmp_path / "texts.csv", [(text, 5) for text, _ in texts(50)])
-    assert read_parts(config(tmp_path, "fit.loss=mse"), quiet).objective.scale == 1.0
+    assert read_parts(config(tmp_path, "train.loss=mse"), quiet).objective.scale == 1.0
 
 
 Rows = list[tuple[str, object]]
@@ -87,10 +87,22 @@ Rows = list[tuple[str, object]]
         (lambda rows: [*rows[:4], ("only a text",)], [], r"texts\.csv:6: "),
         (lambda rows: [*rows, ("", "sea")], [], r"texts\.csv:92: an empty text"),
         (lambda rows: rows[:4], [], r"."),
-        (lambda rows: rows, ["fit.loss=binary_cross_entropy"], r"^fit.loss=binary_cross_entropy: wants two"),
-        (lambda rows: rows, ["fit.metric=roc_auc"], r"^fit.metric=roc_auc: wants two classes; got 3; take"),
-        (lambda rows: rows, ["fit.loss=mse"], r"texts\.csv:2: .*number"),
-        (lambda rows: rows, ["fit.class_weights=sea:2"], r"^fit.class_weights: no weight for food, music$"),
+        (
+            lambda rows: rows,
+            ["train.loss=binary_cross_entropy"],
+            r"^train.loss=binary_cross_entropy: wants two",
+        ),
+        (
+            lambda rows: rows,
+            ["train.metric=roc_auc"],
+            r"^train.metric=roc_auc: wants two classes; got 3; take",
+        ),
+        (lambda rows: rows, ["train.loss=mse"], r"texts\.csv:2: .*number"),
+        (
+            lambda rows: rows,
+            ["train.class_weights=sea:2"],
+            r"^train.class_weights: no weight for food, music$",
+        ),
         (
             lambda rows: rows,
             ["data.val_fraction=0.5", "data.test_fraction=0.5"],

@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_whole_training(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     said: list[str] = []
-    words = ["data.tokenizer=word", "fit.epochs=6", "fit.lr=2e-2"]
+    words = ["data.tokenizer=word", "train.epochs=6", "train.lr=2e-2"]
     summary = train(config(tmp_path, *words, count=150), said.append)
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
@@ -55,17 +55,17 @@ def test_a_whole_training(tmp_path: Path) -> None:
 
 
 def test_the_same_configuration_gives_the_same_folder(tmp_path: Path) -> None:
-    train(config(tmp_path, "fit.word_dropout=0.2", "model.dropout=0.1"), quiet)
-    train(config(tmp_path, "fit.word_dropout=0.2", "model.dropout=0.1", f"out={tmp_path / 'other'}"), quiet)
+    train(config(tmp_path, "train.word_dropout=0.2", "model.dropout=0.1"), quiet)
+    train(config(tmp_path, "train.word_dropout=0.2", "model.dropout=0.1", f"out={tmp_path / 'other'}"), quiet)
     for name in ("model.safetensors", "head.safetensors", "predictions.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
 @pytest.mark.parametrize("what", ["head", "ffn", "last:1", "all", "lora"])
 def test_from_a_pretrained_model(what: str, base: Path, tmp_path: Path) -> None:
-    words = [f"base={base}", f"train={what}", "fit.epochs=2", "fit.lr=1e-2", "fit.metric=loss"]
+    words = [f"base={base}", f"train.only={what}", "train.epochs=2", "train.lr=1e-2", "train.metric=loss"]
     said: list[str] = []
-    summary = train(config(tmp_path, *words, "adapter.rank=2", "fit.patience=0"), said.append)
+    summary = train(config(tmp_path, *words, "train.adapter.rank=2", "train.patience=0"), said.append)
     before, after = ffn.load(base).state_dict(), ffn.load(tmp_path / "run").state_dict()
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     inside = ["blocks.0.feed_forward.", "blocks.1.feed_forward."]
@@ -83,7 +83,7 @@ def test_from_a_pretrained_model(what: str, base: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_keeps_its_shape_and_may_drop_otherwise(base: Path, tmp_path: Path) -> None:
-    train(config(tmp_path, f"base={base}", "model.dropout=0.25", "fit.epochs=1"), quiet)
+    train(config(tmp_path, f"base={base}", "model.dropout=0.25", "train.epochs=1"), quiet)
     expected = dataclasses.replace(PRETRAINED, head="none", dropout=0.25)
     assert ffn.load(tmp_path / "run").config == expected
     written = (tmp_path / "run" / "config.toml").read_text()
@@ -100,7 +100,7 @@ def test_a_base_keeps_its_shape_and_may_drop_otherwise(base: Path, tmp_path: Pat
         ValueError, match=r"^base=.*bare has no tokenizer\.json; say what it was trained with"
     ):
         train(config(tmp_path, f"base={bare}", f"out={tmp_path / 'other'}"), quiet)
-    words = [f"base={bare}", f"data.tokenizer={base / 'tokenizer.json'}", "fit.epochs=1"]
+    words = [f"base={bare}", f"data.tokenizer={base / 'tokenizer.json'}", "train.epochs=1"]
     train(config(tmp_path, *words, f"out={tmp_path / 'other'}"), quiet)
     assert load_classifier(tmp_path / "other").predict(["a wave"]).shape == (1, 3)
 
@@ -114,8 +114,12 @@ def test_the_adapters_of_a_base_are_merged(what: str, base: Path, tmp_path: Path
             if name.endswith("lora_B"):
                 p.normal_()
     model.save(tmp_path / "adapted")
-    words = [f"base={tmp_path / 'adapted'}", f"data.tokenizer={base / 'tokenizer.json'}", f"train={what}"]
-    train(config(tmp_path, *words, "fit.epochs=1", "fit.lr=0"), quiet)
+    words = [
+        f"base={tmp_path / 'adapted'}",
+        f"data.tokenizer={base / 'tokenizer.json'}",
+        f"train.only={what}",
+    ]
+    train(config(tmp_path, *words, "train.epochs=1", "train.lr=0"), quiet)
     found, tokens = ffn.load(tmp_path / "run"), torch.arange(20)[None]
     assert set(found.state_dict()) == set(ffn.load(base).state_dict())
     torch.testing.assert_close(found.hidden(tokens), model.eval().hidden(tokens))
@@ -124,7 +128,7 @@ def test_the_adapters_of_a_base_are_merged(what: str, base: Path, tmp_path: Path
 def test_the_cache_changes_nothing_but_the_time(base: Path, tmp_path: Path) -> None:
     write_table(tmp_path / "texts.csv", [(text.ljust(60), name) for text, name in texts(90)])
     for out, cache in (("run", "true"), ("slow", "false")):
-        words = [f"base={base}", "train=head", f"fit.cache={cache}", f"out={tmp_path / out}"]
+        words = [f"base={base}", "train.only=head", f"train.cache={cache}", f"out={tmp_path / out}"]
         train(config(tmp_path, *words), quiet)
     heads = [(tmp_path / out / "head.safetensors").read_bytes() for out in ("run", "slow")]
     assert heads[0] == heads[1]
@@ -132,20 +136,20 @@ def test_the_cache_changes_nothing_but_the_time(base: Path, tmp_path: Path) -> N
 
 def test_what_keeps_features_from_the_cache_is_said(base: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    words = [f"base={base}", "train=head", "fit.epochs=1", "fit.word_dropout=0.1"]
+    words = [f"base={base}", "train.only=head", "train.epochs=1", "train.word_dropout=0.1"]
     assert train(config(tmp_path, *words), said.append)["cache_seconds"] is None
-    assert "not cached   fit.word_dropout makes the features others in each epoch" in said
+    assert "not cached   train.word_dropout makes the features others in each epoch" in said
 
 
 def test_an_ensemble_of_seeds(tmp_path: Path) -> None:
-    words = ["fit.seeds=[1, 2, 3]", "fit.epochs=2", "fit.metric=loss"]
+    words = ["train.seeds=[1, 2, 3]", "train.epochs=2", "train.metric=loss"]
     summary = train(config(tmp_path, *words), quiet)
     assert [member["seed"] for member in summary["members"]] == [1, 2, 3]
     together = load_classifier(tmp_path / "run")
     assert len(together.members) == 3
     each = []
     for seed in (1, 2, 3):
-        train(config(tmp_path, *words[1:], f"fit.seeds=[{seed}]", f"out={tmp_path / str(seed)}"), quiet)
+        train(config(tmp_path, *words[1:], f"train.seeds=[{seed}]", f"out={tmp_path / str(seed)}"), quiet)
         each.append(load_classifier(tmp_path / str(seed)).predict(["bread and soup", "a wave"]))
     torch.testing.assert_close(together.predict(["bread and soup", "a wave"]), sum(each) / 3)
     assert not torch.allclose(each[0], each[1])
@@ -158,7 +162,7 @@ def test_numbers_are_predicted_in_their_own_units(tmp_path: Path) -> None:
     rows = [(text, 1000.0 + 100.0 * (name == "food")) for text, name in texts(120)]
     write_table(tmp_path / "texts.csv", rows)
     summary = train(
-        config(tmp_path, "data.tokenizer=word", "fit.loss=mse", "fit.epochs=6", "fit.lr=2e-2"), quiet
+        config(tmp_path, "data.tokenizer=word", "train.loss=mse", "train.epochs=6", "train.lr=2e-2"), quiet
     )
     assert summary["test"]["mse"] < 2500.0, "better than the mean"
     assert summary["val"].keys() >= {"mse", "r2"}
@@ -168,7 +172,7 @@ def test_numbers_are_predicted_in_their_own_units(tmp_path: Path) -> None:
 
 
 def test_two_classes_by_one_score(tmp_path: Path) -> None:
-    words = ["fit.loss=binary_cross_entropy", "fit.class_weights=balanced", "fit.metric=roc_auc"]
+    words = ["train.loss=binary_cross_entropy", "train.class_weights=balanced", "train.metric=roc_auc"]
     summary = train(config(tmp_path, *words, classes=2), quiet)
     classifier = load_classifier(tmp_path / "run")
     assert classifier.members[0].num_classes == 1
@@ -177,7 +181,7 @@ def test_two_classes_by_one_score(tmp_path: Path) -> None:
 
 
 def test_a_decoder_from_scratch_reads_its_last_token(tmp_path: Path) -> None:
-    words = ["model.causal=true", "model.position=rotary", "fit.epochs=1", "data.tokenizer=byte"]
+    words = ["model.causal=true", "model.position=rotary", "train.epochs=1", "data.tokenizer=byte"]
     train(config(tmp_path, *words), quiet)
     facts = json.loads((tmp_path / "run" / "classifier.json").read_text())
     assert (facts["pooling"], facts["bias"], facts["classes"]) == ("last", False, ["food", "music", "sea"])
@@ -193,9 +197,9 @@ def test_padding_may_be_token_0() -> None:
 
 
 def test_it_goes_on_from_a_classifier(tmp_path: Path) -> None:
-    train(config(tmp_path, "fit.epochs=1"), quiet)
-    words = [f"base={tmp_path / 'run'}", "train=head", f"out={tmp_path / 'next'}"]
-    train(config(tmp_path, *words, "fit.epochs=1"), quiet)
+    train(config(tmp_path, "train.epochs=1"), quiet)
+    words = [f"base={tmp_path / 'run'}", "train.only=head", f"out={tmp_path / 'next'}"]
+    train(config(tmp_path, *words, "train.epochs=1"), quiet)
     assert ffn.load(tmp_path / "next").config == ffn.load(tmp_path / "run").config
 
 
@@ -215,7 +219,7 @@ def test_ctrl_c_loses_no_member_that_is_done(
         return run_epoch(self, epoch)
 
     monkeypatch.setattr(loop._Loop, "epoch", interrupted)
-    settings = config(tmp_path, "fit.seeds=[1, 2]", "fit.epochs=2")
+    settings = config(tmp_path, "train.seeds=[1, 2]", "train.epochs=2")
     if not done:
         with pytest.raises(KeyboardInterrupt):
             train(settings, quiet)
@@ -232,8 +236,7 @@ def test_ctrl_c_loses_no_member_that_is_done(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train=head"], r"^train=head: wants a pretrained model, base=PATH; or train=all$"),
-        (["train=some"], r"^'some' is no choice of what trains; want head, ffn, last:K, lora or all"),
+        (["train.only=head"], "^train.only=head needs a pretrained model"),
         (["base=/nowhere"], r"^/nowhere: "),
         (["data.tokenizer=/nowhere"], r"^data.tokenizer=/nowhere: want word, bpe, char, byte"),
         (["head.pooling=first", "model.causal=true"], r"^pooling='first': a decoder's first token"),
@@ -251,7 +254,7 @@ def test_what_will_not_do_is_said_before_anything_is_written(
 
 def test_more_layers_than_there_are(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^last:3: the model has 2 layers"):
-        train(config(tmp_path, f"base={base}", "train=last:3"), quiet)
+        train(config(tmp_path, f"base={base}", "train.only=last:3"), quiet)
 
 
 def test_a_tokenizer_of_another_model(base: Path, tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ def test_defaults_then_file_then_words(tmp_path: Path) -> None:
 
 
 SHIPPED = [
-    file for file in sorted((ROOT / "configs").glob("*.toml")) if "[fit]" not in file.read_text("utf-8")
+    file for file in sorted((ROOT / "configs").glob("*.toml")) if "[head]" not in file.read_text("utf-8")
 ]
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)  # [fit] is of ffn.classify.config
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_the_shipped_files_are_read(file: Path) -> None:
     assert read_config(file) != TrainConfig()
 
@@ -49,23 +49,20 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "^steps: wants 1 or more; got 0$"),
-        ({"lr": -1.0}, "^lr: wants 0 or more; got -1.0$"),
-        ({"l1": float("nan")}, "^l1: wants 0 or more; got nan$"),
-        ({"sample_tokens": -5}, "^sample_tokens: wants 0 or more; got -5$"),
-        ({"sample_temperature": -1.0}, "^sample_temperature: wants 0 or more; got -1.0$"),
-        ({"lr_floor": -3.0}, r"^lr_floor: wants a number in \[0, 1\]; got -3.0$"),
-        ({"window": -1}, "^window: wants 0 or more; got -1$"),
-        (
-            {"only": "tail"},
-            "^only: 'tail' is no choice of what trains; want head, ffn, last:K, lora or all, with",
-        ),
-        ({"layer_decay": 0.0}, "^layer_decay: wants a number above 0, 1 at most; got 0.0$"),
-        ({"momentum": 2.0}, r"^momentum: wants a number in \[0, 1\); got 2.0$"),
-        ({"betas": (0.9,)}, r"^betas: wants two numbers in \[0, 1\); got \[0.9\]$"),
-        ({"seed": 10**20}, r"^seed: wants a whole number of 64 bits; got 10{20}$"),
-        ({"lr": float("inf")}, "^lr: wants 0 or more; got inf$"),
-        ({"sample_prompt": ""}, "^sample_prompt: wants at least one character$"),
+        ({"steps": 0}, "^steps must be 1 or more"),
+        ({"lr": -1.0}, "^lr must be 0 or more"),
+        ({"lr": float("inf")}, "^lr must be 0 or more"),
+        ({"l1": float("nan")}, "^l1 must be 0 or more"),
+        ({"sample_tokens": -5}, "^sample_tokens must be 0 or more"),
+        ({"sample_temperature": -1.0}, "^sample_temperature must be 0 or more"),
+        ({"window": -1}, "^window must be 0 or more"),
+        ({"only": "tail"}, "^only: 'tail'"),
+        ({"layer_decay": 0.0}, "^layer_decay must be"),
+        ({"lr_floor": -3.0}, "^lr_floor must be"),
+        ({"momentum": 2.0}, "^momentum must be"),
+        ({"betas": (0.9,)}, r"^betas must be .*, got \[0.9\]$"),
+        ({"seed": 10**20}, "^seed must be"),
+        ({"sample_prompt": ""}, "^sample_prompt must have"),
     ],
 )
 def test_values_out_of_range_are_refused(change: dict, message: str) -> None:
@@ -77,7 +74,7 @@ def test_the_optimizer_is_given_every_option(monkeypatch: pytest.MonkeyPatch) ->
     given: dict[str, object] = {}
     parameters = inspect.signature(ScheduledOptimizer).parameters
     monkeypatch.setattr(
-        "ffn.train.config.ScheduledOptimizer",
+        "ffn.train.options.ScheduledOptimizer",
         lambda model, optimizer, **options: given.update(options, model=model, optimizer=optimizer),
     )
     options = {
