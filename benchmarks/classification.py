@@ -89,26 +89,26 @@ def config_of(job: dict):
     return read_config(file, words)
 
 
-def parts_of(job: dict):
-    """The configuration and its parts; of a quick look only so many rows of each."""
-    from ffn.classify.parts import read_parts
+def splits_of(job: dict):
+    """The configuration and its splits; of a quick look only so many rows of each."""
+    from ffn.classify.splits import read_splits
 
     config = config_of(job)
-    parts = read_parts(config, lambda _: None)
+    splits = read_splits(config, lambda _: None)
     if job["rows"]:
-        for name, rows in parts.rows.items():
+        for name, rows in splits.rows.items():
             share = max(1, len(rows) // job["rows"])
             chosen = range(0, len(rows), share)
-            parts.rows[name], parts.targets[name] = rows.take(chosen), parts.targets[name][list(chosen)]
-    return config, parts
+            splits.rows[name], splits.targets[name] = rows.take(chosen), splits.targets[name][list(chosen)]
+    return config, splits
 
 
 def run_ffn(job: dict) -> dict:
-    """`ffn classify train` on these parts."""
+    """`ffn classify train` on these splits."""
     from ffn.classify import train
 
-    config, parts = parts_of(job)
-    summary = train(config, lambda text: print(text, file=sys.stderr, flush=True), parts)
+    config, splits = splits_of(job)
+    summary = train(config, lambda text: print(text, file=sys.stderr, flush=True), splits)
     members = summary["members"]
     seconds, epochs = (sum(member[key] for member in members) for key in ("train_seconds", "epochs"))
     return {
@@ -128,8 +128,8 @@ def run_memory(job: dict) -> dict:
     """What the first batch of 32 reviews keeps for backward; the parameters do not count."""
     from ffn.classify.batches import collate
 
-    _, parts = parts_of({**job, "rows": job["rows"] or 320})
-    rows, pad = token_rows(job["base"], parts)
+    _, splits = splits_of({**job, "rows": job["rows"] or 320})
+    rows, pad = token_rows(job["base"], splits)
     what = job["what"].partition(" ")[0]
     if job["implementation"] == "transformers":
         model = TheirClassifier(job["base"], 2, what, 0.1).train()
@@ -163,28 +163,28 @@ def run_sklearn(job: dict) -> dict:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    _, parts = parts_of(job)
+    _, splits = splits_of(job)
     start = time.perf_counter()
     kind = "word" if job["task"] == "reviews" else "char"
     vectorizer = TfidfVectorizer(analyzer=kind, ngram_range=(1, 2), sublinear_tf=True)
-    features = {"train": vectorizer.fit_transform(parts.rows["train"].texts)}
-    features |= {name: vectorizer.transform(parts.rows[name].texts) for name in ("val", "test")}
+    features = {"train": vectorizer.fit_transform(splits.rows["train"].texts)}
+    features |= {name: vectorizer.transform(splits.rows[name].texts) for name in ("val", "test")}
     found = {}
     for strength in (1.0, 10.0):
         model = LogisticRegression(C=strength, max_iter=1000)
-        model.fit(features["train"], parts.targets["train"].numpy())
-        found[model.score(features["val"], parts.targets["val"].numpy())] = model
+        model.fit(features["train"], splits.targets["train"].numpy())
+        found[model.score(features["val"], splits.targets["val"].numpy())] = model
     model = found[max(found)]
     seconds = time.perf_counter() - start
     predictions = torch.from_numpy(model.predict_proba(features["test"]))
-    scores = parts.objective.scores(parts.targets["test"], predictions).values
+    scores = splits.objective.scores(splits.targets["test"], predictions).values
     facts = {"accuracy": scores["accuracy"], "f1_macro": scores["f1_macro"], "train_s": seconds}
     return {**facts, "parameters": model.coef_.size + model.intercept_.size}
 
 
 def run_transformers(job: dict) -> dict:
     """The same recipe over transformers' model."""
-    return fine_tune(job["base"], job["what"], *parts_of(job))
+    return fine_tune(job["base"], job["what"], *splits_of(job))
 
 
 RUNNERS = {"ffn": run_ffn, "transformers": run_transformers, "scikit-learn": run_sklearn}

@@ -12,7 +12,7 @@ import ffn
 from ffn.classify import ClassifyConfig
 from ffn.classify.batches import TextEncoder, batches, collate
 from ffn.classify.metrics import Scores
-from ffn.classify.parts import Parts
+from ffn.classify.splits import Splits
 from ffn.text.windows import derive_seed
 
 
@@ -49,12 +49,12 @@ class TheirClassifier(nn.Module):
         return self.head(pooled)
 
 
-def fine_tune(base: str, what: str, config: ClassifyConfig, parts: Parts) -> dict:
+def fine_tune(base: str, what: str, config: ClassifyConfig, splits: Splits) -> dict:
     """Train what config says, as `ffn classify train` does; returns a row."""
-    rows, pad = token_rows(base, parts)
-    options, targets = config.train, parts.targets["train"]
+    rows, pad = token_rows(base, splits)
+    options, targets = config.train, splits.targets["train"]
     torch.manual_seed(options.seeds[0])
-    model = TheirClassifier(base, len(parts.objective.classes), what, config.head.dropout)
+    model = TheirClassifier(base, len(splits.objective.classes), what, config.head.dropout)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1 and p is not model.backbone.get_input_embeddings().weight]
     others = [p for p in trained if all(p is not matrix for matrix in matrices)]
@@ -82,13 +82,13 @@ def fine_tune(base: str, what: str, config: ClassifyConfig, parts: Parts) -> dic
             loss.item()
             step += 1
         seconds += time.perf_counter() - start
-        found = _scores(model, rows["val"], pad, parts, "val").values["accuracy"]
+        found = _scores(model, rows["val"], pad, splits, "val").values["accuracy"]
         print(f"epoch {epoch}: {found:.4f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         if found > best:
             best, best_epoch = found, epoch
             kept_state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     model.load_state_dict(kept_state, strict=False)
-    scores = _scores(model, rows["test"], pad, parts, "test").values
+    scores = _scores(model, rows["test"], pad, splits, "test").values
     return {
         "accuracy": scores["accuracy"],
         "f1_macro": scores["f1_macro"],
@@ -101,16 +101,16 @@ def fine_tune(base: str, what: str, config: ClassifyConfig, parts: Parts) -> dic
     }
 
 
-def token_rows(base: str, parts: Parts) -> tuple[dict[str, list[list[int]]], int]:
+def token_rows(base: str, splits: Splits) -> tuple[dict[str, list[list[int]]], int]:
     """The rows of every part, tokenised as ours are, and the padding."""
     encode = TextEncoder(ffn.load_tokenizer(base), 512)
-    return {name: encode(rows.texts)[0] for name, rows in parts.rows.items()}, encode.pad
+    return {name: encode(rows.texts)[0] for name, rows in splits.rows.items()}, encode.pad
 
 
 @torch.no_grad()
-def _scores(model: nn.Module, rows: list[list[int]], pad: int, parts: Parts, name: str) -> Scores:
+def _scores(model: nn.Module, rows: list[list[int]], pad: int, splits: Splits, name: str) -> Scores:
     model.eval()
-    scores = torch.empty(len(rows), len(parts.objective.classes), dtype=torch.float64)
+    scores = torch.empty(len(rows), len(splits.objective.classes), dtype=torch.float64)
     for index in batches([len(row) for row in rows], 128):
         scores[index] = model(*collate([rows[i] for i in index], pad)).double()
-    return parts.objective.scores(parts.targets[name], scores.softmax(-1))
+    return splits.objective.scores(splits.targets[name], scores.softmax(-1))

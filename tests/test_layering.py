@@ -80,7 +80,7 @@ LAYERS = [
     ["ffn.train.loop", "ffn.classify.vocabulary", "ffn.classify.objective"],
     ["ffn.classify.batches", "ffn.classify.config"],
     ["ffn.classify.loop"],
-    ["ffn.classify.parts", "ffn.classify.report", "ffn.classify.result"],
+    ["ffn.classify.splits", "ffn.classify.report", "ffn.classify.result"],
     ["ffn.classify.training"],
     ["ffn.classify.commands"],
     ["ffn.classify"],

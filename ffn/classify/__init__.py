@@ -9,7 +9,7 @@ vocabulary    tokenizers made from the training texts
 batches       texts to token rows, and rows to batches
 objective     losses, predictions, metrics
 loop          epochs, the best of them, cached features
-parts         train, validation and test
+splits        train, validation and test
 report        progress, pictures, predictions.csv
 result        the folder
 training      all of it, in order

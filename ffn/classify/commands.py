@@ -16,9 +16,9 @@ import torch
 
 from ffn.classify.config import read_config, read_data_config
 from ffn.classify.labelled import encode_labels
-from ffn.classify.parts import read_data
 from ffn.classify.report import write_predictions
 from ffn.classify.result import TextClassifier, load_classifier
+from ffn.classify.splits import read_data
 from ffn.classify.table_files import SUFFIXES, SURROGATE
 from ffn.classify.training import train
 from ffn.train.device import choose_device, keep_freed_memory

@@ -92,15 +92,16 @@ def read_labelled(
 def split(
     rows: Labelled, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 0
 ) -> tuple[Labelled, ...]:
-    """Cut rows into parts, class by class, by a hash of seed and text.
+    """Divide rows into splits, class by class, by a hash of seed and text.
 
-    Identical texts (blanks around them aside) stand in one part, so that parts never overlap; the fractions
-    are of the different texts of each class, to the nearest. A class with at least as many different texts as
-    there are parts is in each of them; one with fewer is in the first alone. Which text goes where depends on
-    the seed and on the set of (text, label), not on the order of the rows; within a part rows keep their
-    order. Numbers as labels are cut as one class.
+    Equal texts (surrounding blanks ignored) land in one split, so splits never overlap. The fractions apply
+    to the distinct texts of each class, rounded. A class with at least as many distinct texts as there are
+    splits appears in every split; a smaller class appears in the first split alone. The split of a text
+    depends on the seed and on the set of (text, label), not on the order of the rows. Rows keep their order
+    within a split. Numeric labels count as one class.
 
-    Raises ValueError for fractions that are not shares of one, and where a part would stay empty.
+    Raises:
+        ValueError: `fractions` do not sum to 1, or a split would stay empty.
     """
     if len(fractions) < 2 or min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise ValueError(f"fractions: wants two or more above 0 that sum to 1; got {tuple(fractions)}")
@@ -122,7 +123,7 @@ def split(
         chosen[part[words.strip()]].append(row)
     if not all(chosen):
         raise ValueError(
-            f"{len(part)} different texts are too few for parts of {tuple(fractions)}; bring more"
+            f"{len(part)} different texts are too few for splits of {tuple(fractions)}; bring more"
         )
     return tuple(map(rows.take, chosen))
 

@@ -24,9 +24,9 @@ from ffn.classify.config import ClassifyConfig
 from ffn.classify.loop import Outcome, Source, TokenSource, cache_features, fit
 from ffn.classify.metrics import Scores
 from ffn.classify.objective import Objective
-from ffn.classify.parts import Parts, read_parts
 from ffn.classify.report import NO_PICTURES, Progress, draw, write_history, write_predictions
 from ffn.classify.result import TextClassifier, check_new, new_folder, save_classifier
+from ffn.classify.splits import Splits, read_splits
 from ffn.classify.vocabulary import train_tokenizer
 from ffn.files.atomic import write_file
 from ffn.files.dataclass_toml import to_toml
@@ -41,10 +41,10 @@ from ffn.train.device import Precision, choose_device, choose_precision
 Say = Callable[[str], None]
 
 
-def train(config: ClassifyConfig, say: Say = print, parts: Parts | None = None) -> dict[str, Any]:
+def train(config: ClassifyConfig, say: Say = print, splits: Splits | None = None) -> dict[str, Any]:
     """Train, evaluate, and write the folder `config.out`; returns what metrics.json holds.
 
-    parts: train, validation and test, where they are not to be read from `config.data`.
+    splits: train, validation and test, where they are not to be read from `config.data`.
 
     Raises ValueError for a configuration or data that will not do, FloatingPointError when the loss is no
     longer finite, OSError when nothing can be written. Ctrl-C ends training with the best epoch so far.
@@ -54,12 +54,12 @@ def train(config: ClassifyConfig, say: Say = print, parts: Parts | None = None) 
     precision, why_precision = choose_precision(config.train.precision, device)
     say(f"device       {device} ({why})")
     say(f"precision    {precision} ({why_precision})")
-    parts = read_parts(config, say) if parts is None else parts
-    config, backbone, tokenizer = _backbone(config, parts, device)
+    splits = read_splits(config, say) if splits is None else splits
+    config, backbone, tokenizer = _backbone(config, splits, device)
     model = config.model if backbone is None else backbone.config
     encode = TextEncoder(tokenizer, model.max_seq_len, _pad(backbone))
-    sources = parts.encode(encode, config.train.word_dropout, say)
-    run = Training(config, parts.objective, backbone, sources, device, precision, say)
+    sources = splits.encode(encode, config.train.word_dropout, say)
+    run = Training(config, splits.objective, backbone, sources, device, precision, say)
     for seed in config.train.seeds:
         try:
             run.fit(seed)
@@ -71,7 +71,7 @@ def train(config: ClassifyConfig, say: Say = print, parts: Parts | None = None) 
             say(f"interrupted  with {len(run.members)} of {len(config.train.seeds)} models")
             break
     classifier = TextClassifier(run.members, run.settle(), encode)
-    return _finish(config, parts, run, classifier)
+    return _finish(config, splits, run, classifier)
 
 
 class Training:
@@ -188,7 +188,7 @@ def load_backbone(config: ClassifyConfig, device: torch.device) -> tuple[Transfo
 
 
 def _backbone(
-    config: ClassifyConfig, parts: Parts, device: torch.device
+    config: ClassifyConfig, splits: Splits, device: torch.device
 ) -> tuple[ClassifyConfig, Transformer | None, Tokenizer]:
     """The pretrained model (None from scratch), the tokenizer, and the config with its vocabulary."""
     if config.base:
@@ -197,7 +197,7 @@ def _backbone(
     if config.train.only != "all":
         raise ValueError(f"train.only={config.train.only} needs a pretrained model: give base=PATH")
     start = config.head.chosen(config.model.causal) == "first"
-    texts, size = parts.rows["train"].texts, config.model.vocab_size
+    texts, size = splits.rows["train"].texts, config.model.vocab_size
     tokenizer = train_tokenizer(config.data.tokenizer, texts, size, start=start)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size, head="none")
     return dataclasses.replace(config, model=model), None, tokenizer
@@ -212,14 +212,14 @@ def _pad(backbone: Transformer | None) -> int | None:
 
 
 def _finish(
-    config: ClassifyConfig, parts: Parts, run: Training, classifier: TextClassifier
+    config: ClassifyConfig, splits: Splits, run: Training, classifier: TextClassifier
 ) -> dict[str, Any]:
     """Judge the ensemble, write the folder, say what there is."""
     objective, found = classifier.objective, {}
     for name in ("val", "test"):
         found[name] = classifier.predict_rows(run.tokens[name].rows)
-    scores = {name: objective.scores(parts.targets[name], found[name]) for name in found}
-    summary = _summary(config, parts, run, scores)
+    scores = {name: objective.scores(splits.targets[name], found[name]) for name in found}
+    summary = _summary(config, splits, run, scores)
     out, metric = Path(config.out), config.train.chosen_metric
     with new_folder(out) as folder:
         save_classifier(folder, classifier)
@@ -227,7 +227,7 @@ def _finish(
         write_file(folder / "metrics.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         write_history(folder / "metrics.csv", run.outcomes)
         write_predictions(
-            folder / "predictions.csv", parts.rows["test"], objective, parts.targets["test"], found["test"]
+            folder / "predictions.csv", splits.rows["test"], objective, splits.targets["test"], found["test"]
         )
         drawn = draw(folder, run.outcomes, metric, scores["test"])
     run.say(f"\n{scores['test'].table()}\n")
@@ -241,7 +241,7 @@ def _finish(
 
 
 def _summary(
-    config: ClassifyConfig, parts: Parts, run: Training, scores: dict[str, Scores]
+    config: ClassifyConfig, splits: Splits, run: Training, scores: dict[str, Scores]
 ) -> dict[str, Any]:
     """What metrics.json holds."""
     model = run.members[0]
@@ -253,8 +253,8 @@ def _summary(
     return {
         "stopped": "interrupted" if run.interrupted else "finished",
         **{name: score.to_dict() for name, score in scores.items()},
-        "rows": {name: len(rows) for name, rows in parts.rows.items()},
-        "data": parts.counts,
+        "rows": {name: len(rows) for name, rows in splits.rows.items()},
+        "data": splits.counts,
         "members": members,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": run.trained,

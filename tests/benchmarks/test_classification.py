@@ -38,9 +38,9 @@ def job(tmp_path: Path) -> dict:
 
 @pytest.mark.parametrize(("task", "name", "what"), classification.JOBS)
 def test_every_job_makes_a_configuration(task: str, name: str, what: str, job: dict) -> None:
-    config, parts = classification.parts_of({**job, "task": task, "implementation": name, "what": what})
+    config, splits = classification.splits_of({**job, "task": task, "implementation": name, "what": what})
     assert config.train.epochs == 1
-    assert len(parts.objective.classes) == (2 if task == "reviews" else 3)
+    assert len(splits.objective.classes) == (2 if task == "reviews" else 3)
 
 
 @pytest.mark.parametrize("what", ["head", "all"])

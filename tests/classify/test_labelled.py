@@ -36,13 +36,13 @@ def test_a_split_loses_nothing_and_leaks_nothing(
 ) -> None:
     assume(len({text for text, _ in rows}) >= 12)  # enough for every part
     whole = labelled(rows)
-    parts = split(whole, shares, seed)
-    assert len(parts) == len(shares)
-    assert sorted(where for part in parts for where in part.where) == list(whole.where)
-    for part in parts:
+    splits = split(whole, shares, seed)
+    assert len(splits) == len(shares)
+    assert sorted(where for part in splits for where in part.where) == list(whole.where)
+    for part in splits:
         assert [rows[line - 2] for _, line in part.where] == pairs(part), "a row stays a row, in its order"
-    for i, part in enumerate(parts):
-        assert all(overlap(part, other) == 0 for other in parts[:i])
+    for i, part in enumerate(splits):
+        assert all(overlap(part, other) == 0 for other in splits[:i])
 
 
 @given(ROWS, st.randoms(use_true_random=False), st.integers(0, 5))
@@ -62,9 +62,9 @@ def test_a_split_depends_on_the_rows_and_the_seed_not_on_their_order(
 def test_each_class_is_cut_by_the_fractions(first: int, second: int, shares: tuple[float, ...]) -> None:
     sizes = {"a": first, "b": second, "c": 20}
     rows = [(f"{name} {number}", name) for name, size in sizes.items() for number in range(size)]
-    parts = split(labelled(rows), shares)
+    splits = split(labelled(rows), shares)
     for name, size in sizes.items():
-        counts = [part.labels.count(name) for part in parts]
+        counts = [part.labels.count(name) for part in splits]
         assert sum(counts) == size
         if size < len(shares):
             assert counts[0] == size
@@ -104,7 +104,7 @@ def test_fractions_are_shares_of_one(shares: tuple[float, ...]) -> None:
 
 
 def test_too_few_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 different texts are too few for parts of \(0\.8, 0\.1, 0\.1\)"):
+    with pytest.raises(ValueError, match=r"3 different texts are too few for splits of \(0\.8, 0\.1, 0\.1\)"):
         split(labelled([("x", "a"), ("y", "a"), ("z", "b"), ("z ", "b")]))
 
 
@@ -169,8 +169,8 @@ def test_empty_texts_are_skipped_where_that_is_asked(tmp_path: Path) -> None:
 
 def test_real_splits() -> None:
     reviews = read_labelled(shared_data("rt-polarity.pos").with_name("rt-polarity.*"))
-    parts = split(reviews, seed=0)
-    assert [Counter(part.labels) for part in parts] == [{"pos": n, "neg": n} for n in (4265, 533, 533)]
+    splits = split(reviews, seed=0)
+    assert [Counter(part.labels) for part in splits] == [{"pos": n, "neg": n} for n in (4265, 533, 533)]
     titles = read_labelled(shared_data("thucnews-dev.txt"))
     train, test = split(titles, (0.9, 0.1), seed=0)
     assert (len(train), len(test), overlap(train, test)) == (8996, 1004, 0)

@@ -1,4 +1,4 @@
-"""The parts of the data: read, split where they are not given, checked against one another, and encoded."""
+"""The splits of the data: read, split where they are not given, checked against one another, and encoded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ffn.classify.labelled import Labelled, encode_labels, overlap, read_labelle
 from ffn.classify.loop import TokenSource
 from ffn.classify.objective import Objective, parse_class_weights
 
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 @dataclass
-class Parts:
+class Splits:
     """Rows and targets of train, val and test, what there is to learn, and what was done to them, counted."""
 
     rows: dict[str, Labelled]
@@ -30,7 +30,7 @@ class Parts:
     def encode(
         self, encode: TextEncoder, word_dropout: float, say: Callable[[str], None]
     ) -> dict[str, TokenSource]:
-        """The texts of each part as tokens; a line says how many were cut."""
+        """The texts of each split as tokens; a line says how many were cut."""
         found = {}
         for name, rows in self.rows.items():
             tokens, cut = encode(rows.texts)
@@ -41,20 +41,20 @@ class Parts:
         return found
 
 
-def read_parts(config: ClassifyConfig, say: Callable[[str], None]) -> Parts:
-    """All three parts; ValueError, of one line, where they cannot be read or learned from."""
+def read_splits(config: ClassifyConfig, say: Callable[[str], None]) -> Splits:
+    """All three splits; ValueError, of one line, where they cannot be read or learned from."""
     if not config.data.path:
         raise ValueError("data.path: missing; name a file or folder of labelled text")
     rows, counts = _split(config, say)
     targets, objective = _targets(config.train, rows)
     kinds = f"{len(objective.classes)} classes" if objective.classes else "numbers"
-    sizes = ", ".join(f"{len(rows[name]):,} {name}" for name in PARTS)
+    sizes = ", ".join(f"{len(rows[name]):,} {name}" for name in SPLITS)
     say(f"data         {sizes}; {kinds}")
     for name in ("val", "test"):
         counts[f"{name}_in_train"] = found = overlap(rows["train"], rows[name])
         if found:
             say(f"warning: {found:,} of {len(rows[name]):,} {name} texts are training texts as well")
-    return Parts(rows, targets, objective, counts)
+    return Splits(rows, targets, objective, counts)
 
 
 def read_data(
@@ -88,20 +88,20 @@ def _split(config: ClassifyConfig, say: Callable[[str], None]) -> tuple[dict[str
         rest = 1.0 - sum(cut.values())
         if rest <= 0.0:
             raise ValueError("data.val_fraction and data.test_fraction leave nothing to train on")
-        parts = split(found["train"], (rest, *cut.values()), data.seed)
-        found |= dict(zip(("train", *cut), parts, strict=True))
-    return {name: found[name] for name in PARTS}, counts
+        splits = split(found["train"], (rest, *cut.values()), data.seed)
+        found |= dict(zip(("train", *cut), splits, strict=True))
+    return {name: found[name] for name in SPLITS}, counts
 
 
 def _targets(options: FitConfig, rows: dict[str, Labelled]) -> tuple[dict[str, Tensor], Objective]:
     if options.loss == "mse":
-        found = {name: torch.tensor(part.labels, dtype=torch.float64) for name, part in rows.items()}
+        found = {name: torch.tensor(labelled.labels, dtype=torch.float64) for name, labelled in rows.items()}
         center, spread = float(found["train"].mean()), float(found["train"].std(correction=0))
         return found, Objective("mse", center=center, scale=spread or 1.0)
     numbers, classes = encode_labels(rows["train"])
     if options.metric == "roc_auc" and len(classes) != 2:
         raise ValueError(f"train.metric=roc_auc: wants two classes; got {len(classes)}; take f1_macro")
-    found = {name: encode_labels(part, classes)[0] for name, part in rows.items()}
+    found = {name: encode_labels(labelled, classes)[0] for name, labelled in rows.items()}
     objective = Objective(options.loss, classes, label_smoothing=options.label_smoothing)
     weights = parse_class_weights(options.class_weights, classes, numbers)
     return found, dataclasses.replace(objective, class_weights=weights)

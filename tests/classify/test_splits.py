@@ -1,4 +1,4 @@
-"""The parts of the data: given or split off, and one line for everything that is wrong with them."""
+"""The splits of the data: given or split off, and one line for everything that is wrong with them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,58 +7,58 @@ import pytest
 import torch
 
 from ffn.classify.batches import TextEncoder
-from ffn.classify.parts import read_parts
+from ffn.classify.splits import read_splits
 from ffn.text.tokenizer import ByteTokenizer
 from tests.classify.samples import config, quiet, texts, write_table
 
 
 def test_what_is_not_given_is_split_off(tmp_path: Path) -> None:
     said: list[str] = []
-    parts = read_parts(config(tmp_path), said.append)
-    assert {name: len(rows) for name, rows in parts.rows.items()} == {"train": 72, "val": 9, "test": 9}
-    assert parts.objective.classes == ("food", "music", "sea")
+    splits = read_splits(config(tmp_path), said.append)
+    assert {name: len(rows) for name, rows in splits.rows.items()} == {"train": 72, "val": 9, "test": 9}
+    assert splits.objective.classes == ("food", "music", "sea")
     assert said == ["data         72 train, 9 val, 9 test; 3 classes"]
     assert all(torch.equal(numbers.bincount() * 3, torch.full((3,), len(numbers)))
-               for numbers in parts.targets.values())  # fmt: skip
-    again = read_parts(config(tmp_path), quiet)
-    assert again.rows == parts.rows
-    assert read_parts(config(tmp_path, "data.seed=1"), quiet).rows != parts.rows
+               for numbers in splits.targets.values())  # fmt: skip
+    again = read_splits(config(tmp_path), quiet)
+    assert again.rows == splits.rows
+    assert read_splits(config(tmp_path, "data.seed=1"), quiet).rows != splits.rows
 
 
 def test_what_is_given_is_taken(tmp_path: Path) -> None:
     val = write_table(tmp_path / "val.csv", texts(12, seed=5))
     test = write_table(tmp_path / "test.csv", texts(6, seed=6))
-    parts = read_parts(config(tmp_path, f"data.val={val}", f"data.test={test}"), quiet)
-    assert {name: len(rows) for name, rows in parts.rows.items()} == {"train": 90, "val": 12, "test": 6}
-    parts = read_parts(config(tmp_path, f"data.test={test}", "data.val_fraction=0.2"), quiet)
-    assert {name: len(rows) for name, rows in parts.rows.items()} == {"train": 72, "val": 18, "test": 6}
+    splits = read_splits(config(tmp_path, f"data.val={val}", f"data.test={test}"), quiet)
+    assert {name: len(rows) for name, rows in splits.rows.items()} == {"train": 90, "val": 12, "test": 6}
+    splits = read_splits(config(tmp_path, f"data.test={test}", "data.val_fraction=0.2"), quiet)
+    assert {name: len(rows) for name, rows in splits.rows.items()} == {"train": 72, "val": 18, "test": 6}
 
 
 def test_an_overlap_is_counted(tmp_path: Path) -> None:
     test = write_table(tmp_path / "test.csv", [*texts(90)[:10], ("a new one", "sea")])
     said: list[str] = []
-    parts = read_parts(config(tmp_path, f"data.test={test}"), said.append)
-    found = parts.counts["test_in_train"]
+    splits = read_splits(config(tmp_path, f"data.test={test}"), said.append)
+    found = splits.counts["test_in_train"]
     assert 0 < found <= 10
     assert said[-1] == f"warning: {found} of 11 test texts are training texts as well"
-    assert parts.counts["val_in_train"] == 0
+    assert splits.counts["val_in_train"] == 0
 
 
 def test_rows_without_a_text_are_left_out_when_asked(tmp_path: Path) -> None:
     write_table(tmp_path / "texts.csv", [*texts(90), (" ", "sea"), ("", "food")])
     said: list[str] = []
-    parts = read_parts(config(tmp_path, "data.skip_empty=true"), said.append)
-    assert parts.counts["train_skipped"] == 2
+    splits = read_splits(config(tmp_path, "data.skip_empty=true"), said.append)
+    assert splits.counts["train_skipped"] == 2
     assert said[0] == f"warning: 2 rows of {tmp_path / 'texts.csv'} have no text and are left out"
     with pytest.raises(ValueError, match=r"texts.csv:92: an empty text"):
-        read_parts(config(tmp_path), quiet)
+        read_splits(config(tmp_path), quiet)
 
 
 def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
-    parts, said = read_parts(config(tmp_path), quiet), []
-    sources = parts.encode(TextEncoder(ByteTokenizer(), 20), 0.25, said.append)
-    cut = sum(len(text) > 20 for text in parts.rows["train"].texts)
-    assert parts.counts["train_truncated"] == cut > 0
+    splits, said = read_splits(config(tmp_path), quiet), []
+    sources = splits.encode(TextEncoder(ByteTokenizer(), 20), 0.25, said.append)
+    cut = sum(len(text) > 20 for text in splits.rows["train"].texts)
+    assert splits.counts["train_truncated"] == cut > 0
     assert said[0] == f"warning: {cut} of 72 train texts are cut to 20 tokens"
     assert max(sources["train"].lengths) == 20
     assert sources["train"].word_dropout == 0.25
@@ -67,13 +67,13 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
 def test_numbers_are_centred_on_those_of_training(tmp_path: Path) -> None:
     rows = [(text, 100 + 10 * len(text)) for text, _ in texts(50)]
     write_table(tmp_path / "texts.csv", rows)
-    parts = read_parts(config(tmp_path, "train.loss=mse"), quiet)
-    numbers = parts.targets["train"]
+    splits = read_splits(config(tmp_path, "train.loss=mse"), quiet)
+    numbers = splits.targets["train"]
     assert numbers.dtype == torch.float64
-    assert parts.objective.center == pytest.approx(numbers.mean().item())
-    assert parts.objective.scale == pytest.approx(numbers.std(correction=0).item())
+    assert splits.objective.center == pytest.approx(numbers.mean().item())
+    assert splits.objective.scale == pytest.approx(numbers.std(correction=0).item())
     write_table(tmp_path / "texts.csv", [(text, 5) for text, _ in texts(50)])
-    assert read_parts(config(tmp_path, "train.loss=mse"), quiet).objective.scale == 1.0
+    assert read_splits(config(tmp_path, "train.loss=mse"), quiet).objective.scale == 1.0
 
 
 Rows = list[tuple[str, object]]
@@ -117,7 +117,7 @@ def test_wrong_input_is_one_line(
 ) -> None:
     write_table(tmp_path / "texts.csv", change(list(texts(90))))
     with pytest.raises(ValueError, match=message) as caught:
-        read_parts(config(tmp_path, *words), quiet)
+        read_splits(config(tmp_path, *words), quiet)
     assert "\n" not in str(caught.value)
 
 
@@ -126,12 +126,12 @@ def test_quotes_may_stand_for_themselves(tmp_path: Path) -> None:
     file = tmp_path / "texts.csv"
     file.write_text(file.read_text() + '"a wave,sea\n')
     with pytest.raises(ValueError, match=r"texts\.csv:92: .*; quotes=false takes quotes as they stand$"):
-        read_parts(settings, quiet)
-    parts = read_parts(config(tmp_path, "data.quotes=false"), quiet)
-    assert '"a wave' in [text for rows in parts.rows.values() for text in rows.texts]
+        read_splits(settings, quiet)
+    splits = read_splits(config(tmp_path, "data.quotes=false"), quiet)
+    assert '"a wave' in [text for rows in splits.rows.values() for text in rows.texts]
 
 
 def test_an_unknown_label_in_the_test_file_is_named_with_its_line(tmp_path: Path) -> None:
     test = write_table(tmp_path / "test.csv", [*texts(3, seed=9), ("what", "seas")])
     with pytest.raises(ValueError, match=r"test\.csv:5: unknown label 'seas'.*sea"):
-        read_parts(config(tmp_path, f"data.test={test}"), quiet)
+        read_splits(config(tmp_path, f"data.test={test}"), quiet)
