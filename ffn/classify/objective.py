@@ -1,9 +1,9 @@
 """What is learned and how it is judged: cross entropy, binary cross entropy or mean squared error.
 
-loss                    scores a text   targets         predictions
-cross_entropy           K               class numbers   softmax(scores), (N, K)
-binary_cross_entropy    1, of class 1   class numbers   1 - sigmoid(score), sigmoid(score), (N, 2)
-mse                     1               numbers         the score, (N,)
+loss                    logits per text   targets         predictions
+cross_entropy           K                 class numbers   softmax(logits), (N, K)
+binary_cross_entropy    1, of class 1     class numbers   1 - sigmoid(logit), sigmoid(logit), (N, 2)
+mse                     1                 numbers         the logit, (N,)
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Objective:
     classes: tuple[str, ...] = ()
     class_weights: Tensor | None = None  # (K,)
     label_smoothing: float = 0.0
-    center: float = 0.0  # mse: a score of 0 means this number,
-    scale: float = 1.0  # and one of 1 this much more
+    center: float = 0.0  # mse: the number that a logit of 0 means
+    scale: float = 1.0  # mse: added to it by a logit of 1
 
     def __post_init__(self) -> None:
         if self.loss_name == "binary_cross_entropy" and len(self.classes) != 2:
@@ -57,31 +57,31 @@ class Objective:
             )
 
     @property
-    def num_scores(self) -> int:
-        """How many scores a model gives a text."""
+    def num_logits(self) -> int:
+        """Logits per text."""
         return len(self.classes) if self.loss_name == "cross_entropy" else 1
 
-    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of scores (N, num_scores), in float32 at least; with weights the weighted mean."""
-        scores = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of logits (N, num_logits), in float32 at least; weighted by class_weights."""
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         weights = self.class_weights
-        weights = None if weights is None else weights.to(scores)
+        weights = None if weights is None else weights.to(logits)
         match self.loss_name:
             case "cross_entropy":
-                return F.cross_entropy(scores, targets, weights, label_smoothing=self.label_smoothing)
+                return F.cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
             case "binary_cross_entropy":
-                return binary_cross_entropy(scores[:, 0], targets, weights, self.label_smoothing)
-        return F.mse_loss(scores[:, 0], ((targets - self.center) / self.scale).to(scores.dtype))
+                return binary_cross_entropy(logits[:, 0], targets, weights, self.label_smoothing)
+        return F.mse_loss(logits[:, 0], ((targets - self.center) / self.scale).to(logits.dtype))
 
-    def predictions(self, scores: Tensor) -> Tensor:
-        """Probabilities (N, K), or the numbers (N,), in float64."""
-        scores = scores.double()
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Return probabilities (N, K), or numbers (N,) for mse, in float64."""
+        logits = logits.double()
         match self.loss_name:
             case "cross_entropy":
-                return scores.softmax(-1)
+                return logits.softmax(-1)
             case "binary_cross_entropy":
-                return torch.cat([(-scores).sigmoid(), scores.sigmoid()], dim=-1)
-        return self.center + self.scale * scores[:, 0]
+                return torch.cat([(-logits).sigmoid(), logits.sigmoid()], dim=-1)
+        return self.center + self.scale * logits[:, 0]
 
     def scores(self, targets: Tensor, predictions: Tensor) -> Scores:
         """How good predictions are."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ffn import disk as checkpoint
 from ffn.classify.batches import TextEncoder
-from ffn.classify.loop import TokenSource, evaluate
+from ffn.classify.loop import TokenSource, compute_logits
 from ffn.classify.objective import METRICS, Objective
 from ffn.files.atomic import publish, temporary_name, write_file
 from ffn.files.shards import open_shards, write_tensors
@@ -60,8 +60,8 @@ class TextClassifier:
 
     def predict_rows(self, rows: list[list[int]]) -> Tensor:
         """The same of texts that were encoded before."""
-        source = TokenSource(rows, torch.zeros(len(rows), dtype=torch.int64), self.encode)
-        found = [evaluate(member, source, self.objective)[0] for member in self.members]
+        source = TokenSource(rows, self.encode)
+        found = [self.objective.predictions(compute_logits(member, source)) for member in self.members]
         return torch.stack(found).mean(0)
 
     def export(self, path: str | Path) -> None:
@@ -214,9 +214,9 @@ def _member(folder: Path, number: int) -> Path:
 
 def _classifier(place: Path, backbone, facts: dict[str, Any]) -> Classifier:
     """The head on its backbone, checked before anything is copied."""
-    num_scores = Objective(facts["loss"], tuple(facts["classes"])).num_scores
+    num_logits = Objective(facts["loss"], tuple(facts["classes"])).num_logits
     form = facts["pooling"], facts["transform"], facts["dropout"]
-    made = Classifier(backbone, num_scores, *form, bias=facts["bias"])
+    made = Classifier(backbone, num_logits, *form, bias=facts["bias"])
     shards, wanted = open_shards(place / HEAD), made.head.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     if {name: spec.shape for name, spec in shards.specs.items()} != shapes:

@@ -34,7 +34,7 @@ class Splits:
         found = {}
         for name, rows in self.rows.items():
             tokens, cut = encode(rows.texts)
-            found[name] = TokenSource(tokens, self.targets[name], encode, word_dropout)
+            found[name] = TokenSource(tokens, encode, word_dropout)
             self.counts[f"{name}_truncated"] = cut
             if cut:
                 say(f"warning: {cut:,} of {len(rows):,} {name} texts are cut to {encode.window} tokens")

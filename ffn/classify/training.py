@@ -59,7 +59,7 @@ def train(config: ClassifyConfig, say: Say = print, splits: Splits | None = None
     model = config.model if backbone is None else backbone.config
     encode = TextEncoder(tokenizer, model.max_seq_len, _pad(backbone))
     sources = splits.encode(encode, config.train.word_dropout, say)
-    run = Training(config, splits.objective, backbone, sources, device, precision, say)
+    run = Training(config, splits, backbone, sources, device, precision, say)
     for seed in config.train.seeds:
         try:
             run.fit(seed)
@@ -80,14 +80,14 @@ class Training:
     def __init__(
         self,
         config: ClassifyConfig,
-        objective: Objective,
+        splits: Splits,
         backbone: Transformer | None,
         sources: dict[str, TokenSource],
         device: torch.device,
         precision: Precision,
         say: Say,
     ) -> None:
-        self.config, self.objective, self.backbone = config, objective, backbone
+        self.config, self.splits, self.backbone = config, splits, backbone
         self.tokens, self.device, self.say = sources, device, say
         self.precision: Precision = precision
         self.sources: dict[str, Source] = {}  # what the model reads: tokens, or features once cached
@@ -109,7 +109,7 @@ class Training:
             add_adapters(backbone, config.train.adapter)
         return Classifier(
             backbone,
-            self.objective.num_scores,
+            self.splits.objective.num_logits,
             config.head.chosen(backbone.config.causal),
             config.head.transform,
             config.head.dropout,
@@ -119,29 +119,29 @@ class Training:
     def fit(self, seed: int) -> None:
         """Train one more member."""
         config = self.config
-        fitting = dataclasses.replace(config.train, lr=config.chosen_lr)
+        options = dataclasses.replace(config.train, lr=config.chosen_lr)
         model = self._model(seed)
-        train_only(model, fitting.only, frozen_dropout=fitting.frozen_dropout)
+        train_only(model, options.only, frozen_dropout=options.frozen_dropout)
         if not self.members:
             self.say(render_trained(model))
             self._prepare(model)
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        steps = fitting.epochs * math.ceil(len(self.sources["train"].targets) / fitting.batch_size)
-        metric = fitting.chosen_metric
-        with closing(Progress(self.say, steps, fitting.epochs, metric)) as progress:
+        steps = options.epochs * math.ceil(len(self.splits.rows["train"]) / options.batch_size)
+        metric = options.chosen_metric
+        with closing(Progress(self.say, steps, options.epochs, metric)) as progress:
             outcome = fit(
                 model,
-                self.sources["train"],
-                self.sources["val"],
-                self.objective,
-                fitting,
+                self.sources,
+                self.splits.targets,
+                self.splits.objective,
+                options,
                 seed=seed,
                 precision=self.precision,
                 watcher=progress,
             )
         self.outcomes[seed] = outcome
         self.interrupted = outcome.stopped == "interrupted"
-        if fitting.only == "lora":
+        if options.only == "lora":
             merge_adapters(model)
         self.members.append(model)
         best = f"{metric} {outcome.best:.4f} after epoch {outcome.best_epoch}"
@@ -150,11 +150,11 @@ class Training:
     def _prepare(self, model: Classifier) -> None:
         """Run what stays frozen over all texts, once, where only the head trains and texts stay the same."""
         self.sources = dict(self.tokens)
-        fitting = self.config.train
-        if fitting.only != "head" or not fitting.cache:
+        options = self.config.train
+        if options.only != "head" or not options.cache:
             return
         for name in ("word_dropout", "frozen_dropout"):
-            if getattr(fitting, name):
+            if getattr(options, name):
                 self.say(f"not cached   train.{name} makes the features others in each epoch")
                 return
         start = time.perf_counter()
@@ -164,14 +164,14 @@ class Training:
 
     def settle(self) -> Objective:
         """What the members predict by: with center 0 and scale 1, which go into the weights."""
-        center, scale = self.objective.center, self.objective.scale
+        objective = self.splits.objective
         for model in self.members:
             with torch.no_grad():
                 linear = model.head.out_proj
-                linear.weight.mul_(scale)
+                linear.weight.mul_(objective.scale)
                 if linear.bias is not None:
-                    linear.bias.mul_(scale).add_(center)
-        return dataclasses.replace(self.objective, center=0.0, scale=1.0)
+                    linear.bias.mul_(objective.scale).add_(objective.center)
+        return dataclasses.replace(objective, center=0.0, scale=1.0)
 
 
 def load_backbone(config: ClassifyConfig, device: torch.device) -> tuple[Transformer, Tokenizer]:

@@ -28,7 +28,7 @@ def text_classifier(members: int = 1, shared: bool = False, **options) -> TextCl
     backbone, models = Transformer(CONFIG), []
     for _ in range(members):
         body = backbone if shared else Transformer(CONFIG)
-        models.append(Classifier(body, objective.num_scores, **{"pooling": "mean", **options}).eval())
+        models.append(Classifier(body, objective.num_logits, **{"pooling": "mean", **options}).eval())
     encode = TextEncoder(CharTokenizer("abcdefgt \N{REPLACEMENT CHARACTER}"), 12, pad=3)
     return TextClassifier(models, objective, encode)
 

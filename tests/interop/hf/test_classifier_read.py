@@ -95,7 +95,7 @@ BERT = TransformerConfig(
 )
 def test_what_was_exported_predicts_the_same(objective: Objective, classes: tuple, tmp_path: Path) -> None:
     backbone = Transformer(BERT, dtype=torch.float64)
-    model = tiny.randomize(Classifier(backbone, objective.num_scores, "first", "tanh", 0.25)).eval()
+    model = tiny.randomize(Classifier(backbone, objective.num_logits, "first", "tanh", 0.25)).eval()
     ours = TextClassifier([model], objective, TextEncoder(ByteTokenizer(), 32))
     ours.export(tmp_path / "out")
     ByteTokenizer().save(tmp_path / "out" / "tokenizer.json")  # theirs knows no bytes, so none was written
