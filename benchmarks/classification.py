@@ -143,14 +143,15 @@ def run_memory(job: dict) -> dict:
 
 
 def _our_classifier(base: str, what: str) -> nn.Module:
-    from ffn.classify import read_config
+    from ffn.classify.config import read_config_and_base
     from ffn.classify.training import load_backbone
     from ffn.gpt.adapters import add_adapters
     from ffn.gpt.freeze import train_only
     from ffn.nn.classifier import Classifier
 
-    config = read_config(None, [f"base={base}"])
-    backbone, _ = load_backbone(config, torch.device("cpu"))
+    config, opened = read_config_and_base(None, [f"base={base}"])
+    assert opened is not None
+    backbone, _ = load_backbone(opened, config, torch.device("cpu"))
     if what == "lora":
         add_adapters(backbone)
     model = Classifier(backbone, 2, "mean", dropout=0.1).train()

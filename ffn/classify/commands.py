@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ffn.classify.config import read_config, read_data_config
+from ffn.classify.config import read_config_and_base, read_data_config
 from ffn.classify.labelled import encode_labels
 from ffn.classify.report import write_predictions
 from ffn.classify.result import TextClassifier, load_classifier
@@ -76,10 +76,11 @@ def _sort_words(words: Iterable[str]) -> tuple[str | None, str | None, list[str]
 def _train(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     data, file, keys = _sort_words(arguments.words)
-    config = read_config(file, keys + ([f"base={arguments.base}"] if arguments.base else []))
+    keys += [f"base={arguments.base}"] if arguments.base else []
+    config, base = read_config_and_base(file, keys)
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
-    summary = train(config, _say)
+    summary = train(config, _say, base=base)
     return 130 if summary["stopped"] == "interrupted" else 0
 
 

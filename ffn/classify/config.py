@@ -13,7 +13,7 @@ from ffn.files import dataclass_toml as config_file
 from ffn.files.dataclass_toml import settle
 from ffn.gpt.transformer import TransformerConfig
 from ffn.nn.classifier import Pooling, Transform
-from ffn.train.base import named_base, open_base
+from ffn.train.base import Base, named_base, open_base
 from ffn.train.optim import lr_factor
 from ffn.train.options import TrainingOptions, require
 
@@ -152,16 +152,26 @@ class ClassifyConfig:
 
 
 def read_config(file: str | Path | None = None, words: Iterable[str] = ()) -> ClassifyConfig:
-    """The defaults, then a TOML file, then words such as `train.epochs=3`; ValueError says what is wrong.
+    """Return the configuration: defaults, then a TOML file, then words such as `train.epochs=3`.
 
-    With a base the defaults of model and tokenizer are the base's.
+    With a base, the defaults of `model` and `data.tokenizer` are those of the base.
+
+    Raises:
+        ValueError: an unknown key, a wrong value, or a base that cannot be read.
     """
-    words, config = list(words), ClassifyConfig()
+    return read_config_and_base(file, words)[0]
+
+
+def read_config_and_base(
+    file: str | Path | None = None, words: Iterable[str] = ()
+) -> tuple[ClassifyConfig, Base | None]:
+    """Return what `read_config` returns, and the opened base for `train`: opening hashes its weights."""
+    words, config, base = list(words), ClassifyConfig(), None
     if (path := named_base(file, words)) is not None:
         base = open_base(path)
         data = DataConfig(tokenizer=str(base.tokenizer or ""))
         config = ClassifyConfig(model=dataclasses.replace(base.config, head="none"), data=data)
-    return config_file.read_config(config, file, words)
+    return config_file.read_config(config, file, words), base
 
 
 def read_data_config(folder: str | Path, words: Iterable[str] = ()) -> DataConfig:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -35,19 +35,28 @@ from ffn.gpt.freeze import render_trained, train_only
 from ffn.gpt.transformer import Transformer
 from ffn.nn.classifier import Classifier
 from ffn.text.tokenizer import Tokenizer, load_tokenizer
-from ffn.train.base import build_from, check_kept, open_base
+from ffn.train.base import Base, build_from, check_kept, open_base
 from ffn.train.device import Precision, choose_device, choose_precision
 
 Say = Callable[[str], None]
 
 
-def train(config: ClassifyConfig, say: Say = print, splits: Splits | None = None) -> dict[str, Any]:
-    """Train, evaluate, and write the folder `config.out`; returns what metrics.json holds.
+def train(
+    config: ClassifyConfig, say: Say = print, splits: Splits | None = None, base: Base | None = None
+) -> dict[str, Any]:
+    """Train, evaluate, and write the folder `config.out`; return the content of metrics.json.
 
-    splits: train, validation and test, where they are not to be read from `config.data`.
+    Ctrl-C ends training with the best epoch so far.
 
-    Raises ValueError for a configuration or data that will not do, FloatingPointError when the loss is no
-    longer finite, OSError when nothing can be written. Ctrl-C ends training with the best epoch so far.
+    Args:
+        say: receives lines of progress.
+        splits: train, validation and test data; by default they are read from `config.data`.
+        base: the opened `config.base`; by default it is opened here.
+
+    Raises:
+        ValueError: a configuration or data that cannot be used.
+        FloatingPointError: the loss is not finite.
+        OSError: the folder cannot be written.
     """
     check_new(Path(config.out))
     device, why = choose_device(config.device)
@@ -55,7 +64,11 @@ def train(config: ClassifyConfig, say: Say = print, splits: Splits | None = None
     say(f"device       {device} ({why})")
     say(f"precision    {precision} ({why_precision})")
     splits = read_splits(config, say) if splits is None else splits
-    config, backbone, tokenizer = _backbone(config, splits, device)
+    if config.base:
+        backbone, tokenizer = load_backbone(base or open_base(config.base), config, device)
+    else:
+        config, tokenizer = _from_scratch(config, splits.rows["train"].texts)
+        backbone = None
     model = config.model if backbone is None else backbone.config
     encode = TextEncoder(tokenizer, model.max_seq_len, _pad(backbone))
     sources = splits.encode(encode, config.train.word_dropout, say)
@@ -174,33 +187,29 @@ class Training:
         return dataclasses.replace(objective, center=0.0, scale=1.0)
 
 
-def load_backbone(config: ClassifyConfig, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """The model of `config.base` without its own head, in float32, its dropouts `config.model`'s; and its
-    tokenizer. ValueError where the two do not belong together, or the config asks for another shape."""
-    assert config.base is not None
-    base, tokenizer = open_base(config.base), config.data.tokenizer
+def load_backbone(base: Base, config: ClassifyConfig, device: torch.device) -> tuple[Transformer, Tokenizer]:
+    """Return the model of a base and its tokenizer: float32, without its head, with `config.model`'s dropouts.
+
+    Raises:
+        ValueError: the tokenizer does not belong to the model, or the config asks for another shape.
+    """
+    tokenizer = config.data.tokenizer
     check_kept(base, dataclasses.replace(base.config, head="none"), config.model, tokenizer)
     found = load_tokenizer(tokenizer)
     if found.vocab_size > config.model.vocab_size:
         sizes = f"{found.vocab_size} entries, the model {config.model.vocab_size}"
-        raise ValueError(f"{config.base}: the tokenizer has {sizes}; they do not belong together")
+        raise ValueError(f"{base.path}: the tokenizer has {sizes}; they do not belong together")
     return build_from(base, config.model, device), found
 
 
-def _backbone(
-    config: ClassifyConfig, splits: Splits, device: torch.device
-) -> tuple[ClassifyConfig, Transformer | None, Tokenizer]:
-    """The pretrained model (None from scratch), the tokenizer, and the config with its vocabulary."""
-    if config.base:
-        backbone, tokenizer = load_backbone(config, device)
-        return config, backbone, tokenizer
+def _from_scratch(config: ClassifyConfig, texts: Sequence[str]) -> tuple[ClassifyConfig, Tokenizer]:
+    """Train a tokenizer; return the config with its vocabulary size, and the tokenizer."""
     if config.train.only != "all":
         raise ValueError(f"train.only={config.train.only} needs a pretrained model: give base=PATH")
     start = config.head.chosen(config.model.causal) == "first"
-    texts, size = splits.rows["train"].texts, config.model.vocab_size
-    tokenizer = train_tokenizer(config.data.tokenizer, texts, size, start=start)
+    tokenizer = train_tokenizer(config.data.tokenizer, texts, config.model.vocab_size, start=start)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size, head="none")
-    return dataclasses.replace(config, model=model), None, tokenizer
+    return dataclasses.replace(config, model=model), tokenizer
 
 
 def _pad(backbone: Transformer | None) -> int | None:

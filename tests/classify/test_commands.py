@@ -10,6 +10,7 @@ import pytest
 
 from ffn.classify import load_classifier
 from ffn.cli import main
+from ffn.train.base import Base, open_base
 from tests.classify.samples import WORDS, texts, write_table
 
 
@@ -54,6 +55,20 @@ def test_train_takes_data_a_config_keys_and_from(run: Path, tmp_path: Path, caps
     capsys.readouterr()
     assert main(command) == 2
     assert capsys.readouterr().err.startswith(f"ffn: out={out}: there is something already")
+
+
+def test_train_opens_its_base_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def counted(path: str, *arguments) -> Base:
+        opened.append(path)
+        return open_base(path, *arguments)
+
+    for module in ("config", "training"):
+        monkeypatch.setattr(f"ffn.classify.{module}.open_base", counted)
+    words = ["train.only=head", "train.epochs=1", "device=cpu", f"out={tmp_path / 'out'}"]
+    assert main(["classify", "train", str(run.parent / "texts.csv"), "--from", str(run), *words]) == 0
+    assert opened == [str(run)]
 
 
 def test_predict_prints_json_lines(run: Path, capsys) -> None:
