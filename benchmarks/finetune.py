@@ -56,13 +56,7 @@ def fine_tune(base: str, what: str, config: ClassifyConfig, splits: Splits) -> d
     torch.manual_seed(options.seeds[0])
     model = TheirClassifier(base, len(splits.objective.classes), what, config.head.dropout)
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1 and p is not model.backbone.get_input_embeddings().weight]
-    others = [p for p in trained if all(p is not matrix for matrix in matrices)]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.chosen_lr, betas=options.betas, fused=True)  # type: ignore[arg-type]
+    optimizer = _optimizer(model, config)
     lengths = [len(row) for row in rows["train"]]
     steps, step, seconds = options.epochs * -(-len(lengths) // options.batch_size), 0, 0.0
     best, kept_state, best_epoch = -1.0, {}, 0
@@ -99,6 +93,18 @@ def fine_tune(base: str, what: str, config: ClassifyConfig, splits: Splits) -> d
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in trained),
     }
+
+
+def _optimizer(model: TheirClassifier, config: ClassifyConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices other than the embedding."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1 and p is not model.backbone.get_input_embeddings().weight]
+    others = [p for p in trained if all(p is not matrix for matrix in matrices)]
+    groups = [
+        {"params": matrices, "weight_decay": config.train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.chosen_lr, betas=config.train.betas, fused=True)  # type: ignore[arg-type]
 
 
 def token_rows(base: str, splits: Splits) -> tuple[dict[str, list[list[int]]], int]:

@@ -149,14 +149,10 @@ def fit(
     outcome, kept = Outcome(), {}
     try:
         for epoch in range(1, options.epochs + 1):
-            start = time.perf_counter()
-            model.train()
-            loss = loop.epoch(epoch)
-            seconds = time.perf_counter() - start
-            outcome.seconds += seconds
-            values = {"epoch": epoch, "train_loss": loss, "seconds": seconds}
+            row = loop.epoch(epoch)
+            outcome.seconds += row["seconds"]
             logits = compute_logits(model, sources["val"], precision)
-            outcome.history.append(values | _values(objective, logits, targets["val"]))
+            outcome.history.append(row | _values(objective, logits, targets["val"]))
             improved = _judge(outcome, options.chosen_metric)
             if improved:
                 kept = {name: p.detach().clone() for name, p in trained.items()}
@@ -206,8 +202,10 @@ class _Loop:
         self.steps = options.epochs * math.ceil(len(targets) / options.batch_size)
         self.step = 0
 
-    def epoch(self, epoch: int) -> float:
-        """Every row once; the mean loss of the steps."""
+    def epoch(self, epoch: int) -> dict[str, float]:
+        """Train on every row once; return the epoch, the mean loss of its steps and its seconds."""
+        begin = time.perf_counter()
+        self.model.train()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
         losses = []
         for index in batches(self.source.lengths, self.options.batch_size, generator):
@@ -215,7 +213,8 @@ class _Loop:
             losses.append(self._step(index, generator))
             if self.watcher is not None:
                 self.watcher.step(losses[-1], len(index) / (time.perf_counter() - start))
-        return sum(losses) / len(losses)
+        seconds = time.perf_counter() - begin
+        return {"epoch": epoch, "train_loss": sum(losses) / len(losses), "seconds": seconds}
 
     def _step(self, index: list[int], generator: torch.Generator) -> float:
         with autocast(self.device, self.precision):

@@ -188,7 +188,7 @@ class Training:
 
 
 def load_backbone(base: Base, config: ClassifyConfig, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """Return the model of a base and its tokenizer: float32, without its head, with `config.model`'s dropouts.
+    """Return the base's model (float32, no head, the dropouts of `config.model`) and its tokenizer.
 
     Raises:
         ValueError: the tokenizer does not belong to the model, or the config asks for another shape.

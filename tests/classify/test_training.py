@@ -211,7 +211,7 @@ def test_ctrl_c_loses_no_member_that_is_done(
 
     epochs, run_epoch = 0, loop._Loop.epoch
 
-    def interrupted(self, epoch: int) -> float:
+    def interrupted(self, epoch: int) -> dict[str, float]:
         nonlocal epochs
         if epochs == 2 * done:
             raise KeyboardInterrupt

@@ -100,15 +100,25 @@ def save_classifier_folder(
         texts[TOKENIZER_CONFIG] = _tokenizer_config(tokenizer, config.max_seq_len, keys["pad_token_id"])
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _head_tensors(model, form)
-    ours, parts = backbone.state_dict(), _parts(config, architecture)
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    head, parts = _head_tensors(model, form), _parts(config, architecture)
+    _write(folder, backbone.state_dict(), parts, head, texts)
+
+
+def _write(
+    folder: Path,
+    ours: Mapping[str, Tensor],
+    parts: Mapping[str, list[tuple[str, Weight]]],
+    head: Mapping[str, Tensor],
+    texts: Mapping[str, str],
+) -> None:
+    """Write the head's tensors, and the backbone's one at a time, put together from `ours` by name."""
+    sizes = {name: tensor.nbytes for name, tensor in head.items()}
     for name, rows in parts.items():
         sizes[name] = torch.Size(rows[0][1].shape).numel() * ours[rows[0][0]].element_size()
 
     def read(name: str) -> Tensor:
-        if name in tensors:
-            return tensors[name]
+        if name in head:
+            return head[name]
         rows = parts[name]
         tensor = torch.zeros(rows[0][1].shape, dtype=ours[rows[0][0]].dtype)
         for our_name, row in rows:
