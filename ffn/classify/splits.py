@@ -1,4 +1,4 @@
-"""The splits of the data: read, split where they are not given, checked against one another, and encoded."""
+"""Read the train, val and test splits, split off those that are not given, and encode them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass
 class Splits:
-    """Rows and targets of train, val and test, what there is to learn, and what was done to them, counted."""
+    """Rows and targets of train, val and test, the objective, and counts of skipped or truncated rows."""
 
     rows: dict[str, Labelled]
     targets: dict[str, Tensor]
@@ -30,21 +30,21 @@ class Splits:
     def encode(
         self, encode: TextEncoder, word_dropout: float, say: Callable[[str], None]
     ) -> dict[str, TokenSource]:
-        """The texts of each split as tokens; a line says how many were cut."""
+        """Encode the texts of each split; report how many were truncated."""
         found = {}
         for name, rows in self.rows.items():
             tokens, cut = encode(rows.texts)
             found[name] = TokenSource(tokens, encode, word_dropout)
             self.counts[f"{name}_truncated"] = cut
             if cut:
-                say(f"warning: {cut:,} of {len(rows):,} {name} texts are cut to {encode.window} tokens")
+                say(f"warning: {cut:,} of {len(rows):,} {name} texts are truncated to {encode.window} tokens")
         return found
 
 
 def read_splits(config: ClassifyConfig, say: Callable[[str], None]) -> Splits:
-    """All three splits; ValueError, of one line, where they cannot be read or learned from."""
+    """Return all three splits; ValueError if they cannot be read or learned from."""
     if not config.data.path:
-        raise ValueError("data.path: missing; name a file or folder of labelled text")
+        raise ValueError("data.path is missing: give a file or folder of labelled text")
     rows, counts = _split(config, say)
     targets, objective = _targets(config.train, rows)
     kinds = f"{len(objective.classes)} classes" if objective.classes else "numbers"
@@ -53,14 +53,14 @@ def read_splits(config: ClassifyConfig, say: Callable[[str], None]) -> Splits:
     for name in ("val", "test"):
         counts[f"{name}_in_train"] = found = overlap(rows["train"], rows[name])
         if found:
-            say(f"warning: {found:,} of {len(rows[name]):,} {name} texts are training texts as well")
+            say(f"warning: {found:,} of {len(rows[name]):,} {name} texts also occur in the training texts")
     return Splits(rows, targets, objective, counts)
 
 
 def read_data(
     config: DataConfig, path: str, say: Callable[[str], None], *, numbers: bool = False, labels: bool = True
 ) -> Labelled:
-    """One file or folder as the configuration says; a line says how many rows were left out."""
+    """Read one file or folder as the configuration says; report how many rows were skipped."""
     rows = read_labelled(
         path,
         config.text,
@@ -72,7 +72,7 @@ def read_data(
         skip_empty=config.skip_empty,
     )
     if rows.skipped:
-        say(f"warning: {len(rows.skipped):,} rows of {path} have no text and are left out")
+        say(f"warning: {len(rows.skipped):,} rows of {path} have no text and are skipped")
     return rows
 
 
@@ -87,7 +87,7 @@ def _split(config: ClassifyConfig, say: Callable[[str], None]) -> tuple[dict[str
     if cut:
         rest = 1.0 - sum(cut.values())
         if rest <= 0.0:
-            raise ValueError("data.val_fraction and data.test_fraction leave nothing to train on")
+            raise ValueError("data.val_fraction and data.test_fraction must sum to less than 1")
         splits = split(found["train"], (rest, *cut.values()), data.seed)
         found |= dict(zip(("train", *cut), splits, strict=True))
     return {name: found[name] for name in SPLITS}, counts
@@ -100,7 +100,7 @@ def _targets(options: FitConfig, rows: dict[str, Labelled]) -> tuple[dict[str, T
         return found, Objective("mse", center=center, scale=spread or 1.0)
     numbers, classes = encode_labels(rows["train"])
     if options.metric == "roc_auc" and len(classes) != 2:
-        raise ValueError(f"train.metric=roc_auc: wants two classes; got {len(classes)}; take f1_macro")
+        raise ValueError(f"train.metric=roc_auc needs two classes, got {len(classes)}; use f1_macro")
     found = {name: encode_labels(labelled, classes)[0] for name, labelled in rows.items()}
     objective = Objective(options.loss, classes, label_smoothing=options.label_smoothing)
     weights = parse_class_weights(options.class_weights, classes, numbers)

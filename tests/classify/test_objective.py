@@ -38,11 +38,11 @@ def test_binary_cross_entropy(smoothing: float, weights: torch.Tensor | None) ->
     torch.testing.assert_close(objective.loss(logits, targets), loss.sum() / weight[targets].sum())
     torch.testing.assert_close(objective.predictions(logits), torch.stack([1 - p, p], 1))
     assert objective.num_logits == 1
-    with pytest.raises(ValueError, match=r"^train.loss=binary_cross_entropy: wants two classes; got 3;"):
+    with pytest.raises(ValueError, match=r"^train.loss=binary_cross_entropy needs two classes"):
         Objective("binary_cross_entropy", ("a", "b", "c"))
 
 
-def test_squared_error_in_the_units_of_the_labels() -> None:
+def test_squared_error_has_the_units_of_the_labels() -> None:
     logits, targets = torch.randn(5, 1, dtype=F64), torch.randn(5, dtype=F64) * 30 + 100
     objective = Objective("mse", center=100.0, scale=30.0)
     values = 100.0 + 30.0 * logits[:, 0]
@@ -54,14 +54,14 @@ def test_squared_error_in_the_units_of_the_labels() -> None:
     assert torch.equal(objective.wrongness(targets, values), (values - targets) ** 2)
 
 
-def test_half_precision_scores_are_judged_in_float32() -> None:
+def test_the_loss_of_half_precision_logits_is_float32() -> None:
     loss = Objective("cross_entropy", ("a", "b")).loss(
         torch.zeros(2, 2, dtype=torch.bfloat16), TARGETS[:2] // 2
     )
     assert loss.dtype == torch.float32
 
 
-def test_metrics_are_those_of_the_loss() -> None:
+def test_metrics_belong_to_the_loss() -> None:
     logits = torch.randn(4, 2, dtype=F64)
     objective = Objective("cross_entropy", ("a", "b"))
     found = objective.scores(torch.tensor([0, 1, 1, 0]), objective.predictions(logits))
@@ -74,13 +74,13 @@ def test_metrics_are_those_of_the_loss() -> None:
     assert not better("r2", 0.4, 0.5)
 
 
-def test_wrongness_is_what_the_right_class_lacks() -> None:
+def test_wrongness_is_one_minus_the_probability_of_the_true_class() -> None:
     predictions = torch.tensor([[0.9, 0.1], [0.3, 0.7]], dtype=F64)
     wrong = Objective("cross_entropy", ("a", "b")).wrongness(torch.tensor([1, 1]), predictions)
     torch.testing.assert_close(wrong, torch.tensor([0.9, 0.3], dtype=F64))
 
 
-def test_class_weights_from_words() -> None:
+def test_class_weights_are_parsed() -> None:
     classes = ("a", "b:c", "d")
     assert parse_class_weights("none", classes, TARGETS) is None
     balanced = parse_class_weights("balanced", classes, TARGETS)
@@ -92,19 +92,19 @@ def test_class_weights_from_words() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("a:1", r"^train.class_weights: no weight for b$"),
-        ("a:1,c:1", r"^train.class_weights: 'c:1': wants class:weight, of a, b$"),
-        ("a:1,b:x", r"^train.class_weights: 'b:x': wants"),
-        ("a:1,b:0", r"^train.class_weights: 'b:0': wants"),
-        ("a:1,b:nan", r"^train.class_weights: 'b:nan': wants"),
-        ("often", r"^train.class_weights: 'often': wants"),
+        ("a:1", r"^train.class_weights: .*b$"),
+        ("a:1,c:1", r"^train.class_weights must be .* a, b, got 'c:1'$"),
+        ("a:1,b:x", r"^train.class_weights must be .*'b:x'$"),
+        ("a:1,b:0", r"^train.class_weights must be .*'b:0'$"),
+        ("a:1,b:nan", r"^train.class_weights must be .*'b:nan'$"),
+        ("often", r"^train.class_weights must be .*'often'$"),
     ],
 )
-def test_wrong_class_weights(words: str, message: str) -> None:
+def test_wrong_class_weights_raise(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_class_weights(words, ("a", "b"), TARGETS.clamp(max=1))
 
 
-def test_numbers_have_no_class_weights() -> None:
-    with pytest.raises(ValueError, match=r"^train.class_weights=balanced: numbers have no classes"):
+def test_regression_has_no_class_weights() -> None:
+    with pytest.raises(ValueError, match=r"^train.class_weights must be none"):
         parse_class_weights("balanced", (), TARGETS)
