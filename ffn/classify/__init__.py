@@ -1,4 +1,4 @@
-"""Text classification: a pretrained model or a new one, a head on it, training, and the folder it leaves.
+"""Text classification: train a new or pretrained model with a head, save it in one folder, and predict.
 
 config = read_config(words=["data.path=reviews.csv", "base=MODEL", "train.only=head", "out=runs/reviews"])
 train(config)                                       # or: ffn classify train reviews.csv --from MODEL ...
@@ -6,13 +6,13 @@ load_classifier("runs/reviews").predict(["a fine film"])        # probabilities 
 
 config        the configuration
 vocabulary    tokenizers made from the training texts
-batches       texts to token rows, and rows to batches
-objective     losses, predictions, metrics
-loop          epochs, the best of them, cached features
-splits        train, validation and test
-report        progress, pictures, predictions.csv
-result        the folder
-training      all of it, in order
+batches       texts to rows of token ids, and rows to batches
+objective     losses, predictions and the metrics of each loss
+loop          epochs, early stopping, cached features
+splits        train, val and test
+report        progress lines, pictures, predictions.csv
+result        the folder of a trained classifier
+training      `train`: from the configuration to the folder
 commands      ffn classify train | eval | predict | export
 """
 

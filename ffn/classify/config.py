@@ -1,4 +1,4 @@
-"""Everything a classifier's training is, in one configuration: `ClassifyConfig`, from TOML and key=value."""
+"""`ClassifyConfig`: the configuration of `ffn classify train`, from TOML files and key=value words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ffn.train.options import TrainingOptions, require
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read. A part that is not given is split off, class by class; see `ffn.classify.labelled`."""
+    """Where the texts are and how to read them; splits that are not given are split off, class by class."""
 
     path: str = ""
     val: str = ""
@@ -28,13 +28,13 @@ class DataConfig:
     val_fraction: float = 0.1
     test_fraction: float = 0.1
     seed: int = 0  # of the split
-    text: str = "text"  # names of columns
-    label: str = "label"
+    text: str = "text"  # name of a column or key
+    label: str = "label"  # name of a column or key
     format: Literal["auto", "csv", "tsv", "jsonl", "tab"] = "auto"
     encoding: str = "utf-8"
-    quotes: bool = True  # a quote that opens a cell of a table means one; false: it stands for itself
-    skip_empty: bool = False  # leave rows without a text out, and say how many, rather than refuse them
-    tokenizer: str = "word"  # from scratch: word, bpe, char, byte, or the path of a tokenizer.json
+    quotes: bool = True  # read quotes around a cell of a table as quoting; false: as text
+    skip_empty: bool = False  # skip rows without text; false: raise an error
+    tokenizer: str = "word"  # word, bpe, char, byte, or the path of a tokenizer.json
 
     def __post_init__(self) -> None:
         settle(self)
@@ -43,9 +43,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What stands on the hidden states; see `ffn.nn.classifier`."""
+    """The head on the hidden states; see `ffn.nn.classifier`."""
 
-    pooling: Literal["auto", "first", "mean", "last"] = "auto"  # the last token of a decoder, else the mean
+    pooling: Literal["auto", "first", "mean", "last"] = "auto"  # auto: last for a decoder, else mean
     transform: Transform | None = None
     dropout: float = 0.1
 
@@ -53,7 +53,7 @@ class HeadConfig:
         settle(self)
 
     def chosen(self, causal: bool) -> Pooling:
-        """The pooling, once it is known whether the backbone is a decoder."""
+        """Return the pooling for a decoder (causal) or an encoder."""
         return ("last" if causal else "mean") if self.pooling == "auto" else self.pooling
 
 
@@ -99,7 +99,7 @@ class FitConfig(TrainingOptions):
 
 
 def _default_model() -> TransformerConfig:
-    """BERT's form, which on small data came out ahead of rotary positions with norms before."""
+    """BERT's architecture; on small data it beat rotary positions with pre-norm."""
     return TransformerConfig(
         vocab_size=10_000,
         dim=128,
@@ -132,9 +132,9 @@ class ClassifyConfig:
 
     out: str = "runs/classify"
     device: str = "auto"
-    base: str | None = None  # what --from names: a folder that `ffn.load` reads
+    base: str | None = None  # the argument of --from: a path that `ffn.load` reads
     data: DataConfig = field(default_factory=DataConfig)
-    model: TransformerConfig = field(default_factory=_default_model)  # vocab_size: of the tokenizer, at most
+    model: TransformerConfig = field(default_factory=_default_model)  # vocab_size: upper limit
     head: HeadConfig = field(default_factory=HeadConfig)
     train: FitConfig = field(default_factory=FitConfig)
 
@@ -143,7 +143,7 @@ class ClassifyConfig:
 
     @property
     def chosen_lr(self) -> float:
-        """train.lr, or the usual one for what trains."""
+        """train.lr, or the default for the parameters that train."""
         if self.train.lr is not None:
             return self.train.lr
         if not self.base:
@@ -175,10 +175,12 @@ def read_config_and_base(
 
 
 def read_data_config(folder: str | Path, words: Iterable[str] = ()) -> DataConfig:
-    """How a classifier's texts were read, as far as its config.toml is there to tell, then words such as
-    `data.label=stars`; its base may be gone."""
+    """Return the DataConfig of a classifier: its config.toml, if any, then words such as `data.label=stars`.
+
+    Its base need not exist.
+    """
     words, file = list(words), Path(folder) / "config.toml"
     found = config_file.read_config(ClassifyConfig(), file if file.exists() else None, words)
     if other := [word for word in words if not word.startswith("data.")]:
-        raise ValueError(f"{other[0]}: nothing is trained here; wants keys of data, such as data.label=stars")
+        raise ValueError(f"{other[0]}: give only keys such as data.label=stars, as nothing is trained")
     return found.data

@@ -1,9 +1,9 @@
-"""Training one classifier: epochs over rows of tokens, or over cached features where only the head trains.
+"""Train one classifier: epochs over rows of tokens, or over cached features if only the head trains.
 
     sources = {"train": TokenSource(rows, encode), "val": TokenSource(others, encode)}
     outcome = fit(model, sources, targets, objective, options, seed=1)
 
-After `fit` the model has the weights of its best epoch. The same arguments give the same weights.
+After `fit` the model has the weights of its best epoch. Equal arguments give equal weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ffn.text.windows import derive_seed
 from ffn.train.device import Precision, autocast
 from ffn.train.steps import evaluating
 
-EVALUATION_ROWS = 128  # a batch without gradients
+EVALUATION_ROWS = 128  # batch size without gradients
 
 
 class Source(Protocol):
@@ -101,7 +101,7 @@ def compute_logits(model: Classifier, source: Source, precision: Precision = "fl
 
 @dataclass
 class Outcome:
-    """What a training was: a row an epoch, the best of them, why it ended, and seconds of training alone."""
+    """The result of `fit`: a row per epoch, the best epoch, why training ended, seconds of training."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     best: float | None = None
@@ -111,14 +111,14 @@ class Outcome:
 
 
 class Watcher(Protocol):
-    """Who is told how it goes."""
+    """Receives the progress of `fit`."""
 
     def step(self, loss: float, speed: float) -> None:
-        """One more step is done, at `speed` texts/s."""
+        """A step is done, at `speed` texts/s."""
         ...
 
     def epoch(self, row: dict[str, float], best: bool) -> None:
-        """One more epoch is done."""
+        """An epoch is done."""
         ...
 
 
@@ -180,10 +180,12 @@ def _values(objective: Objective, logits: Tensor, targets: Tensor) -> dict[str, 
 
 
 def _judge(outcome: Outcome, metric: str) -> bool:
-    """Whether the last epoch is the best so far; then it is noted."""
+    """Record the last epoch if it is the best so far; return whether it is."""
     row = outcome.history[-1]
     if metric not in row:
-        raise ValueError(f"train.metric={metric}: not defined on these validation rows; choose another")
+        raise ValueError(
+            f"train.metric={metric} is not defined on these validation rows; choose another metric"
+        )
     if not better(metric, row[metric], outcome.best):
         return False
     outcome.best, outcome.best_epoch = row[metric], int(row["epoch"])
@@ -191,7 +193,7 @@ def _judge(outcome: Outcome, metric: str) -> bool:
 
 
 class _Loop:
-    """The steps of one training."""
+    """The steps of one `fit`."""
 
     def __init__(self, model, source, targets, objective, options, seed, precision, watcher) -> None:
         self.model, self.source, self.objective, self.options = model, source, objective, options
@@ -226,9 +228,8 @@ class _Loop:
         value = loss.item()
         for what, number in (("loss", value), ("gradient's norm", norm)):
             if not math.isfinite(number):
-                raise FloatingPointError(
-                    f"step {self.step + 1}: the {what} is {number}; lower train.lr or lengthen train.warmup"
-                )
+                remedy = "use a lower train.lr or a longer train.warmup"
+                raise FloatingPointError(f"step {self.step + 1}: the {what} is {number}; {remedy}")
         self.optimizer.step(self.options.lr_factor(self.step, self.steps))
         self.optimizer.zero_grad()
         self.step += 1

@@ -1,8 +1,8 @@
-"""Training a classifier, from one configuration to a folder that holds everything.
+"""Train a classifier: from one configuration to one folder.
 
     train(read_config(words=["data.path=reviews.csv", "base=MODEL", "train.only=head"]))
 
-Nothing is written before the end, and then all of it or nothing; see `ffn.classify.result`.
+The folder is written at the end, whole or not at all; see `ffn.classify.result`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def train(
 
 
 class Training:
-    """The members of one ensemble, usually one, as they are trained: `fit` for each seed."""
+    """Trains the members of an ensemble (usually one): `fit` for each seed."""
 
     def __init__(
         self,
@@ -103,15 +103,15 @@ class Training:
         self.config, self.splits, self.backbone = config, splits, backbone
         self.tokens, self.device, self.say = sources, device, say
         self.precision: Precision = precision
-        self.sources: dict[str, Source] = {}  # what the model reads: tokens, or features once cached
+        self.sources: dict[str, Source] = {}  # input of the model: tokens or cached features
         self.members: list[Classifier] = []
         self.outcomes: dict[int, Outcome] = {}
         self.cache_seconds: float | None = None
-        self.trained = 0  # parameters of one member, adapters counted
+        self.trained = 0  # parameters of one member, adapters included
         self.interrupted = False
 
     def _model(self, seed: int) -> Classifier:
-        """A new classifier; on the pretrained backbone itself where no other member needs it as it was."""
+        """Return a new classifier; it shares the pretrained backbone unless members would change it."""
         config, backbone = self.config, self.backbone
         torch.manual_seed(seed)
         if backbone is None:
@@ -126,11 +126,11 @@ class Training:
             config.head.chosen(backbone.config.causal),
             config.head.transform,
             config.head.dropout,
-            bias=True if config.train.loss == "mse" else None,  # numbers do not lie around 0
+            bias=True if config.train.loss == "mse" else None,  # targets are not centred on 0
         )
 
     def fit(self, seed: int) -> None:
-        """Train one more member."""
+        """Train one member."""
         config = self.config
         options = dataclasses.replace(config.train, lr=config.chosen_lr)
         model = self._model(seed)
@@ -161,22 +161,22 @@ class Training:
         self.say(f"seed {seed:<8}{outcome.stopped}, {best}, {outcome.seconds:.1f} s of training")
 
     def _prepare(self, model: Classifier) -> None:
-        """Run what stays frozen over all texts, once, where only the head trains and texts stay the same."""
+        """Choose the input of the model: features cached once if only the head trains, else tokens."""
         self.sources = dict(self.tokens)
         options = self.config.train
         if options.only != "head" or not options.cache:
             return
         for name in ("word_dropout", "frozen_dropout"):
             if getattr(options, name):
-                self.say(f"not cached   train.{name} makes the features others in each epoch")
+                self.say(f"not cached   train.{name} changes the features in each epoch")
                 return
         start = time.perf_counter()
         self.sources = {n: cache_features(model, s, self.precision) for n, s in self.tokens.items()}
         self.cache_seconds = time.perf_counter() - start
-        self.say(f"cached       features of all texts, in {self.cache_seconds:.1f} s")
+        self.say(f"cached       features of all texts in {self.cache_seconds:.1f} s")
 
     def settle(self) -> Objective:
-        """What the members predict by: with center 0 and scale 1, which go into the weights."""
+        """Fold center and scale into the weights; return the objective without them."""
         objective = self.splits.objective
         for model in self.members:
             with torch.no_grad():
@@ -198,7 +198,7 @@ def load_backbone(base: Base, config: ClassifyConfig, device: torch.device) -> t
     found = load_tokenizer(tokenizer)
     if found.vocab_size > config.model.vocab_size:
         sizes = f"{found.vocab_size} entries, the model {config.model.vocab_size}"
-        raise ValueError(f"{base.path}: the tokenizer has {sizes}; they do not belong together")
+        raise ValueError(f"{base.path}: the tokenizer has {sizes}; they do not match")
     return build_from(base, config.model, device), found
 
 
@@ -213,7 +213,7 @@ def _from_scratch(config: ClassifyConfig, texts: Sequence[str]) -> tuple[Classif
 
 
 def _pad(backbone: Transformer | None) -> int | None:
-    """The number that a pretrained model knows as padding, if it says."""
+    """Return the padding id of a pretrained model, if it has one."""
     if backbone is None:
         return None
     own = backbone.config.pad_token_id
@@ -223,7 +223,7 @@ def _pad(backbone: Transformer | None) -> int | None:
 def _finish(
     config: ClassifyConfig, splits: Splits, run: Training, classifier: TextClassifier
 ) -> dict[str, Any]:
-    """Judge the ensemble, write the folder, say what there is."""
+    """Evaluate the ensemble, write the folder and print the result."""
     objective, found = classifier.objective, {}
     for name in ("val", "test"):
         found[name] = classifier.predict_rows(run.tokens[name].rows)
@@ -243,16 +243,16 @@ def _finish(
     if not drawn:
         run.say(NO_PICTURES)
     run.say(
-        f"saved        {out}: the model, config.toml, metrics.json, predictions.csv, worst mistakes first"
+        f"saved        {out}: the model, config.toml, metrics.json, predictions.csv (worst mistakes first)"
     )
-    run.say(f"use it       ffn classify predict {out} TEXT")
+    run.say(f"predict      ffn classify predict {out} TEXT")
     return summary
 
 
 def _summary(
     config: ClassifyConfig, splits: Splits, run: Training, scores: dict[str, Scores]
 ) -> dict[str, Any]:
-    """What metrics.json holds."""
+    """Return the content of metrics.json."""
     model = run.members[0]
     members = [
         {"seed": seed, "stopped": o.stopped, "best_epoch": o.best_epoch, "epochs": len(o.history)}

@@ -1,4 +1,4 @@
-"""Texts of two or three topics that a tiny model tells apart, and a configuration that takes a second."""
+"""Texts of two or three topics that a tiny model separates, and a configuration that trains in a second."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WORDS = [
 
 
 def write_base(folder: Path, shape: TransformerConfig = PRETRAINED) -> Path:
-    """A decoder of bytes, with a tokenizer, as `ffn train` leaves one."""
+    """Write a byte-level decoder with its tokenizer, like a run of `ffn train`."""
     torch.manual_seed(0)
     Transformer(shape).save(folder)
     ByteTokenizer().save(folder / "tokenizer.json")
@@ -43,7 +43,7 @@ def write_base(folder: Path, shape: TransformerConfig = PRETRAINED) -> Path:
 
 
 def texts(count: int, classes: int = 3, seed: int = 0) -> list[tuple[str, str]]:
-    """(text, label), all texts different."""
+    """Return (text, label) pairs; all texts differ."""
     draw, found = random.Random(seed), {}
     names = list(TOPICS)[:classes]
     while len(found) < count:
@@ -63,7 +63,7 @@ def write_table(
 
 
 def config(folder: Path, *words: str, count: int = 90, classes: int = 3) -> ClassifyConfig:
-    """Trains on `folder/texts.csv`, which is written, into `folder/run`; a base keeps its model."""
+    """Return a config that trains on `folder/texts.csv` (written if absent) into `folder/run`."""
     if not (folder / "texts.csv").exists():
         write_table(folder / "texts.csv", texts(count, classes))
     pretrained = any(word.startswith("base=") for word in words)

@@ -1,4 +1,4 @@
-"""The configuration: what follows from what is left out, and one line for each key that is wrong."""
+"""Defaults that depend on other keys, and one line for each wrong key."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tests.models import build
 
 
-def test_it_is_written_and_read_back() -> None:
+def test_a_config_is_written_and_read_back() -> None:
     config = read_config(None, ["train.seeds=[1,2]", "head.transform=tanh", "train.lr=0.5"])
     config = dataclasses.replace(config, base="x")
     assert config.train.seeds == (1, 2)
@@ -21,7 +21,7 @@ def test_it_is_written_and_read_back() -> None:
     assert from_toml(ClassifyConfig, to_toml(ClassifyConfig())) == ClassifyConfig()
 
 
-def test_the_configs_that_come_with_it_are_read() -> None:
+def test_the_shipped_configs_are_read() -> None:
     config = read_config(ROOT / "configs" / "classify.toml").model
     sizes = (config.num_layers, config.dim, config.hidden_width, config.max_seq_len, config.vocab_size)
     assert sizes == (2, 128, 512, 100, 10_000)
@@ -46,30 +46,30 @@ def test_the_configs_that_come_with_it_are_read() -> None:
         ("train.only=some", "^train.only: 'some'"),
         ("train=head", "^train: "),
         ("data.val_fraction=1.0", "^data.val_fraction must be"),
-        ("head.pool=mean", r"^head.pool: no such key; did you mean head.pooling\?$"),
-        ("epochs=3", r"^epochs: no such key; did you mean train.epochs\?$"),
+        ("head.pool=mean", r"^head.pool.*head.pooling"),
+        ("epochs=3", r"^epochs.*train.epochs"),
     ],
 )
-def test_wrong_keys(word: str, message: str) -> None:
+def test_wrong_values_raise(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_config(None, [word])
 
 
 @pytest.mark.parametrize("word", ["class_weights=balanced", "label_smoothing=0.1"])
-def test_numbers_have_no_classes(word: str) -> None:
+def test_regression_has_no_class_options(word: str) -> None:
     with pytest.raises(ValueError, match=rf"^train.{word.partition('=')[0]} must be"):
         read_config(None, ["train.loss=mse", f"train.{word}"])
 
 
-def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"x.toml: cannot read this config"):
+def test_an_error_names_the_config_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"x.toml: "):
         read_config(tmp_path / "x.toml")
     (tmp_path / "y.toml").write_text("[train]\nepochs = 'many'\n")
-    with pytest.raises(ValueError, match=r"y.toml: train.epochs: wants a whole number; got 'many'$"):
+    with pytest.raises(ValueError, match=r"y.toml: train.epochs"):
         read_config(tmp_path / "y.toml")
 
 
-def test_what_is_left_out_follows() -> None:
+def test_defaults_depend_on_other_keys() -> None:
     assert HeadConfig().chosen(causal=True) == "last"
     assert HeadConfig().chosen(causal=False) == "mean"
     assert HeadConfig("first").chosen(causal=False) == "first"
@@ -81,7 +81,7 @@ def test_what_is_left_out_follows() -> None:
     assert read_config(None, ["train.metric=f1_macro"]).train.chosen_metric == "f1_macro"
 
 
-def test_rates_fall_with_depth_and_rise_at_first() -> None:
+def test_layer_decay_and_warmup_scale_the_learning_rate() -> None:
     fit = read_config(None, ["train.layer_decay=0.5", "train.warmup=0.1", "train.lr=1.0"]).train
     model = Classifier(build(torch.float32, causal=False, head="none"), 2)
     optimizer = fit.build_optimizer(model)

@@ -1,4 +1,4 @@
-"""The loop: what is frozen stays to the bit, cached features train the same head, the best epoch is kept."""
+"""Frozen weights stay bit-identical, cached features train the same head, the best epoch is kept."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def cached(model: Classifier, data: tuple[TokenSource, torch.Tensor]) -> Data:
     return cache_features(model, data[0]), data[1]
 
 
-def test_it_learns_and_twice_the_same() -> None:
+def test_training_learns_and_is_reproducible() -> None:
     first, second = model_of(), model_of()
     config = dataclasses.replace(FIT, epochs=6)
     outcome = run(first, source(480), source(60, seed=1), config)
@@ -73,7 +73,7 @@ def test_it_learns_and_twice_the_same() -> None:
     assert not first.training
 
 
-def test_each_epoch_has_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_epoch_shuffles_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     train, seen = source(40), []
 
     def logits(model, index, generator):
@@ -88,7 +88,7 @@ def test_each_epoch_has_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("what", ["head", "ffn", "last:1"])
-def test_frozen_parts_are_the_same_to_the_bit(what: str) -> None:
+def test_frozen_weights_stay_bit_identical(what: str) -> None:
     model = model_of(dropout=0.1)
     train_only(model, what)
     before, trained = weights(model), {n for n, p in model.named_parameters() if p.requires_grad}
@@ -113,7 +113,7 @@ def test_cached_features_train_the_same_head(dropout: float) -> None:
     assert without == [{k: v for k, v in row.items() if k != "seconds"} for row in fast.history]
 
 
-def test_cached_features_of_texts_of_any_length() -> None:
+def test_cached_features_with_padding_train_the_same_head() -> None:
     models = [model_of(dtype=torch.float64), model_of(dtype=torch.float64)]
     train, val = source(40), source(16, seed=1)
     for model in models:
@@ -124,7 +124,7 @@ def test_cached_features_of_texts_of_any_length() -> None:
     torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-12)
 
 
-def test_a_backbone_is_run_once_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_runs_the_backbone_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, train = model_of(), source(40)
     train_only(model, "head")
     rows = 0
@@ -144,7 +144,7 @@ def test_a_backbone_is_run_once_for_the_cache(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Watching:
-    """Ends training by Ctrl-C in the step of this number."""
+    """Records progress; raises KeyboardInterrupt at step `stop_at`."""
 
     def __init__(self, stop_at: int = 0) -> None:
         self.losses, self.rows, self.stop_at = [], [], stop_at
@@ -159,7 +159,7 @@ class Watching:
 
 
 def worse_each_epoch(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> list[dict[str, torch.Tensor]]:
-    """evaluate says these losses, one an epoch, and keeps the weights it saw."""
+    """Make validation return these losses, one per epoch; return the weights it saw."""
     seen: list[dict[str, torch.Tensor]] = []
 
     def told(model, source, precision):
@@ -171,7 +171,7 @@ def worse_each_epoch(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> li
     return seen
 
 
-def test_it_stops_early_with_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_keeps_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = worse_each_epoch(monkeypatch, [3.0, 1.0, 2.0, 1.5, 9.0])
     model = model_of()
     config = dataclasses.replace(FIT, epochs=9, patience=2, metric="loss")
@@ -180,7 +180,7 @@ def test_it_stops_early_with_the_best_weights(monkeypatch: pytest.MonkeyPatch) -
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in weights(model).items())
 
 
-def test_without_patience_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_0_never_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
     worse_each_epoch(monkeypatch, [1.0, 2.0, 3.0, 4.0, 5.0])
     config = dataclasses.replace(FIT, epochs=5, patience=0, metric="loss")
     outcome = run(model_of(), source(20), source(10), config)
@@ -197,7 +197,7 @@ def test_ctrl_c_keeps_the_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
         run(model_of(), source(20), source(10), watcher=Watching(stop_at=2))
 
 
-def test_the_watcher_hears_everything() -> None:
+def test_the_watcher_receives_every_step_and_epoch() -> None:
     watcher = Watching()
     outcome = run(model_of(), source(20), source(10), watcher=watcher)
     assert len(watcher.losses) == 9
@@ -207,17 +207,17 @@ def test_the_watcher_hears_everything() -> None:
     assert outcome.history[0]["train_loss"] == pytest.approx(first)
 
 
-def test_a_loss_that_is_not_finite_is_an_error() -> None:
+def test_a_loss_that_is_not_finite_raises() -> None:
     model = model_of()
     model.head.out_proj.weight.data.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan; lower train.lr or lengthen"):
+    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan"):
         run(model, source(20), source(10))
 
 
-def test_a_metric_that_is_not_defined_is_an_error() -> None:
+def test_an_undefined_metric_raises() -> None:
     val, targets = source(10)
     options = dataclasses.replace(FIT, metric="roc_auc")
-    with pytest.raises(ValueError, match=r"^train.metric=roc_auc: not defined on these validation rows"):
+    with pytest.raises(ValueError, match=r"^train.metric=roc_auc"):
         run(model_of(), source(20), (val, torch.zeros_like(targets)), options)
 
 

@@ -1,4 +1,4 @@
-"""Every option of the recipe reaches the training: with it the weights come out otherwise than without."""
+"""Every option reaches training: it changes the trained weights."""
 
 import dataclasses
 from pathlib import Path
@@ -29,7 +29,7 @@ ADAPTED = [
 
 
 def weights(folder: Path, *words: str) -> dict[str, torch.Tensor]:
-    """What a training of one epoch leaves."""
+    """Return the weights after one epoch of training."""
     if not (folder / "texts.csv").exists():
         many = [(text, name) for i, (text, name) in enumerate(texts(90)) if name != "sea" or i % 2]
         write_table(folder / "texts.csv", many)
@@ -73,36 +73,36 @@ def adapted(folder: Path, base: str) -> dict[str, torch.Tensor]:
     return weights(folder, base, "train.only=lora")
 
 
-def test_the_same_words_give_the_same_weights(folder: Path, base: str, scratch, tuned, adapted) -> None:
+def test_equal_options_give_equal_weights(folder: Path, base: str, scratch, tuned, adapted) -> None:
     assert same(weights(folder), scratch)
     assert same(weights(folder, base, "train.only=last:1", "train.optimizer=muon"), tuned)
     assert same(weights(folder, base, "train.only=lora"), adapted)
 
 
 @pytest.mark.parametrize("word", SCRATCH)
-def test_options_from_scratch(word: str, folder: Path, scratch) -> None:
+def test_options_without_a_base_change_the_weights(word: str, folder: Path, scratch) -> None:
     assert not same(weights(folder, word), scratch)
 
 
 @pytest.mark.parametrize("word", TUNED)
-def test_options_of_a_pretrained_model(word: str, folder: Path, base: str, tuned) -> None:
+def test_options_with_a_base_change_the_weights(word: str, folder: Path, base: str, tuned) -> None:
     assert not same(weights(folder, base, "train.only=last:1", "train.optimizer=muon", word), tuned)
 
 
 @pytest.mark.parametrize("word", ADAPTED)
-def test_options_of_adapters(word: str, folder: Path, base: str, adapted) -> None:
+def test_options_of_adapters_change_the_weights(word: str, folder: Path, base: str, adapted) -> None:
     assert not same(weights(folder, base, "train.only=lora", word), adapted)
 
 
-def test_the_seed_draws_the_first_weights(folder: Path) -> None:
-    """And not only the order of the texts: with a rate of 0 nothing else is to be seen."""
+def test_the_seed_draws_the_initial_weights(folder: Path) -> None:
+    """With a learning rate of 0 the order of the texts has no effect."""
     assert not same(
         weights(folder, "train.lr=0", "train.seeds=[7]"), weights(folder, "train.lr=0", "train.seeds=[8]")
     )
 
 
 @pytest.mark.parametrize("what", ["all", "last:1", "lora"])
-def test_each_of_an_ensemble_starts_from_the_base(what: str, folder: Path, base: str) -> None:
+def test_each_member_of_an_ensemble_starts_from_the_base(what: str, folder: Path, base: str) -> None:
     words = [base, f"train.only={what}"]
     alone = [weights(folder, *words, f"train.seeds=[{seed}]") for seed in (1, 2)]
     out = folder / f"ensemble-{what[:4]}"
