@@ -238,7 +238,7 @@ def test_transformers_reads_an_export(tmp_path: Path, capsys) -> None:
         (["eval", "RUN", "NEW"], "NEW:3: unknown label 'see'"),
         (["eval", "RUN", "NEW", "--predictions", "NEW"], "--predictions must be"),
         (["eval", "RUN", "NEW", "--predictions", "OUT/p.csv"], "--predictions must be"),
-        (["export", "RUN", "OUT"], "bert: its classifier in transformers has pooling='first'"),
+        (["export", "RUN", "OUT"], "bert: the classifier of transformers has pooling='first'"),
     ],
 )
 def test_mistakes_give_one_line(command: list[str], message: str, run: Path, tmp_path: Path, capsys) -> None:

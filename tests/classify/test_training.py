@@ -237,7 +237,7 @@ def test_ctrl_c_keeps_finished_members(done: int, tmp_path: Path, monkeypatch: p
         (["train.only=head"], "^train.only=head needs a pretrained model"),
         (["base=/nowhere"], r"^/nowhere: "),
         (["data.tokenizer=/nowhere"], r"^data.tokenizer must be"),
-        (["head.pooling=first", "model.causal=true"], r"^pooling='first'"),
+        (["head.pooling=first", "model.causal=true"], r"^pooling must be"),
         (["device=tpu"], r"^device=tpu: "),
     ],
 )
