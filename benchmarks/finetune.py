@@ -1,4 +1,4 @@
-"""transformers' encoder trained to sort texts: a plain torch loop over the batches of `ffn classify`."""
+"""Train transformers' encoder as a classifier: a plain torch loop over the batches of `ffn classify`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ffn.text.windows import derive_seed
 
 
 class TheirClassifier(nn.Module):
-    """transformers' encoder, the mean of its tokens, dropout and a Linear: what people write around it."""
+    """transformers' encoder with mean pooling, dropout and a Linear."""
 
     def __init__(self, base: str, num_classes: int, what: str, dropout: float):
         super().__init__()
@@ -50,7 +50,7 @@ class TheirClassifier(nn.Module):
 
 
 def fine_tune(base: str, what: str, config: ClassifyConfig, splits: Splits) -> dict:
-    """Train what config says, as `ffn classify train` does; returns a row."""
+    """Train as `ffn classify train` does with this config; return a row."""
     rows, pad = token_rows(base, splits)
     options, targets = config.train, splits.targets["train"]
     torch.manual_seed(options.seeds[0])
@@ -108,7 +108,7 @@ def _optimizer(model: TheirClassifier, config: ClassifyConfig) -> torch.optim.Ad
 
 
 def token_rows(base: str, splits: Splits) -> tuple[dict[str, list[list[int]]], int]:
-    """The rows of every part, tokenised as ours are, and the padding."""
+    """Return the encoded rows of every split and the padding id, as in `ffn classify`."""
     encode = TextEncoder(ffn.load_tokenizer(base), 512)
     return {name: encode(rows.texts)[0] for name, rows in splits.rows.items()}, encode.pad
 
