@@ -37,7 +37,7 @@ def add_commands(command: Callable[..., Callable[..., object]]) -> None:
     Args:
         command: command(name, run, summary, more, key) adds one command and returns its `add_argument`.
     """
-    usual = "It writes a new folder, out=FOLDER (default: runs/classify), whose config.toml lists every key."
+    usual = "It writes a new folder, out=FOLDER (default: runs/classify). Its config.toml lists every key."
     summary = "train on labelled text, from scratch or from a pretrained model"
     add = command("train", _train, summary, usual, "train.epochs=3")
     words = f"{DATA}; a TOML file; keys such as train.epochs=3 and out=FOLDER"

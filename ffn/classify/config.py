@@ -165,7 +165,7 @@ def read_config(file: str | Path | None = None, words: Iterable[str] = ()) -> Cl
 def read_config_and_base(
     file: str | Path | None = None, words: Iterable[str] = ()
 ) -> tuple[ClassifyConfig, Base | None]:
-    """Return what `read_config` returns, and the opened base for `train`: opening hashes its weights."""
+    """Return the configuration and its opened base; pass both to `train`, as opening a base hashes it."""
     words, config, base = list(words), ClassifyConfig(), None
     if (path := named_base(file, words)) is not None:
         base = open_base(path)

@@ -83,7 +83,7 @@ def train(
         if run.interrupted:
             say(f"interrupted  with {len(run.members)} of {len(config.train.seeds)} models")
             break
-    classifier = TextClassifier(run.members, run.settle(), encode)
+    classifier = TextClassifier(run.members, run.fold_scale(), encode)
     return _finish(config, splits, run, classifier)
 
 
@@ -126,7 +126,9 @@ class Training:
             config.head.chosen(backbone.config.causal),
             config.head.transform,
             config.head.dropout,
-            bias=True if config.train.loss == "mse" else None,  # targets are not centred on 0
+            bias=True
+            if config.train.loss == "mse"
+            else None,  # regression folds the mean of its targets into the bias
         )
 
     def fit(self, seed: int) -> None:
@@ -175,8 +177,8 @@ class Training:
         self.cache_seconds = time.perf_counter() - start
         self.say(f"cached       features of all texts in {self.cache_seconds:.1f} s")
 
-    def settle(self) -> Objective:
-        """Fold center and scale into the weights; return the objective without them."""
+    def fold_scale(self) -> Objective:
+        """Fold the center and scale of regression targets into the weights; return the new objective."""
         objective = self.splits.objective
         for model in self.members:
             with torch.no_grad():
