@@ -17,7 +17,7 @@ from ffn.files.atomic import write_file
 from ffn.train.report import Screen, clock
 
 LONGEST_NAME = 40  # of a class name in the confusion picture; longer names are numbered
-NO_PICTURES = "no pictures: matplotlib is not installed (pip install 'ffn[app]')"
+NO_PICTURES = "no pictures: matplotlib is not installed (pip install 'torch-ffn[app]')"
 
 
 class Progress(Screen):

@@ -67,5 +67,5 @@ def test_without_tokenizers_an_error_names_the_package(monkeypatch: pytest.Monke
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"^data.tokenizer=word needs the package tokenizers"):
+    with pytest.raises(ImportError, match=r"data.tokenizer=word needs tokenizers: pip install"):
         train_tokenizer("word", TEXTS, 100)
