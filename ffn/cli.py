@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from ffn import disk as checkpoint
+from ffn import disk
 from ffn.classify.commands import DEVICE, add_commands
+from ffn.files.checkpoints import read_state
 from ffn.files.shards import PICKLES, Shards
 from ffn.gpt.cost import flops_per_token, render_kept, render_table
 from ffn.gpt.generate import stream
@@ -164,8 +165,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     device, _ = choose_device(arguments.device)
-    model = checkpoint.load(checkpoint.find_model(arguments.run, _complain), device)
-    tokenizer = checkpoint.load_tokenizer(arguments.run)
+    model = disk.load(disk.find_model(arguments.run, _complain), device)
+    tokenizer = disk.load_tokenizer(arguments.run)
     text, prompt = _prompt(arguments, tokenizer)
     left = model.config.max_seq_len - len(prompt)
     tokens = stream(
@@ -208,12 +209,12 @@ def _print_stream(tokens, tokenizer: Tokenizer) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     run = Path(arguments.run)
     device, _ = choose_device(arguments.device)
-    file = checkpoint.find_model(run, _complain)
+    file = disk.find_model(run, _complain)
     if not (run / "config.toml").is_file():
         raise ValueError(f"{run}: eval wants the folder of a run, which holds its config.toml")
-    model = checkpoint.load(file, device)
+    model = disk.load(file, device)
     corpus = open_corpus(run)
-    if corpus is None or corpus.fingerprint != checkpoint.read_state(file.parent)["data"]:
+    if corpus is None or corpus.fingerprint != read_state(file.parent)["data"]:
         raise ValueError(
             f"{run / 'data'} is absent, damaged or not what the model was trained on; "
             f"to make it again from the same text: ffn train {run / 'config.toml'} out={run}"
@@ -234,7 +235,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.words and stored:
         if rest := arguments.words[1:]:
             raise ValueError(f"{' '.join(rest)}: the model in {path} is as it is; leave that out")
-        model, architecture, shards = checkpoint.inspect(path)
+        model, architecture, shards = disk.inspect(path)
     else:
         config = _config(arguments.words)
         model, architecture, shards = config.model, "ffn", None

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ffn.cli import main
-from ffn.disk import load, load_tokenizer
+from ffn.disk import load, load_tokenizer, save
 from ffn.files.dataclass_toml import flatten
 from ffn.text.corpus import prepare
 from ffn.train.loop import train
@@ -159,7 +159,7 @@ def test_a_model_of_hugging_face(run: Path, tmp_path: Path, capsys, monkeypatch)
     """info reads its config and headers alone; generate reads its tokenizer.json."""
     folder = tmp_path / "hf"
     model = load(run)
-    model.save(folder, format="hf")
+    save(folder, model, format="hf")
     load_tokenizer(run).save(folder / "tokenizer.json")
     assert main(["generate", str(folder), "--device", "cpu", "--prompt", "12 t", "--tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("12 t")

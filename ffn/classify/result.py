@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffn import disk as checkpoint
+from ffn import disk
 from ffn.classify.batches import TextEncoder
 from ffn.classify.loop import TokenSource, evaluate
 from ffn.classify.objective import METRICS, Objective
 from ffn.files.atomic import publish, temporary_name, write_file
+from ffn.files.checkpoints import MODEL
 from ffn.files.shards import open_shards, write_tensors
 from ffn.files.strict_json import read_json, short
 from ffn.gpt.transformer import Transformer
@@ -129,7 +130,7 @@ def save_classifier(folder: Path, classifier: TextClassifier) -> None:
         place = _member(folder, number)
         place.mkdir(exist_ok=True)
         if number == 1 or member.backbone is not first.backbone:
-            checkpoint.save_model(place, member.backbone)  # type: ignore[arg-type] - a Transformer
+            disk.save_model(place, member.backbone)  # type: ignore[arg-type] - a Transformer
         write_tensors(place / HEAD, member.head.state_dict(), {})
     classifier.encode.tokenizer.save(folder / TOKENIZER)
     write_file(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
@@ -150,15 +151,15 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Tex
     members: list[Classifier] = []
     for number in range(1, facts["members"] + 1):
         place = _member(folder, number)
-        own = number == 1 or (place / checkpoint.MODEL).is_file()
-        backbone = checkpoint.load(place / checkpoint.MODEL, device) if own else members[0].backbone
+        own = number == 1 or (place / MODEL).is_file()
+        backbone = disk.load(place / MODEL, device) if own else members[0].backbone
         backbone.origin = facts["origin"]  # type: ignore[attr-defined]
         members.append(_classifier(place, backbone, facts))
     objective = Objective(facts["loss"], tuple(facts["classes"]))
     tokenizer = load_tokenizer(folder / TOKENIZER)
     config = members[0].backbone.config
     if facts["window"] > config.max_seq_len or tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: {FACTS}, {TOKENIZER} and {checkpoint.MODEL} do not belong together")
+        raise ValueError(f"{folder}: {FACTS}, {TOKENIZER} and {MODEL} do not belong together")
     return TextClassifier(members, objective, TextEncoder(tokenizer, facts["window"], facts["pad"]))
 
 

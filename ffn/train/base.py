@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ffn import disk as checkpoint
-from ffn.disk import Report
+from ffn import disk
+from ffn.files.checkpoints import read_state
 from ffn.gpt.adapters import merge_adapters
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.hf.config import TRAINING
@@ -34,15 +34,15 @@ class Base:
     tokenizer: Path | None
 
 
-def open_base(path: str, report: Report = warnings.warn) -> Base:
+def open_base(path: str, say: Callable[[str], None] = warnings.warn) -> Base:
     """Find the model in a path that `ffn.load` reads; ValueError says what is absent, damaged or foreign."""
-    file = checkpoint.find_model(path, report)
+    file = disk.find_model(path, say)
     folder = file if file.is_dir() else file.parent
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     places = [folder if place is None else place for place in (run, folder)]
     tokenizers = (place / "tokenizer.json" for place in places)
     tokenizer = next((found for found in tokenizers if found.is_file()), None)
-    return Base(path, file, checkpoint.inspect(file)[0], run, tokenizer)
+    return Base(path, file, disk.inspect(file)[0], run, tokenizer)
 
 
 def named_base(file: str | Path | None, words: Iterable[str]) -> str | None:
@@ -85,7 +85,7 @@ def check_kept(base: Base, kept: TransformerConfig, model: TransformerConfig, to
 def build_from(base: Base, config: TransformerConfig, device: torch.device) -> Transformer:
     """The base's weights in float32, its adapters merged, in a model of this config; head="none" leaves that
     out."""
-    loaded = checkpoint.load(base.file, device, torch.float32)
+    loaded = disk.load(base.file, device, torch.float32)
     merge_adapters(loaded)
     if config.head == "none":
         loaded.head = None
@@ -98,6 +98,6 @@ def build_from(base: Base, config: TransformerConfig, device: torch.device) -> T
 def known_text(base: Base) -> Corpus | None:
     """The text that the base was trained on, where its run still has it."""
     corpus = open_corpus(base.run) if base.run is not None else None
-    if corpus is None or corpus.fingerprint != checkpoint.read_state(base.file.parent)["data"]:
+    if corpus is None or corpus.fingerprint != read_state(base.file.parent)["data"]:
         return None
     return corpus

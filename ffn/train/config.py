@@ -11,9 +11,9 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from ffn.disk import list_checkpoints, newest_checkpoint
 from ffn.files import dataclass_toml as config_file
 from ffn.files.atomic import write_file
+from ffn.files.checkpoints import list_checkpoints, newest_checkpoint
 from ffn.files.dataclass_toml import flatten, from_toml, settle, to_toml
 from ffn.gpt.adapters import AdapterConfig
 from ffn.gpt.freeze import check_choice

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -71,23 +69,3 @@ def keep_freed_memory() -> bool:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
     """The context of a forward pass: products in bfloat16 when that is the precision, else nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's random generators, on the CPU and on every device in use, as bytes by name."""
-    states = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states |= {f"random/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    if torch.backends.mps.is_available():
-        states["random/mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def set_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `random_state` gave; a device that is not here, or was not in use then, is left."""
-    torch.set_rng_state(tensors["random/cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"random/cuda{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random/cuda{i}"], i)
-    if torch.backends.mps.is_available() and "random/mps" in tensors:
-        torch.mps.set_rng_state(tensors["random/mps"])

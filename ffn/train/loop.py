@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffn import disk as checkpoint
+from ffn import disk
 from ffn.files.atomic import exclusive, write_file
+from ffn.files.checkpoints import checkpoint_path, list_checkpoints, newest_checkpoint, prune
 from ffn.gpt.adapters import save_adapters
 from ffn.gpt.generate import generate
 from ffn.text.corpus import Corpus, find_files
 from ffn.text.tokenizer import encode_prompt
 from ffn.text.windows import Batches, derive_seed
+from ffn.train.checkpoint import restore, save_checkpoint
 from ffn.train.config import TrainConfig, fingerprint, open_run
 from ffn.train.device import Precision, autocast, choose_device, choose_precision
 from ffn.train.interrupts import interrupts
@@ -117,18 +119,18 @@ class Trainer:
 
     def start(self) -> None:
         """Begin, or go on from the last good checkpoint."""
-        newest = checkpoint.newest_checkpoint(self.run, self.identity, self.say)
+        newest = newest_checkpoint(self.run, self.identity, self.say)
         sizes = None
         if newest is not None:
             self.last, state = newest
-            checkpoint.restore(self.last, self.model, self.optimizer)
+            restore(self.last, self.model, self.optimizer)
             self.at, sizes = Progress(**state["progress"]), state["logs"]
             self.say(f"{'finished before' if self.at.stopped else 'going on    '} {self.last}")
             here = self._environment()
             changed = [f"{k} {v}, now {here[k]}" for k, v in state["environment"].items() if here[k] != v]
             if changed and not self.at.stopped:
                 self.say(f"not the same to the last bit from here on: it was {'; '.join(changed)}")
-        elif checkpoint.list_checkpoints(self.run):
+        elif list_checkpoints(self.run):
             raise ValueError(
                 f"no checkpoint in {self.run} is good; to start anew give another folder: out=..."
             )
@@ -215,7 +217,7 @@ class Trainer:
         self._finite(at.step, "validation loss", at.val_loss)
         improved = at.best_loss is None or at.val_loss < at.best_loss
         if improved:
-            at.best_loss, at.best = at.val_loss, checkpoint.checkpoint_path(self.run, at.step).name
+            at.best_loss, at.best = at.val_loss, checkpoint_path(self.run, at.step).name
         at.stale = 0 if improved else at.stale + 1
         if at.step == loop.steps:
             at.stopped = "finished"
@@ -268,8 +270,8 @@ class Trainer:
             "logs": self.log.sizes(),
             "environment": self._environment(),
         }
-        self.last = checkpoint.save_checkpoint(self.run, self.at.step, self.model, self.optimizer, state)
-        checkpoint.prune(self.run, self.at.step, self.config.train.keep, self.at.best)
+        self.last = save_checkpoint(self.run, self.at.step, self.model, self.optimizer, state)
+        prune(self.run, self.at.step, self.config.train.keep, self.at.best)
 
     def _kept(self) -> str:
         return f"the last good checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
@@ -298,7 +300,7 @@ class Trainer:
         if self.base_corpus:
             summary |= {"base_val_loss_before": at.base_before, "base_val_loss": at.base_loss}
         if self.config.train.only == "lora":
-            summary["adapters"] = save_adapters(run, checkpoint.load(run)).name  # of the best checkpoint
+            summary["adapters"] = save_adapters(run, disk.load(run)).name  # of the best checkpoint
         self.log.sizes()
         write_file(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         for line in closing_lines(run, summary):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ffn.files.shards import INDEX, SINGLE, open_shards, split_shards, write_shards
+from ffn.files.shards import INDEX, SINGLE, open_shards, split_shards, write_shards, write_tensors
 from tests.files.stored import TENSORS, assert_same, write
 
 
@@ -211,3 +211,8 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path: Path) -> None:
             ValueError, match=r"pytorch_model\.bin: not a pickle of tensors alone, or damaged"
         ):
             open_shards(file)
+
+
+def test_write_tensors_raises_oserror_for_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="cannot write"):
+        write_tensors(tmp_path / "absent" / "m", {"a": torch.zeros(1)}, {})
