@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ffn.files.atomic import publish, temporary_name
+from ffn.files.atomic import replacing
 from ffn.files.checkpoints import MODEL, STATE, newest_checkpoint, read_state
 from ffn.files.dataclass_toml import from_toml, to_toml
 from ffn.files.shards import Shards, has_shards, open_shards, write_tensors
@@ -51,13 +51,8 @@ def save_model(path: str | Path, model: Transformer) -> None:
     """Write `path/model.safetensors`: the weights, and the config in the header. Atomic; `load` reads it."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = temporary_name(folder / MODEL)
-    try:
+    with replacing(folder / MODEL) as partial:
         write_tensors(partial, _tensors(model), {"config": _header(model)})
-        publish(partial, folder / MODEL)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def load(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from ffn import disk
 from ffn.classify.batches import TextEncoder
 from ffn.classify.loop import TokenSource, evaluate
 from ffn.classify.objective import METRICS, Objective
-from ffn.files.atomic import publish, temporary_name, write_file
+from ffn.files.atomic import replacing, write_file
 from ffn.files.checkpoints import MODEL
 from ffn.files.shards import open_shards, write_tensors
 from ffn.files.strict_json import read_json, short
@@ -189,15 +188,9 @@ def _of_transformers(folder: Path, device: str | torch.device) -> TextClassifier
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder under another name, which gets its own when all went well and is gone when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary_name(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with replacing(path) as partial:
+        partial.mkdir()
         yield partial
-        publish(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def check_new(path: Path) -> None:

@@ -23,14 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ffn.files.atomic import publish, sync_file, temporary_name
+from ffn.files.atomic import aside, flush, publish
 from ffn.files.strict_json import one_line, parse_json, read_json, short
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth"}
 MAX_SHARD_BYTES = 5_000_000_000
 _FORMAT = {"format": "pt"}  # transformers takes no file that does not say so
-_OURS = re.compile(r"\.?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -100,7 +100,7 @@ def has_shards(path: str | Path) -> bool:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one safetensors file and flush it to the disk; OSError where that fails.
+    """Write one safetensors file; OSError where that fails.
 
     At most one entry of metadata: the order of more is not fixed, and equal weights shall be equal files.
     """
@@ -108,7 +108,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from None
-    sync_file(path)
 
 
 def write_shards(
@@ -129,27 +128,23 @@ def write_shards(
         where = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
         texts = {INDEX: json.dumps(index, indent=2) + "\n", **texts}
-    files = {file: temporary_name(folder / file) for file in (*shards, *texts)}
-    try:
+    with aside(folder / SINGLE) as partial:
+        partial.mkdir()
         for file, names in shards.items():
-            write_tensors(files[file], {name: read(name) for name in names}, _FORMAT)
+            write_tensors(partial / file, {name: read(name) for name in names}, _FORMAT)
         for file, text in texts.items():
-            files[file].write_text(text, "utf-8")
-            sync_file(files[file])
-    except BaseException:
-        for partial in files.values():
-            partial.unlink(missing_ok=True)
-        raise
-    new = {*files, *(partial.name for partial in files.values())}
-    old = [file for file in folder.iterdir() if _OURS.fullmatch(file.name) and file.name not in new]
-    for file in texts:
-        (folder / file).unlink(missing_ok=True)
-    for file in shards:
-        publish(files[file], folder / file)
-    for file in old:
-        file.unlink()
-    for file in texts:
-        publish(files[file], folder / file)
+            (partial / file).write_text(text, "utf-8")
+        flush(partial)
+        old = [file for file in folder.iterdir() if _OURS.fullmatch(file.name)]
+        for file in texts:
+            (folder / file).unlink(missing_ok=True)
+        for file in shards:
+            publish(partial / file, folder / file)
+        for file in old:
+            if file.name not in (*shards, *texts):
+                file.unlink()
+        for file in texts:
+            publish(partial / file, folder / file)
 
 
 def split_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:

@@ -14,7 +14,6 @@ import array
 import glob
 import hashlib
 import json
-import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ffn.files.atomic import publish, sha256_file, sync_file, temporary_name, write_file
+from ffn.files.atomic import aside, flush, publish, sha256_file
 from ffn.files.dataclass_toml import settle
 from ffn.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
@@ -115,20 +114,17 @@ def prepare(config: DataConfig, run: Path, wanted: str | None = None) -> Corpus:
     They are made aside and take their places when whole. Raises ValueError, and leaves `run` as it was, where
     there is no text, where none of it is UTF-8, or where its fingerprint is not the one `wanted`.
     """
-    aside = temporary_name(run / "data")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        manifest = _build(config, aside)
+    with aside(run / "data") as partial:
+        manifest = _build(config, partial)
         if wanted not in (None, _fingerprint(manifest)):
             raise ValueError(
                 f"data.path={config.path}: not the text that {run} began with, and the tokens it kept "
                 "are absent or damaged; bring that text back, or start anew in another folder: out=..."
             )
+        flush(partial)
         (run / "data").mkdir(exist_ok=True)
         for name in (*manifest["sha256"], MANIFEST):
-            publish(aside / name, run / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            publish(partial / name, run / name)
     return _open(run, manifest)
 
 
@@ -169,16 +165,15 @@ def _build(config: DataConfig, folder: Path) -> dict[str, Any]:
         for side, text in texts():
             counts[side]["bytes"] += len(text.encode())
             counts[side]["tokens"] += _encode(text, tokenizer, files[side])
-    for side, name in names.items():
+    for side in names:
         if counts[side]["tokens"] < 2:
             what = "training" if side == "train" else "validation"
             raise ValueError(f"data.path={config.path}: too little text, none is left for {what}")
-        sync_file(folder / name)
     digests = {name: sha256_file(folder / name) for name in ("tokenizer.json", *names.values())}
     manifest = {"config": asdict(config), "notes": notes, "sha256": digests}
     for side, name in names.items():
         manifest[side] = {**counts[side], "sha256": digests[name]}
-    write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return manifest
 
 

@@ -6,7 +6,6 @@ or a full disk, leaves the earlier checkpoints as they were.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ffn.disk import copy_tensors, matching_tensors, save_model
-from ffn.files.atomic import publish, remove_folder, temporary_name
+from ffn.files.atomic import remove_folder, replacing
 from ffn.files.checkpoints import MODEL, OPTIMIZER, checkpoint_path, write_state
 from ffn.files.shards import open_shards, write_tensors
 from ffn.gpt.transformer import Transformer
@@ -32,9 +31,7 @@ def save_checkpoint(
     """
     final = checkpoint_path(run, step)
     final.parent.mkdir(exist_ok=True)
-    partial = temporary_name(final)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with replacing(final) as partial:
         partial.mkdir()
         save_model(partial, model)
         tensors = {f"optimizer/{name}": tensor for name, tensor in optimizer.state_tensors().items()}
@@ -42,10 +39,6 @@ def save_checkpoint(
         write_state(partial, step, state)
         if final.exists():  # a refused checkpoint, or one with work that was lost since
             remove_folder(final)
-        publish(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return final
 
 

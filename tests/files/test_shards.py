@@ -77,7 +77,9 @@ def test_a_second_save_leaves_nothing_of_the_first(before: int, after: int, tmp_
     other["a.weight"] += 1
     write(tmp_path / "m", max_shard_bytes=before)
     (tmp_path / "m" / "notes.txt").write_text("stay")
-    (tmp_path / "m" / ".model-00001-of-00099.safetensors.partial").write_text("left by one that was killed")
+    left = tmp_path / "m" / ".model.safetensors.partial"  # by a killed process
+    left.mkdir()
+    (left / "model-00001-of-00099.safetensors").write_text("half")
     write(tmp_path / "m", other, after)
     write(tmp_path / "n", other, after)
     assert files(tmp_path / "m") == files(tmp_path / "n") | {"notes.txt": b"stay"}

@@ -87,7 +87,7 @@ def test_restore_of_a_misfit_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize("call", range(8))
 def test_a_full_disk_loses_no_checkpoint(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The `call`-th flush to the disk fails, up to the last one before the checkpoint gets its name."""
     pair = trained()
