@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ from ffn.interop.hf import folder as hf
 from ffn.text import tokenizer
 
 ADAPTERS = "\n[adapters]\n"
+
+
+class Found(NamedTuple):
+    """A model on disk: its file or Hugging Face folder, and the verified state of its checkpoint, if any."""
+
+    file: Path
+    state: dict[str, Any] | None
 
 
 def save(path: str | Path, model: Transformer, format: Literal["ffn", "hf"] = "ffn") -> None:
@@ -69,7 +76,13 @@ def load(
     Raises:
         ValueError: there is no model, or it is damaged or not supported.
     """
-    file = find_model(path)
+    return read_model(find_model(path).file, device, dtype)
+
+
+def read_model(
+    file: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """Return the model in a model file or Hugging Face folder that `find_model` verified; see `load`."""
     if hf.is_folder(file):
         return hf.load_folder(file, device, dtype)
     shards = open_shards(file)
@@ -122,26 +135,33 @@ def load_tokenizer(path: str | Path) -> tokenizer.Tokenizer:
     raise ValueError(f"{path}: no tokenizer.json there")
 
 
-def find_model(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Path:
-    """Return the model file (or Hugging Face folder) that `load` reads; `say` is told refused checkpoints."""
+def find_model(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Found:
+    """Find the model that `load` reads and verify it where it is a checkpoint; each file is hashed once.
+
+    Args:
+        path: see `load`.
+        say: is told each checkpoint that is refused, with the reason.
+
+    Raises:
+        ValueError: there is no model, or it is damaged.
+    """
     path = Path(path)
     if hf.is_folder(path):
-        return path
+        return Found(path, None)
     if path.is_file() or (path / MODEL).is_file():
         file = path if path.is_file() else path / MODEL
-        if (file.parent / STATE).exists():
-            read_state(file.parent)
-        return file
+        return Found(file, read_state(file.parent) if (file.parent / STATE).exists() else None)
     newest = newest_checkpoint(path, {}, say)
     if newest is None:
         raise ValueError(f"{path}: neither a run of ffn with a good checkpoint nor a folder with {MODEL}")
-    best = path / "checkpoints" / (newest[1].get("best") or newest[0].name)
-    try:
-        read_state(best)
-    except ValueError as error:
-        say(f"{error}; using {newest[0].name} in its place")
-        best = newest[0]
-    return best / MODEL
+    folder, state = newest
+    best = path / "checkpoints" / (state.get("best") or folder.name)
+    if best != folder:
+        try:
+            folder, state = best, read_state(best)
+        except ValueError as error:
+            say(f"{error}; using {folder.name} in its place")
+    return Found(folder / MODEL, state)
 
 
 def matching_tensors(file: Path, shards: Shards, model: nn.Module) -> dict[str, Tensor]:

@@ -31,12 +31,13 @@ from ffn.gpt.generate import generate
 from ffn.text.corpus import Corpus, find_files
 from ffn.text.tokenizer import encode_prompt
 from ffn.text.windows import Batches, derive_seed
+from ffn.train.base import Base, open_base, start
 from ffn.train.checkpoint import restore, save_checkpoint
-from ffn.train.config import TrainConfig, fingerprint, open_run
+from ffn.train.config import TrainConfig, fingerprint
 from ffn.train.device import Precision, autocast, choose_device, choose_precision
 from ffn.train.interrupts import interrupts
 from ffn.train.report import BASE_METRICS, METRICS, Log, Screen, closing_lines
-from ffn.train.start import start
+from ffn.train.run_folder import open_run
 from ffn.train.steps import accumulate_gradients, evaluate, evaluating
 
 Say = Callable[[str], None]
@@ -58,12 +59,22 @@ class Progress:
     base_before: float | None = None
 
 
-def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
-    """Train to the end, or on from the last good checkpoint in `config.out`; returns what summary.json holds.
+def train(config: TrainConfig, say: Say = print, base: Base | None = None) -> dict[str, Any]:
+    """Train to the end, resuming from the last good checkpoint in `config.out` if there is one.
 
-    Raises ValueError for a configuration, corpus or folder that will not do, FloatingPointError when the loss
-    or the gradient is no longer finite, OSError when nothing more can be written. Ctrl-C saves and returns;
-    "stopped" is then "interrupted".
+    Ctrl-C saves a checkpoint and returns.
+
+    Args:
+        say: is told the lines of the log.
+        base: config.base, where it is open already.
+
+    Returns:
+        The content of summary.json; "stopped" is "finished", "early" or "interrupted".
+
+    Raises:
+        ValueError: the configuration, the corpus, the base or the folder is wrong.
+        FloatingPointError: the loss or the gradient is no longer finite.
+        OSError: the disk is full or fails.
     """
     run = Path(config.out)
     device, why = choose_device(config.device)
@@ -77,8 +88,10 @@ def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
         stack.enter_context(exclusive(run))
         say(f"device       {device} ({why})")
         say(f"precision    {precision} ({why_precision})")
-        config, corpus = open_run(config, say)
-        trainer = Trainer(config, corpus, device, precision, say)
+        if base is None and config.base is not None:
+            base = open_base(config.base, say)
+        config, corpus = open_run(config, base, say)
+        trainer = Trainer(config, base, corpus, device, precision, say)
         trainer.start()
         stack.callback(trainer.log.close)
         interrupted = stack.enter_context(interrupts())
@@ -90,7 +103,13 @@ class Trainer:
     """One run in progress: `start`, `loop`, `finish`."""
 
     def __init__(
-        self, config: TrainConfig, corpus: Corpus, device: torch.device, precision: Precision, say: Say
+        self,
+        config: TrainConfig,
+        base: Base | None,
+        corpus: Corpus,
+        device: torch.device,
+        precision: Precision,
+        say: Say,
     ) -> None:
         loop = config.train
         self.config, self.corpus, self.device = config, corpus, device
@@ -107,7 +126,7 @@ class Trainer:
             say(f"prompt       {self.prompt_text!r}, what the window has room for of train.sample_prompt")
         self.tokens_per_step = loop.batch_size * loop.accumulate * window
         torch.manual_seed(loop.seed)
-        begun = start(config, device, say)
+        begun = start(config, base, device, say)
         self.model, self.base_corpus = begun.model, begun.base_corpus
         self.identity = {"config": fingerprint(config), "data": corpus.fingerprint}  # of all its checkpoints
         if begun.base_fingerprint is not None:

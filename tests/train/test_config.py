@@ -10,9 +10,10 @@ import pytest
 from ffn.files.dataclass_toml import from_toml, to_toml
 from ffn.gpt.transformer import Transformer
 from ffn.text.corpus import DataConfig
-from ffn.train.config import LoopConfig, TrainConfig, fingerprint, open_run, read_config
+from ffn.train.config import LoopConfig, TrainConfig, fingerprint
 from ffn.train.loop import train
 from ffn.train.optim import ScheduledOptimizer
+from ffn.train.run_folder import open_run, read_config
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -95,7 +96,7 @@ def test_nothing_is_no_path() -> None:
         ValueError, match=r"^data\.path: wants a file, a folder, a pattern or stdlib; got ''$"
     ):
         read_config(None, ["data.path="])
-    with pytest.raises(ValueError, match=r"^out: wants a folder; got ''$"):
+    with pytest.raises(ValueError, match=r"^out must be a folder, got ''$"):
         read_config(None, ["out="])
 
 
@@ -124,14 +125,12 @@ def test_the_fingerprint_is_of_what_is_computed() -> None:
 def test_the_tokenizer_decides_the_vocabulary(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, "data.tokenizer=char")
     Path(config.out).mkdir()
-    resolved, corpus = open_run(config, lambda _: None)
+    resolved, corpus = open_run(config, None, tiny.quiet)
     assert resolved.model.vocab_size == corpus.tokenizer.vocab_size == len(set(tiny.TEXT))
     assert read_config(Path(config.out) / "config.toml") == resolved
     wrong = tiny.config(tmp_path, "data.tokenizer=char", "model.vocab_size=99")
-    with pytest.raises(
-        ValueError, match=r"model\.vocab_size=99: the tokenizer char has \d+ entries and decides"
-    ):
-        open_run(wrong, lambda _: None)
+    with pytest.raises(ValueError, match=r"^model\.vocab_size must be \d+, .* got 99"):
+        open_run(wrong, None, tiny.quiet)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
@@ -139,7 +138,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     Path(config.out).mkdir()
     (Path(config.out) / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="the folder holds other files; give a new one or that of a run"):
-        open_run(config, lambda _: None)
+        open_run(config, None, tiny.quiet)
     assert [path.name for path in Path(config.out).iterdir()] == ["letter.txt"]
 
 
@@ -152,7 +151,7 @@ def test_a_config_that_no_run_wrote_is_left_alone(text: str | bytes, tmp_path: P
     file.parent.mkdir()
     file.write_bytes(content := text.encode() if isinstance(text, str) else text)
     with pytest.raises(ValueError, match="the folder holds other files; give a new one or that of a run"):
-        open_run(config, lambda _: None)
+        open_run(config, None, tiny.quiet)
     assert [path.name for path in file.parent.iterdir()] == ["config.toml"]
     assert file.read_bytes() == content
 
@@ -163,13 +162,13 @@ def test_a_damaged_config_of_a_run_is_named(tmp_path: Path) -> None:
     (file.parent / "checkpoints" / "step-000001").mkdir(parents=True)
     file.write_text("[train]\nbogus = 1\n")
     with pytest.raises(ValueError, match=r"run.config\.toml: train\.bogus: no such key"):
-        open_run(config, lambda _: None)
+        open_run(config, None, tiny.quiet)
 
 
 def test_a_run_without_checkpoints_is_begun_anew(tmp_path: Path) -> None:
     Path(tiny.config(tmp_path).out).mkdir()
     for lr in ("0.5", "0.25"):
-        resolved, _ = open_run(tiny.config(tmp_path, f"train.lr={lr}"), lambda _: None)
+        resolved, _ = open_run(tiny.config(tmp_path, f"train.lr={lr}"), None, tiny.quiet)
         assert read_config(Path(resolved.out) / "config.toml").train.lr == float(lr)
 
 
@@ -177,12 +176,12 @@ def test_a_run_without_checkpoints_is_begun_anew(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["data.path=absent.txt"], "^data.path=absent.txt: no such file"),
-        (["model.causal=false"], "^train.sample_tokens: wants 0 with model.causal=false, .*; got 5$"),
+        (["model.causal=false"], "^train.sample_tokens must be 0 .* got 5$"),
     ],
 )
 def test_a_refused_run_leaves_nothing(words: list[str], message: str, tmp_path: Path) -> None:
     config = tiny.config(tmp_path, *words)
     Path(config.out).mkdir()
     with pytest.raises(ValueError, match=message):
-        open_run(config, lambda _: None)
+        open_run(config, None, tiny.quiet)
     assert not list(Path(config.out).iterdir())

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,17 @@ import torch
 
 from ffn import disk
 from ffn.cli import main
+from ffn.files.atomic import sha256_file
 from ffn.files.checkpoints import list_checkpoints
 from ffn.files.shards import open_shards
 from ffn.gpt.adapters import adapter_config, load_adapters, merge_adapters
 from ffn.gpt.transformer import Transformer
 from ffn.text.tokenizer import ByteTokenizer, HFTokenizer
-from ffn.train.config import TrainConfig, read_config
+from ffn.train.checkpoint import save_checkpoint
+from ffn.train.config import TrainConfig
 from ffn.train.loop import train
+from ffn.train.optim import ScheduledOptimizer
+from ffn.train.run_folder import read_config
 from ffn.train.steps import evaluate
 from tests import tiny
 from tests.tiny import outcome, quiet
@@ -201,18 +206,40 @@ def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
     assert isinstance(disk.load_tokenizer(config.out), HFTokenizer)
 
 
+@pytest.mark.parametrize("best", ["the last", "another"])
+def test_the_command_hashes_each_file_of_the_base_once(
+    best: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, hashed = shutil.copytree(base, tmp_path / "base"), []
+    if best == "another":
+        model, words = disk.load(base), {"config": "c", "data": "d"}
+        save_checkpoint(place, 999, model, ScheduledOptimizer(model), {**words, "best": "step-000400"})
+    for module in ("ffn.files.checkpoints", "ffn.text.corpus"):
+        monkeypatch.setattr(f"{module}.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    (tmp_path / "new.txt").write_text(NEW_TEXT)
+    words = [f"data.path={tmp_path / 'new.txt'}", f"out={tmp_path / 'run'}", *tiny.WORDS, "train.steps=1"]
+    for _ in range(2):  # the second command finds a finished run
+        hashed.clear()
+        assert main(["train", "--from", str(place), *words]) == 0
+        counts = Counter(path for path in hashed if path.is_relative_to(place))
+        assert set(counts.values()) == {1}
+        checkpoints = {path.parent.name for path in counts if path.suffix == ".safetensors"}
+        assert len(checkpoints) == (1 if best == "the last" else 2)
+        assert place / "data" / "train.bin" in counts
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (
             ["model.dim=32"],
-            r"^base=.* keeps its shape: model\.dim=32 where it has 16; leave that out, model\.",
+            r"model\.dim must be 16, got 32",
         ),
         (
             ["data.tokenizer=char"],
-            r"^data\.tokenizer=char: base=.* has its own, .*tokenizer\.json; leave that",
+            r"^data\.tokenizer must be .*tokenizer\.json, .* got char",
         ),
-        (["train.window=17"], r"^train\.window=17: the model reads 16 tokens at most$"),
+        (["train.window=17"], r"^train\.window must be .*16, got 17$"),
         (
             ["train.only=lats:2"],
             r"^train\.only: 'lats:2' is no choice of what trains; want head, ffn, last:K",
@@ -234,15 +261,13 @@ def test_bases_that_will_not_do(base: Path, tmp_path: Path) -> None:
         tuned(tmp_path, tmp_path / "absent")
     bare = tmp_path / "bare"
     disk.save(bare, Transformer(tiny.MODEL))
-    with pytest.raises(
-        ValueError, match=r"^base=.*bare has no tokenizer\.json; say what it was trained with: data"
-    ):
+    with pytest.raises(ValueError, match=r"^data\.tokenizer must be .*bare"):
         train(tuned(tmp_path, bare), quiet)
     train(tuned(tmp_path, bare, "data.tokenizer=byte", "train.steps=1"), quiet)
     assert isinstance(disk.load_tokenizer(tmp_path / "run"), ByteTokenizer)
     headless = tmp_path / "headless"
     disk.save(headless, Transformer(dataclasses.replace(tiny.MODEL, head="none")))
-    with pytest.raises(ValueError, match=r"^base=.*headless has no head"):
+    with pytest.raises(ValueError, match=r"^base=.*headless must have a head"):
         train(tuned(tmp_path, headless, "data.tokenizer=byte", f"out={tmp_path / 'b'}"), quiet)
     (tmp_path / "abc.txt").write_text("abc\n" * 200)
     letters = tiny.config(
