@@ -2,11 +2,11 @@
 
     shards = open_shards(FOLDER)              # checks every header, reads no tensor
     shards.specs["norm.weight"].shape
-    shards["norm.weight"]                     # a view of the file, in memory for as long as it is held
+    shards["norm.weight"]                     # a view of the file, in memory only while it is referenced
 
-The safetensors library checks a header (length, JSON, offsets, sizes, dtypes); what it lets pass is checked
-here: a name that stands twice, an index that names what is not there or lies elsewhere, tensors that the
-index leaves out. Pickle is read only by the name of its own file, and then nothing but tensors out of it.
+The safetensors library checks a header (length, JSON, offsets, sizes, dtypes). Checked here in addition: a
+name that occurs twice, an index that names absent files or files outside its folder, and tensors that the
+index leaves out. A pickle is read only when its own path is given, and only if it holds nothing but tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ffn.files.strict_json import one_line, parse_json, read_json, short
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth"}
 MAX_SHARD_BYTES = 5_000_000_000
-_FORMAT = {"format": "pt"}  # transformers takes no file that does not say so
+_FORMAT = {"format": "pt"}  # transformers requires it
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,7 +39,7 @@ _DTYPES = {
 
 
 class Spec(NamedTuple):
-    """What a file says about one of its tensors."""
+    """File, dtype and shape of one tensor, from the header."""
 
     file: Path
     dtype: torch.dtype
@@ -47,9 +47,12 @@ class Spec(NamedTuple):
 
 
 class Shards(Mapping[str, Tensor]):
-    """Tensors by name, in the order of the files; `read` fetches one when it is asked for.
+    """Mapping from name to tensor, in the order of the files. A tensor is read when it is accessed.
 
-    specs: file, dtype and shape of each. metadata: the strings in the header of a single file.
+    Args:
+        specs: file, dtype and shape of each tensor.
+        read: returns the tensor of a name.
+        metadata: the strings in the header of a single file.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Shards(Mapping[str, Tensor]):
         self._read = read
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor, on the CPU; not to be written to. ValueError where its file has changed since."""
+        """Return the tensor, on the CPU, read-only; ValueError if its file has changed since opening."""
         spec, tensor = self.specs[name], self._read(name)
         if (tensor.dtype, tuple(tensor.shape)) != spec[1:]:
             raise ValueError(f"{spec.file}: {short(name)} changed while it was read")
@@ -73,13 +76,14 @@ class Shards(Mapping[str, Tensor]):
 
 
 def open_shards(path: str | Path) -> Shards:
-    """The tensors of a folder or of one file, every header checked and no tensor read.
+    """Open the tensors of a folder or of one file: every header is checked, no tensor is read.
 
-    A folder has `model.safetensors` or, where that is absent, `model.safetensors.index.json` and the files it
-    names. A file ending in .bin, .pt or .pth is a pickle: it is read only when it is `path` itself.
+    Args:
+        path: a folder with `model.safetensors`, or else with `model.safetensors.index.json` and the files it
+            names; or one file. A pickle (.bin, .pt, .pth) is read only when it is `path` itself.
 
     Raises:
-        ValueError: one line with the file and what is wrong with it.
+        ValueError: a file is absent or damaged; one line with the file and the reason.
     """
     path = Path(path)
     if path.is_file():
@@ -94,15 +98,16 @@ def open_shards(path: str | Path) -> Shards:
 
 
 def has_shards(path: str | Path) -> bool:
-    """Whether `open_shards` would find safetensors there, good or not; pickles do not count."""
+    """Return True if there are safetensors for `open_shards`, good or not; pickles do not count."""
     path = Path(path)
     return path.suffix == ".safetensors" or any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one safetensors file; OSError where that fails.
+    """Write one safetensors file; OSError if that fails.
 
-    At most one entry of metadata: the order of more is not fixed, and equal weights shall be equal files.
+    Args:
+        metadata: at most one entry, so that equal weights are equal files: the order of several is random.
     """
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
@@ -117,11 +122,16 @@ def write_shards(
     texts: Mapping[str, str] = {},
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write tensors of the given sizes (in bytes) into a folder, as `open_shards` and transformers read them.
+    """Write tensors into a folder, as `open_shards` and transformers read them.
 
-    One shard at a time is in memory. texts: small files that belong with these, by name. Everything is
-    written under other names first, so that an error leaves what was there; the names are given last. A
-    process killed among these leaves a folder without its index or texts, never one that is half old.
+    One shard at a time is in memory. Everything is written aside first and renamed at the end: an error
+    leaves the old files. A process killed while renaming leaves a folder without its index or texts, never a
+    mixture of old and new.
+
+    Args:
+        sizes: name -> bytes of each tensor.
+        read: returns the tensor of a name.
+        texts: name -> content of small files that belong to the tensors, such as config.json.
     """
     shards = split_shards(sizes, max_shard_bytes)
     if len(shards) > 1:
@@ -148,7 +158,10 @@ def write_shards(
 
 
 def split_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
-    """File -> names: in order, each file at most so many bytes of tensors, or one tensor that is larger."""
+    """Distribute tensors over files, in order: file -> names.
+
+    A file holds at most max_shard_bytes of tensors, or one tensor that is larger.
+    """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: want 1 or more")
     groups: list[list[str]] = [[]]
@@ -166,7 +179,7 @@ def split_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, li
 
 
 def _open_file(path: Path) -> Shards:
-    """One safetensors file. Each read opens it again: the pages it touched leave memory with the tensor."""
+    """Open one safetensors file. Each read opens it anew, so that its pages are freed with the tensor."""
     try:
         with safe_open(path, framework="pt") as file:
             kinds = {n: (file.get_slice(n).get_dtype(), file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
@@ -194,8 +207,10 @@ def _open_file(path: Path) -> Shards:
 
 
 def _offsets(path: Path) -> dict[str, list[int]]:
-    """Where each tensor lies, from a header that the library has read; ValueError for a name twice, of which
-    the library takes the last."""
+    """Return the offsets of each tensor from a header that the library has read.
+
+    ValueError for a name that occurs twice: the library would take the last.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = parse_json(file.read(length), path)
@@ -220,10 +235,9 @@ def _open_index(path: Path) -> Shards:
 
 
 def _inside(index: Path, name: str) -> Path:
-    """The file that an index names; ValueError where it is absent or lies outside the index's folder.
+    """Return the path of a file named by an index; ValueError if it is absent or outside the index's folder.
 
-    The cache of the Hugging Face hub keeps its snapshots as links into the blobs of the same repository;
-    there those are inside.
+    In the cache of the Hugging Face hub a snapshot links to the blobs of its repository; these are accepted.
     """
     folder = index.parent.resolve()
     roots = [folder]
@@ -232,7 +246,7 @@ def _inside(index: Path, name: str) -> Path:
     try:
         file = (index.parent / name).resolve()
         there = file.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or not a name
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or an invalid name
         raise ValueError(f"{index}: {short(name)} is no name of a file: {one_line(error)}") from None
     climbs = ".." in PurePosixPath(name).parts or name[:1] == "/"
     if climbs or not any(file.is_relative_to(root) for root in roots):
@@ -244,9 +258,9 @@ def _inside(index: Path, name: str) -> Path:
 
 def _open_pickle(path: Path) -> Shards:
     try:
-        zipped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be mapped
+        zipped = zipfile.is_zipfile(path)  # files of torch before 1.6 are not, and cannot be memory-mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # noqa: BLE001 - a damaged pickle raises whatever it runs into
+    except Exception as error:  # noqa: BLE001 - a damaged pickle can raise anything
         raise ValueError(f"{path}: not a pickle of tensors alone, or damaged ({one_line(error)})") from None
     if not isinstance(state, dict) or not all(map(_is_plain, state, state.values())):
         raise ValueError(f"{path}: wants a dictionary of dense tensors by name")
