@@ -1,4 +1,4 @@
-"""Where a model runs and in what precision, and why: for the commands, which say it; the generators there."""
+"""Choose device and precision, with a reason to print; keep freed memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device, and why: "auto" takes cuda, then mps, then cpu. ValueError for one that is not here."""
+    """Return a device and the reason for it.
+
+    Args:
+        name: a torch device, or "auto": cuda if available, else mps, else cpu.
+
+    Raises:
+        ValueError: the device is not available here.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda"), f"CUDA is available: {torch.cuda.get_device_name()}"
@@ -41,22 +48,22 @@ def choose_device(name: str) -> tuple[torch.device, str]:
 
 
 def choose_precision(name: Precision, device: torch.device) -> tuple[Precision, str]:
-    """float32 or bfloat16 (autocast) for "auto" or by name, and why."""
+    """Return float32 or bfloat16 (autocast) and the reason; "auto" is bfloat16 where it is native."""
     if name != "auto":
         return name, "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16", "this GPU multiplies bfloat16 natively"
-    # Not oneDNN's answer, which is yes on any AVX-512: without its bfloat16 part the products are emulated.
+    # oneDNN's own answer is yes on any AVX-512, but without AVX512_BF16 it emulates the matmuls.
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bfloat16", "this CPU multiplies bfloat16 natively"
     return "float32", "no native bfloat16 products here"
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library hold on to what this process frees; whether it could be told.
+    """Let the C library keep freed memory instead of returning it to the system; False if it cannot.
 
-    Training frees and takes the same large buffers at every step. By default glibc gives them back to the
-    system, and their pages are cleared and mapped anew each time: up to a fifth of a step on the CPU.
+    Training frees and allocates the same large buffers in every step. By default glibc returns them to the
+    system, and their pages are cleared and mapped again each time: up to a fifth of a step on the CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -67,5 +74,5 @@ def keep_freed_memory() -> bool:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
-    """The context of a forward pass: products in bfloat16 when that is the precision, else nothing."""
+    """Return the context of a forward pass: autocast to bfloat16 if that is the precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

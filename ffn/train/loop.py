@@ -1,11 +1,11 @@
-"""Training a Transformer on text, from one configuration to a folder that holds everything.
+"""Train a Transformer on text.
 
     train(TrainConfig(out="runs/mine", data=DataConfig(path="book.txt")))
 
-Called again with the same configuration it goes on from the last good checkpoint of that folder. On the same
-machine and versions it ends with the same weights and metrics.csv, bit for bit, as a run that was never
-interrupted: batch and learning rate depend on the step alone, and all other state is in the checkpoint. (On
-CUDA that holds as far as its kernels are deterministic.)
+Called again with the same configuration, training resumes from the last good checkpoint in that folder. On
+the same machine and versions it ends with the same weights and metrics.csv, bit for bit, as a run that was
+never interrupted: batch and learning rate depend on the step alone, and all other state is in the checkpoint.
+(On CUDA this holds as far as its kernels are deterministic.)
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Say = Callable[[str], None]
 
 @dataclass
 class Progress:
-    """Where a run stands; with weights, optimizer and random state, all that the next step depends on."""
+    """The progress of a run; with weights, optimizer and random state it determines the next step."""
 
     step: int = 0
-    train_seconds: float = 0.0  # of steps: compilation counted; evaluation, sampling and saving not
+    train_seconds: float = 0.0  # with compilation, without evaluation, sampling and saving
     val_loss: float | None = None
     best_loss: float | None = None
-    best: str | None = None  # the name of the checkpoint
-    stale: int = 0  # evaluations since the best
+    best: str | None = None  # name of the best checkpoint
+    stale: int = 0  # evaluations since the best one
     stopped: str = ""  # "", "finished" or "early"
-    val_before: float | None = None  # of a base, before the first step
-    base_loss: float | None = None  # on the base's own validation text
+    val_before: float | None = None  # of the base, before the first step
+    base_loss: float | None = None  # on the base's validation text
     base_before: float | None = None
 
 
@@ -100,7 +100,7 @@ def train(config: TrainConfig, say: Say = print, base: Base | None = None) -> di
 
 
 class Trainer:
-    """One run in progress: `start`, `loop`, `finish`."""
+    """One run in progress: call `start`, `loop` and `finish`."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Trainer:
         torch.manual_seed(loop.seed)
         begun = start(config, base, device, say)
         self.model, self.base_corpus = begun.model, begun.base_corpus
-        self.identity = {"config": fingerprint(config), "data": corpus.fingerprint}  # of all its checkpoints
+        self.identity = {"config": fingerprint(config), "data": corpus.fingerprint}  # in all its checkpoints
         if begun.base_fingerprint is not None:
             self.identity["base"] = begun.base_fingerprint
         self.optimizer = loop.build_optimizer(self.model)
@@ -137,7 +137,7 @@ class Trainer:
                 block.compile()
 
     def start(self) -> None:
-        """Begin, or go on from the last good checkpoint."""
+        """Begin, or resume from the last good checkpoint."""
         newest = newest_checkpoint(self.run, self.identity, self.say)
         sizes = None
         if newest is not None:
@@ -158,7 +158,7 @@ class Trainer:
             self._measure_base()
 
     def _measure_base(self) -> None:
-        """The losses before the first step, as step 0 in metrics.csv."""
+        """Write the losses before the first step as step 0 in metrics.csv."""
         at = self.at
         at.val_before = self._loss_of(self.corpus)
         at.base_before = self._loss_of(self.base_corpus) if self.base_corpus else None
@@ -168,7 +168,7 @@ class Trainer:
         self.log.metrics(step=0, tokens=0, lr=None, train_loss=None, grad_norm=None, **losses)
 
     def loop(self, interrupted: Callable[[], bool]) -> None:
-        """Step until the end, an early stop, or an interruption."""
+        """Train until the last step, an early stop or an interruption."""
         loop, at = self.config.train, self.at
         if at.stopped:
             return
@@ -229,7 +229,7 @@ class Trainer:
             )
 
     def _evaluate(self) -> bool:
-        """Validation loss and early stopping; whether the loss is the best so far."""
+        """Measure the validation loss and decide on early stopping; return True if it is the best so far."""
         loop, at = self.config.train, self.at
         at.val_loss = self._loss_of(self.corpus)
         at.base_loss = self._loss_of(self.base_corpus) if self.base_corpus else None
@@ -300,7 +300,7 @@ class Trainer:
         return {"torch": torch.__version__, "precision": self.precision, **where}
 
     def finish(self) -> dict[str, Any]:
-        """Write summary.json and loss.png, and say what there is and how to go on."""
+        """Write summary.json and loss.png, and say the closing lines; return the summary."""
         at, run = self.at, self.run
         summary = {
             "stopped": at.stopped or "interrupted",
