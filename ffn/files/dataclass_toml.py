@@ -42,12 +42,12 @@ def from_dict(
     for name, value in mapping.items():
         key = _join(prefix, name)
         if name not in fields:
-            raise ValueError(f"{key}: no such key; {_suggestion(name, cls, prefix)}")
+            raise ValueError(f"{key} is not a key; {_suggestion(name, cls, prefix)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise ValueError(
-                    f"{key}: wants a table of keys such as {key}.{next(_leaves(hint))}; got {value!r}"
+                    f"{key} must be a table of keys such as {key}.{next(_leaves(hint))}, got {value!r}"
                 )
             inner = getattr(base, name) if base is not None else _default(fields[name])
             values[name] = from_dict(typing.cast(type, hint), value, key, inner)
@@ -55,7 +55,7 @@ def from_dict(
             values[name] = _coerce(value, hint, key)
     for name, field in fields.items():
         if base is None and name not in values and not _has_default(field):
-            raise ValueError(f"{_join(prefix, name)}: missing, and it has no default")
+            raise ValueError(f"{_join(prefix, name)} is missing and has no default")
     try:
         return cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
     except ValueError as error:  # the message starts with the field's name
@@ -76,7 +76,7 @@ def settle(config: Any) -> None:
         if not dataclasses.is_dataclass(hint):
             object.__setattr__(config, name, _coerce(value, hint, name))
         elif not isinstance(value, typing.cast(type, hint)):
-            raise ValueError(f"{name}: wants a {typing.cast(type, hint).__name__}; got {value!r}")
+            raise ValueError(f"{name} must be a {typing.cast(type, hint).__name__}, got {value!r}")
 
 
 def from_toml(cls: type[Config], text: str, base: Config | None = None) -> Config:
@@ -125,13 +125,13 @@ def apply_overrides(config: Config, words: Iterable[str]) -> Config:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ValueError(f"{word}: wants key=value, as in train.steps=100")
+            raise ValueError(f"{word} must be key=value, as in train.steps=100")
         *path, name = key.strip().split(".")
         table = mapping
         for part in path:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise ValueError(f"{word}: {part} was given a value before")
+                raise ValueError(f"{word}: {part} already has a value")
         table[name] = _Word(text)
     return from_dict(type(config), mapping, base=config)
 
@@ -142,7 +142,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 _hints = cache(typing.get_type_hints)
-_PLAIN_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_PLAIN_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
 _TAKEN = {bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}
@@ -166,12 +166,12 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if value in args:
             return value
         near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(str(value), args, 1))
-        raise ValueError(f"{key}: wants one of {', '.join(args)}; got {value!r}{near}")
+        raise ValueError(f"{key} must be one of {', '.join(args)}, got {value!r}{near}")
     kinds = _TAKEN.get(hint, ())
     if isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)):
         return hint(value)
     wanted = "a list" if origin is tuple else _PLAIN_NAMES[hint]
-    raise ValueError(f"{key}: wants {wanted}; got {value!r}")
+    raise ValueError(f"{key} must be {wanted}, got {value!r}")
 
 
 def _parse_word(text: str, hint: Any) -> Any:
@@ -193,7 +193,7 @@ def _suggestion(name: str, cls: type, prefix: str) -> str:
     close = difflib.get_close_matches(name, keys.values(), 1, 0.5)
     for key in (*same, *longer, *(key for key, last in keys.items() if last in close)):
         return f"did you mean {_join(prefix, key)}?"
-    return f"there are {', '.join(here)}"
+    return f"the keys are {', '.join(here)}"
 
 
 def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:

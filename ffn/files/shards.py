@@ -93,8 +93,8 @@ def open_shards(path: str | Path) -> Shards:
     if (path / INDEX).is_file():
         return _open_index(path / INDEX)
     pickles = sorted(file.name for file in path.glob("*.bin"))
-    remedy = f"; it has {pickles[0]}, a pickle, which is read only by its own path" if pickles else ""
-    raise ValueError(f"{path}: neither {SINGLE} nor {INDEX} there{remedy}")
+    remedy = f"; {pickles[0]} is a pickle, which is read only by its own path" if pickles else ""
+    raise ValueError(f"{path}: neither {SINGLE} nor {INDEX} found{remedy}")
 
 
 def has_shards(path: str | Path) -> bool:
@@ -163,7 +163,7 @@ def split_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, li
     A file holds at most max_shard_bytes of tensors, or one tensor that is larger.
     """
     if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes}: want 1 or more")
+        raise ValueError(f"max_shard_bytes must be 1 or more, got {max_shard_bytes}")
     groups: list[list[str]] = [[]]
     room = max_shard_bytes
     for name, size in sizes.items():
@@ -191,7 +191,7 @@ def _open_file(path: Path) -> Shards:
     for name in sorted(kinds, key=lambda name: offsets[name]):
         dtype, shape = kinds[name]
         if dtype not in _DTYPES:
-            raise ValueError(f"{path}: {short(name)} has dtype {dtype}; want one of {', '.join(_DTYPES)}")
+            raise ValueError(f"{path}: {short(name)} must have a dtype of {', '.join(_DTYPES)}, got {dtype}")
         if any(size >= 2**63 for size in shape):
             raise ValueError(f"{path}: {short(name)} has the shape {tuple(shape)}, beyond 64 bits")
         specs[name] = Spec(path, _DTYPES[dtype], tuple(shape))
@@ -220,13 +220,13 @@ def _offsets(path: Path) -> dict[str, list[int]]:
 def _open_index(path: Path) -> Shards:
     where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-        raise ValueError(f"{path}: wants an object weight_map, the name of a file for each tensor")
+        raise ValueError(f"{path}: weight_map must be an object from tensor names to file names")
     shards = {file: _open_file(_inside(path, file)) for file in dict.fromkeys(where.values())}
     specs: dict[str, Spec] = {}
     for file, shard in shards.items():
         for name, spec in shard.specs.items():
             if where.get(name) != file:
-                said = f"says it is in {short(where[name])}" if name in where else "has no such tensor"
+                said = f"says {short(where[name])}" if name in where else "does not name it"
                 raise ValueError(f"{spec.file}: holds {short(name)}; {path.name} {said}")
             specs[name] = spec
     if absent := [name for name in where if name not in specs]:
@@ -247,12 +247,12 @@ def _inside(index: Path, name: str) -> Path:
         file = (index.parent / name).resolve()
         there = file.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or an invalid name
-        raise ValueError(f"{index}: {short(name)} is no name of a file: {one_line(error)}") from None
+        raise ValueError(f"{index}: {short(name)} is not a file name: {one_line(error)}") from None
     climbs = ".." in PurePosixPath(name).parts or name[:1] == "/"
     if climbs or not any(file.is_relative_to(root) for root in roots):
-        raise ValueError(f"{index}: {short(name)} leads out of the folder; want a file within it")
+        raise ValueError(f"{index}: {short(name)} must be a file inside the folder")
     if not there:
-        raise ValueError(f"{index}: names {short(name)}, which is not there")
+        raise ValueError(f"{index}: names {short(name)}, which is absent")
     return index.parent / name
 
 
@@ -261,9 +261,11 @@ def _open_pickle(path: Path) -> Shards:
         zipped = zipfile.is_zipfile(path)  # files of torch before 1.6 are not, and cannot be memory-mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise anything
-        raise ValueError(f"{path}: not a pickle of tensors alone, or damaged ({one_line(error)})") from None
+        raise ValueError(
+            f"{path}: not a pickle that holds only tensors, or damaged ({one_line(error)})"
+        ) from None
     if not isinstance(state, dict) or not all(map(_is_plain, state, state.values())):
-        raise ValueError(f"{path}: wants a dictionary of dense tensors by name")
+        raise ValueError(f"{path}: must hold a dictionary from names to dense tensors")
     specs = {name: Spec(path, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     return Shards(specs, state.__getitem__)
 

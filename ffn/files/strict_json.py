@@ -25,13 +25,13 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise ValueError(f"the key {short(key)} stands twice")
+                raise ValueError(f"the key {short(key)} occurs twice")
             found[key] = value
         return found
 
     def finite(number: str) -> float:
         if not math.isfinite(value := float(number)):
-            raise ValueError(f"{short(number)} is no finite number")
+            raise ValueError(f"{short(number)} is not a finite number")
         return value
 
     try:
@@ -40,7 +40,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON, or damaged ({one_line(error)})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: wants a JSON object; got {short(content)}")
+        raise ValueError(f"{path}: must hold a JSON object, got {short(content)}")
     return content
 
 

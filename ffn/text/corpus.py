@@ -44,9 +44,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         settle(self)
         if not self.path:
-            raise ValueError("path: wants a file, a folder, a pattern or stdlib; got ''")
+            raise ValueError("path must be a file, a folder, a pattern or stdlib, got ''")
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction: wants a number between 0 and 1; got {self.val_fraction}")
+            raise ValueError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def find_files(path: str) -> list[Path]:
         matches = glob.glob(str(root), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
         found = [Path(name) for name in matches if Path(name).is_file()]
     if not found:
-        raise ValueError(f"data.path={path}: no such file, no files in such a folder, and no files match it")
+        raise ValueError(
+            f"data.path must be a file, a folder with files, a matching pattern or stdlib, got {path}"
+        )
     return sorted(found, key=Path.as_posix)
 
 
@@ -105,7 +107,7 @@ def split_files(digests: Iterable[str], val_fraction: float) -> set[str]:
     different = sorted(set(digests))
     if len(different) < 2:
         raise ValueError(
-            "the files of the corpus are all the same: validation would repeat training; give others"
+            "the files of the corpus must differ: all are the same, so validation would repeat training"
         )
     val = {digest for digest in different if int(digest[:16], 16) < val_fraction * 2**64}
     return (val | {different[0]}) - {different[-1]}
@@ -127,7 +129,7 @@ def prepare(config: DataConfig, run: Path, wanted: str | None = None) -> Corpus:
         manifest = _build(config, partial)
         if wanted not in (None, _fingerprint(manifest)):
             raise ValueError(
-                f"data.path={config.path}: not the text that {run} began with, and the tokens it kept "
+                f"data.path={config.path}: not the text that {run} began with, and the tokens kept there "
                 "are absent or damaged; bring that text back, or start anew in another folder: out=..."
             )
         flush(partial)

@@ -65,7 +65,7 @@ class CharTokenizer:
         self.vocabulary = "".join(sorted(set(vocabulary)))
         self._numbers = {character: number for number, character in enumerate(self.vocabulary)}
         if not self.vocabulary:
-            raise ValueError("CharTokenizer wants at least one character; the text is empty")
+            raise ValueError("vocabulary must hold at least one character; the text is empty")
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> CharTokenizer:
@@ -97,7 +97,7 @@ class CharTokenizer:
         numbers = list(ids)
         wrong = [number for number in numbers if not 0 <= number < self.vocab_size]
         if wrong:
-            raise ValueError(f"token {wrong[0]} is not among the {self.vocab_size} of this tokenizer")
+            raise ValueError(f"ids must be in 0..{self.vocab_size - 1}, got {wrong[0]}")
         return "".join(self.vocabulary[number] for number in numbers)
 
     def save(self, path: str | Path) -> None:
@@ -120,12 +120,12 @@ class HFTokenizer:
             from tokenizers import Tokenizer as FastTokenizer
         except ImportError:
             raise ImportError(
-                "a tokenizer.json wants the package tokenizers: pip install 'ffn[hf]'"
+                "a tokenizer.json requires the package tokenizers: pip install 'ffn[hf]'"
             ) from None
         try:
             self._tokenizer = FastTokenizer.from_str(specification)
         except Exception as error:  # noqa: BLE001 - the package raises bare Exception
-            raise ValueError(f"not a tokenizer.json of Hugging Face: {error}") from None
+            raise ValueError(f"not a Hugging Face tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.specification = specification
@@ -169,7 +169,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a file that `save` wrote or a Hugging Face `tokenizer.json`; ValueError for any other."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such tokenizer file; want a kind that there is, or a tokenizer.json")
+        raise ValueError(f"{path}: no such tokenizer file")
     try:
         content = json.loads(path.read_text("utf-8"))
         kind = content.get("kind", "hf" if "model" in content else None)

@@ -21,8 +21,8 @@ class Batches:
     def __init__(self, tokens: Tensor, window: int, batch_size: int, seed: int) -> None:
         if len(tokens) < window + 1:
             raise ValueError(
-                f"the training text has {len(tokens)} tokens where a window of {window} wants at least "
-                f"{window + 1}: give more text or a smaller model.max_seq_len"
+                f"the training text must have at least {window + 1} tokens, got {len(tokens)}; "
+                "give more text or a smaller model.max_seq_len"
             )
         self.tokens, self.window, self.batch_size, self.seed = tokens, window, batch_size, seed
         self.windows_per_epoch = max(1, (len(tokens) - window) // window)
@@ -59,7 +59,7 @@ def validation_batches(
     """
     predicted = len(tokens) - 1
     if predicted < 1:
-        raise ValueError(f"the validation text has {len(tokens)} tokens; at least 2 are wanted")
+        raise ValueError(f"the validation text must have at least 2 tokens, got {len(tokens)}")
     window = min(window, predicted)
     starts = list(range(0, predicted - window + 1, window))
     rest = predicted - len(starts) * window

@@ -30,7 +30,7 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={name}: no such device; use auto, cpu, cuda, cuda:1 or mps") from None
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1 or mps, got {name}") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available():
@@ -39,11 +39,13 @@ def choose_device(name: str) -> tuple[torch.device, str]:
                 f"device={name}: this torch {torch.__version__} {built}; use device=auto or device=cpu"
             )
         if (device.index or 0) >= count:
-            raise ValueError(f"device={name}: there are {count} CUDA devices, the last is cuda:{count - 1}")
+            raise ValueError(
+                f"device must be at most cuda:{count - 1}, the last of {count} CUDA devices, got {name}"
+            )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name}: Metal is not available here; use device=auto or device=cpu")
     elif device.type not in ("cpu", "mps"):
-        raise ValueError(f"device={name}: ffn runs on cpu, cuda and mps")
+        raise ValueError(f"device must be on cpu, cuda or mps, got {name}")
     return device, "as asked"
 
 

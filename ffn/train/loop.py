@@ -80,7 +80,7 @@ def train(config: TrainConfig, say: Say = print, base: Base | None = None) -> di
     device, why = choose_device(config.device)
     precision, why_precision = choose_precision(config.train.precision, device)
     if run.exists() and not run.is_dir():
-        raise ValueError(f"out={run}: is a file; give a folder")
+        raise ValueError(f"out must be a folder, got the file {run}")
     if not run.exists():
         find_files(config.data.path)  # before there is a folder: a wrong path leaves none behind
     run.mkdir(parents=True, exist_ok=True)

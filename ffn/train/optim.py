@@ -43,7 +43,7 @@ def lr_factor(step: int, steps: int, schedule: Schedule, warmup: int = 0, floor:
             return 1.0 - (1.0 - floor) * progress
         case "cosine":
             return floor + (1.0 - floor) * (1.0 + math.cos(math.pi * progress)) / 2
-    raise ValueError(f"schedule wants constant, linear or cosine; got {schedule!r}")
+    raise ValueError(f"schedule must be constant, linear or cosine, got {schedule!r}")
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -180,7 +180,7 @@ class ScheduledOptimizer:
         groups = parameter_groups(model)
         self._names = {id(p): name for group in groups.values() for name, p in group.items()}
         if not self._names:
-            raise ValueError("nothing to train: no parameter of the model requires a gradient")
+            raise ValueError("model must have a parameter that requires a gradient; got none to train")
         above = {name: n if layer_decay != 1.0 else 0 for name, n in blocks_above(model).items()}
 
         def by_depth(params: list[nn.Parameter], rate: float, **options: Any) -> list[dict[str, Any]]:
@@ -201,7 +201,7 @@ class ScheduledOptimizer:
         if optimizer == "muon":
             if not blocks:
                 raise ValueError(
-                    "Muon wants matrices inside model.blocks and there are none; use optimizer=adamw"
+                    "optimizer=muon requires matrices inside model.blocks to train; use optimizer=adamw"
                 )
             by_layer = by_depth(blocks, muon_lr)
             self._optimizers.append(Muon(by_layer, muon_lr, weight_decay, momentum))
@@ -250,7 +250,9 @@ class ScheduledOptimizer:
             states.setdefault(parameter, {})[key] = tensor
         unknown = sorted(set(states) - set(self._names.values()))
         if unknown:
-            raise ValueError(f"optimizer state for {', '.join(unknown)}, which the model does not train")
+            raise ValueError(
+                f"tensors hold optimizer state for {', '.join(unknown)}, which the model does not train"
+            )
         for optimizer in self._optimizers:
             content = optimizer.state_dict()
             names = [self._names[id(p)] for group in optimizer.param_groups for p in group["params"]]

@@ -30,7 +30,7 @@ def evaluate(
         window: tokens per window; 0 for the model's max_seq_len.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: want 1 or more")
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     device, window = next(model.parameters()).device, window or model.config.max_seq_len
     total, count = 0.0, 0
     with evaluating(model):

@@ -9,7 +9,7 @@ import pytest
 from ffn.files import atomic
 
 
-def test_a_written_file_replaces_the_old_one(tmp_path: Path) -> None:
+def test_write_file_replaces_the_old_file(tmp_path: Path) -> None:
     for content in ("old", "newer é", b"\xff"):
         atomic.write_file(tmp_path / "f", content)
         expected = content.encode() if isinstance(content, str) else content
@@ -74,19 +74,19 @@ def test_everything_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch:
     assert done[3:] == ["renamed", tmp_path.name]
 
 
-def test_a_removed_folder_is_gone_at_once(tmp_path: Path) -> None:
+def test_remove_folder(tmp_path: Path) -> None:
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     atomic.remove_folder(tmp_path / "folder")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_digest_is_sha256(tmp_path: Path) -> None:
+def test_sha256_file(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert atomic.sha256_file(tmp_path / "f").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks are those of POSIX")
-def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
+def test_exclusive_is_held_once(tmp_path: Path) -> None:
     taken = pytest.raises(ValueError, match="another process is using this folder")
     with atomic.exclusive(tmp_path), taken, atomic.exclusive(tmp_path):
         pass

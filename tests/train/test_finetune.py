@@ -1,4 +1,4 @@
-"""A run that starts from another model: what it keeps, what it measures, what it refuses, how it goes on."""
+"""A run that starts from a base: weights it keeps, losses it measures, bases it refuses, exact resume."""
 
 import csv
 import dataclasses
@@ -56,7 +56,7 @@ def weights(model: Transformer) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def test_the_config_starts_with_the_bases(base: Path, tmp_path: Path) -> None:
+def test_the_base_decides_the_defaults_of_the_config(base: Path, tmp_path: Path) -> None:
     config = tuned(tmp_path, base, "model.dropout=0.25")
     there = read_config(base / "config.toml")
     assert config.model == dataclasses.replace(there.model, dropout=0.25)
@@ -66,12 +66,12 @@ def test_the_config_starts_with_the_bases(base: Path, tmp_path: Path) -> None:
     assert read_config(Path(config.out) / "config.toml") == config
     shutil.move(base, base.parent / "moved")
     try:
-        assert read_config(Path(config.out) / "config.toml") == config, "the run's own config says all"
+        assert read_config(Path(config.out) / "config.toml") == config, "the run's own config is complete"
     finally:
         shutil.move(base.parent / "moved", base)
 
 
-def test_the_new_texts_loss_falls_and_the_olds_rises(base: Path, tmp_path: Path) -> None:
+def test_loss_falls_on_the_new_text_and_rises_on_the_old(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     config = tuned(tmp_path, base, "train.steps=60", "train.eval_every=30", "train.eval_batches=0")
     said: list[str] = []
@@ -98,7 +98,7 @@ def test_the_new_texts_loss_falls_and_the_olds_rises(base: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("only", ["ffn", "last:1", "lora"])
-def test_frozen_weights_are_the_bases_bit_for_bit(only: str, base: Path, tmp_path: Path) -> None:
+def test_frozen_weights_stay_bit_for_bit(only: str, base: Path, tmp_path: Path) -> None:
     config = tuned(tmp_path, base, f"train.only={only}", "train.weight_decay=0.1", "train.l1=0.01")
     said: list[str] = []
     train(config, said.append)
@@ -114,7 +114,7 @@ def test_frozen_weights_are_the_bases_bit_for_bit(only: str, base: Path, tmp_pat
     assert stepped
 
 
-def test_adapters_of_a_run_save_alone(base: Path, tmp_path: Path) -> None:
+def test_adapters_are_saved_alone(base: Path, tmp_path: Path) -> None:
     words = ["train.only=lora", "train.adapter.rank=3", 'train.adapter.targets=["up_proj", "attention"]']
     config = tuned(tmp_path, base, *words, "train.steps=24")
     said: list[str] = []
@@ -140,7 +140,7 @@ def test_adapters_of_a_run_save_alone(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("only", ["lora", "ffn", "all"])
-def test_interrupted_it_goes_on_bit_for_bit(only: str, base: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(only: str, base: Path, tmp_path: Path) -> None:
     words = [f"train.only={only}", "train.adapter.dropout=0.1", "train.layer_decay=0.8"]
     whole = tuned(tmp_path, base, *words, f"out={tmp_path / 'whole'}")
     train(whole, quiet)
@@ -160,7 +160,7 @@ def test_interrupted_it_goes_on_bit_for_bit(only: str, base: Path, tmp_path: Pat
         assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-def test_another_base_in_the_same_place_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_replaced_base_is_refused(base: Path, tmp_path: Path) -> None:
     place = tmp_path / "base"
     shutil.copytree(base, place)
     config = tuned(tmp_path, place)
@@ -171,7 +171,7 @@ def test_another_base_in_the_same_place_is_refused(base: Path, tmp_path: Path) -
     shutil.rmtree(place / "checkpoints")
     disk.save_model(place, other)
     said: list[str] = []
-    with pytest.raises(ValueError, match=r"^no checkpoint in .* is good; to start anew give another folder"):
+    with pytest.raises(ValueError, match=r"^no checkpoint in .* is good"):
         train(config, said.append)
     assert any("refused: it belongs to another run" in line for line in said)
     other = tuned(tmp_path, base)
@@ -179,7 +179,7 @@ def test_another_base_in_the_same_place_is_refused(base: Path, tmp_path: Path) -
         train(other, quiet)
 
 
-def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
+def test_a_hugging_face_folder_as_base(tmp_path: Path) -> None:
     """Half precision trains in float32; the vocabulary may be larger than the tokenizer's; no old text."""
     pytest.importorskip("tokenizers")
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -242,21 +242,23 @@ def test_the_command_hashes_each_file_of_the_base_once(
         (["train.window=17"], r"^train\.window must be .*16, got 17$"),
         (
             ["train.only=lats:2"],
-            r"^train\.only: 'lats:2' is no choice of what trains; want head, ffn, last:K",
+            r"^train\.only.*lats:2",
         ),
-        (["train.only=last:3"], r"^last:3: the model has 2 layers; want at most so many$"),
-        (["train.only=head"], r"^head: the head of this Transformer is tied to the embedding"),
-        (["train.adapter.rank=0"], r"^train\.adapter\.rank: wants 1 or more; got 0$"),
-        (['train.adapter.targets=["mlp"]'], r"^train\.adapter\.targets: wants some of ffn, .*; got mlp$"),
-        (["train.layer_decay=2"], r"^train\.layer_decay: wants a number above 0, 1 at most; got 2\.0$"),
+        (["train.only=last:3"], r"last:3"),
+        (["train.only=head"], r"head"),
+        (["train.adapter.rank=0"], r"^train\.adapter\.rank.* 0$"),
+        (['train.adapter.targets=["mlp"]'], r"^train\.adapter\.targets.* mlp$"),
+        (["train.layer_decay=2"], r"^train\.layer_decay.* 2\.0$"),
     ],
 )
-def test_bad_values_are_one_line(words: list[str], message: str, base: Path, tmp_path: Path) -> None:
+def test_values_that_do_not_fit_the_base_are_refused(
+    words: list[str], message: str, base: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         train(tuned(tmp_path, base, *words), quiet)
 
 
-def test_bases_that_will_not_do(base: Path, tmp_path: Path) -> None:
+def test_unusable_bases_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent: neither"):
         tuned(tmp_path, tmp_path / "absent")
     bare = tmp_path / "bare"
@@ -275,9 +277,7 @@ def test_bases_that_will_not_do(base: Path, tmp_path: Path) -> None:
     )
     train(dataclasses.replace(letters, out=str(tmp_path / "letters")), quiet)
     config = tuned(tmp_path, tmp_path / "letters", f"out={tmp_path / 'c'}")
-    with pytest.raises(
-        ValueError, match=r"^character 'i' \(U\+0069\) at 0 is not one of the 4 of this tokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"^character 'i'"):
         train(config, quiet)
     assert not (tmp_path / "c" / "config.toml").exists()
 
