@@ -42,10 +42,10 @@ def test_the_configs_that_come_with_it_are_read() -> None:
         ("fit.seeds=[]", r"^fit.seeds: wants one or more"),
         ("fit.seeds=[9223372036854775808]", r"^fit.seeds: wants whole numbers of 64 bits; got \[92"),
         ("fit.metric=f1", r"^fit.metric: wants auto or one of loss, accuracy, precision_macro, "),
-        ("fit.loss=hinge", r"^fit.loss: wants one of cross_entropy, binary_cross_entropy, mse; got 'hinge'"),
+        ("fit.loss=hinge", r"^fit.loss must be one of .* got 'hinge'"),
         ("data.val_fraction=1.0", r"^data.val_fraction: wants a share between 0 and 1; got 1.0$"),
-        ("head.pool=mean", r"^head.pool: no such key; did you mean head.pooling\?$"),
-        ("epochs=3", r"^epochs: no such key; did you mean fit.epochs\?$"),
+        ("head.pool=mean", r"^head.pool is not a key; .* head.pooling\?$"),
+        ("epochs=3", r"^epochs is not a key; .* fit.epochs\?$"),
     ],
 )
 def test_wrong_keys(word: str, message: str) -> None:
@@ -63,7 +63,7 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x.toml: cannot read this config"):
         read_config(tmp_path / "x.toml")
     (tmp_path / "y.toml").write_text("[fit]\nepochs = 'many'\n")
-    with pytest.raises(ValueError, match=r"y.toml: fit.epochs: wants a whole number; got 'many'$"):
+    with pytest.raises(ValueError, match=r"y.toml: fit.epochs must be an integer, got 'many'$"):
         read_config(tmp_path / "y.toml")
 
 
