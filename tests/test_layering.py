@@ -22,7 +22,7 @@ LAYERS = [
         "ffn.train.device",
         "ffn.ops.library",
     ],
-    ["ffn.files.checkpoints", "ffn.ops.dropout_mask"],
+    ["ffn.files.checkpoints", "ffn.train.progress", "ffn.ops.dropout_mask"],
     ["ffn.ops.kernels", "ffn.ops.kernels.language", "ffn.ops.kernels.tilings"],
     [f"ffn.ops.kernels.{name}" for name in ("act", "dact", "linear_act", "linear_dact", "decode")],
     ["ffn.ops.reference", "ffn.ops.eager", "ffn.ops.kernels.backend"],

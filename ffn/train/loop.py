@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +35,12 @@ from ffn.train.checkpoint import restore, save_checkpoint
 from ffn.train.config import TrainConfig, fingerprint
 from ffn.train.device import Precision, autocast, choose_device, choose_precision
 from ffn.train.interrupts import interrupts
+from ffn.train.progress import Progress
 from ffn.train.report import BASE_METRICS, METRICS, Log, Screen, closing_lines
 from ffn.train.run_folder import open_run
 from ffn.train.steps import accumulate_gradients, evaluate, evaluating
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class Progress:
-    """The progress of a run; with weights, optimizer and random state it determines the next step."""
-
-    step: int = 0
-    train_seconds: float = 0.0  # with compilation, without evaluation, sampling and saving
-    val_loss: float | None = None
-    best_loss: float | None = None
-    best: str | None = None  # name of the best checkpoint
-    stale: int = 0  # evaluations since the best one
-    stopped: str = ""  # "", "finished" or "early"
-    val_before: float | None = None  # of the base, before the first step
-    base_loss: float | None = None  # on the base's validation text
-    base_before: float | None = None
 
 
 def train(config: TrainConfig, say: Say = print, base: Base | None = None) -> dict[str, Any]:
@@ -229,20 +213,13 @@ class Trainer:
             )
 
     def _evaluate(self) -> bool:
-        """Measure the validation loss and decide on early stopping; return True if it is the best so far."""
+        """Measure the validation losses; return True if the loss is the best so far."""
         loop, at = self.config.train, self.at
-        at.val_loss = self._loss_of(self.corpus)
+        val_loss = self._loss_of(self.corpus)
         at.base_loss = self._loss_of(self.base_corpus) if self.base_corpus else None
-        self._finite(at.step, "validation loss", at.val_loss)
-        improved = at.best_loss is None or at.val_loss < at.best_loss
-        if improved:
-            at.best_loss, at.best = at.val_loss, checkpoint_path(self.run, at.step).name
-        at.stale = 0 if improved else at.stale + 1
-        if at.step == loop.steps:
-            at.stopped = "finished"
-        elif loop.patience and at.stale >= loop.patience:
-            at.stopped = "early"
-        return improved
+        self._finite(at.step, "validation loss", val_loss)
+        name = checkpoint_path(self.run, at.step).name
+        return at.evaluated(val_loss, name, loop.steps, loop.patience)
 
     def _loss_of(self, corpus: Corpus) -> float:
         loop = self.config.train
