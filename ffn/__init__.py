@@ -20,7 +20,7 @@ The letters of shapes, everywhere: B batch, T time, S keys seen, N = B T tokens,
 width, O output width, Q query heads, G key/value heads, C head channels, V vocabulary.
 """
 
-from ffn.disk import load, load_tokenizer
+from ffn.disk import load, load_tokenizer, save
 from ffn.gpt.generate import generate
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.swap.in_place import swap, unswap
@@ -39,6 +39,7 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "packing_error",
+    "save",
     "swap",
     "unpack",
     "unswap",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ffn import disk as checkpoint
+from ffn import disk
 from ffn.classify.commands import DEVICE, add_commands
 from ffn.files.shards import PICKLES, Shards
 from ffn.gpt.cost import flops_per_token, render_kept, render_table
@@ -27,10 +27,11 @@ from ffn.gpt.generate import stream
 from ffn.ops.dispatch import choose, why_not_triton
 from ffn.text.corpus import open_corpus
 from ffn.text.tokenizer import Tokenizer, encode_prompt
-from ffn.train import config as recipe
+from ffn.train.base import named_base, open_base
 from ffn.train.device import choose_device, choose_precision, keep_freed_memory
 from ffn.train.loop import train
 from ffn.train.report import printable
+from ffn.train.run_folder import read_config
 from ffn.train.steps import evaluate
 
 MODEL_FILES = {".safetensors", ".json", *PICKLES}
@@ -144,28 +145,32 @@ def _sentence(summary: str) -> str:
     return f"{summary[0].upper()}{summary[1:]}."
 
 
-def _config(words: Sequence[str]) -> recipe.TrainConfig:
-    """The configuration of `[CONFIG|RUN] [key=value ...]`."""
+def _file_and_keys(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Split `[CONFIG|RUN] [key=value ...]` into the file of the configuration and the keys."""
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise ValueError(f"{' '.join(names)}: wants one config and then key=value, as in train.steps=100")
     file = Path(names[0]) if names else None
     if file is not None and file.is_dir():
         file = file / "config.toml"
-    return recipe.read_config(file, [word for word in words if "=" in word])
+    return file, [word for word in words if "=" in word]
 
 
 def _train(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     words = arguments.words + ([f"base={arguments.base}"] if arguments.base else [])
-    summary = train(_config(words), lambda text: print(text, flush=True))
+    file, keys = _file_and_keys(words)
+    path = named_base(file, keys)
+    base = open_base(path, _complain) if path is not None else None
+    config = read_config(file, keys, base)
+    summary = train(config, lambda text: print(text, flush=True), base)
     return 130 if summary["stopped"] == "interrupted" else 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     device, _ = choose_device(arguments.device)
-    model = checkpoint.load(checkpoint.find_model(arguments.run, _complain), device)
-    tokenizer = checkpoint.load_tokenizer(arguments.run)
+    model = disk.read_model(disk.find_model(arguments.run, _complain).file, device)
+    tokenizer = disk.load_tokenizer(arguments.run)
     text, prompt = _prompt(arguments, tokenizer)
     left = model.config.max_seq_len - len(prompt)
     tokens = stream(
@@ -208,12 +213,12 @@ def _print_stream(tokens, tokenizer: Tokenizer) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     run = Path(arguments.run)
     device, _ = choose_device(arguments.device)
-    file = checkpoint.find_model(run, _complain)
+    file, state = disk.find_model(run, _complain)
     if not (run / "config.toml").is_file():
         raise ValueError(f"{run}: eval wants the folder of a run, which holds its config.toml")
-    model = checkpoint.load(file, device)
+    model = disk.read_model(file, device)
     corpus = open_corpus(run)
-    if corpus is None or corpus.fingerprint != checkpoint.read_state(file.parent)["data"]:
+    if corpus is None or state is None or corpus.fingerprint != state["data"]:
         raise ValueError(
             f"{run / 'data'} is absent, damaged or not what the model was trained on; "
             f"to make it again from the same text: ffn train {run / 'config.toml'} out={run}"
@@ -234,9 +239,9 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.words and stored:
         if rest := arguments.words[1:]:
             raise ValueError(f"{' '.join(rest)}: the model in {path} is as it is; leave that out")
-        model, architecture, shards = checkpoint.inspect(path)
+        model, architecture, shards = disk.inspect(path)
     else:
-        config = _config(arguments.words)
+        config = read_config(*_file_and_keys(arguments.words))
         model, architecture, shards = config.model, "ffn", None
         if config.data.tokenizer != "byte" and not path.is_dir():
             size = model.vocab_size

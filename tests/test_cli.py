@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ffn.cli import main
-from ffn.disk import load, load_tokenizer
+from ffn.disk import load, load_tokenizer, save
 from ffn.files.dataclass_toml import flatten
 from ffn.text.corpus import prepare
 from ffn.train.loop import train
@@ -159,7 +159,7 @@ def test_a_model_of_hugging_face(run: Path, tmp_path: Path, capsys, monkeypatch)
     """info reads its config and headers alone; generate reads its tokenizer.json."""
     folder = tmp_path / "hf"
     model = load(run)
-    model.save(folder, format="hf")
+    save(folder, model, format="hf")
     load_tokenizer(run).save(folder / "tokenizer.json")
     assert main(["generate", str(folder), "--device", "cpu", "--prompt", "12 t", "--tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("12 t")
@@ -193,13 +193,13 @@ def test_doctor_names_versions_and_choices(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "train.lr_rate=1"], "train.lr_rate: no such key; did you mean train.lr?"),
+        (["train", "train.lr_rate=1"], "train.lr_rate is not a key"),
         (["train", "train.steps=1", "a.toml", "b"], "a.toml b: wants one config and then key=value"),
-        (["train", "lr_rate=1"], "lr_rate: no such key; did you mean train.lr?"),
+        (["train", "lr_rate=1"], "lr_rate is not a key"),
         (["train", "model.num_heads=5"], "model.dim=192 does not split into num_heads=5 heads"),
         (["train", "absent.toml"], "absent.toml: cannot read this config: No such file or directory"),
-        (["train", "data.path=absent", "out=run"], "data.path=absent: no such file, no files in such a"),
-        (["train", "device=tpu"], "device=tpu: no such device; use auto, cpu, cuda, cuda:1 or mps"),
+        (["train", "data.path=absent", "out=run"], "data.path must be a file"),
+        (["train", "device=tpu"], "device must be auto, cpu, cuda"),
         (
             ["generate", "absent"],
             "absent: neither a run of ffn with a good checkpoint nor a folder with model.",
@@ -244,7 +244,7 @@ def test_want_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> 
 def test_mistakes_about_a_run_are_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step = run / "checkpoints" / "step-000012"
     for arguments, message in (
-        (["eval", str(run), "--batch-size", "0"], "batch_size=0: want 1 or more"),
+        (["eval", str(run), "--batch-size", "0"], "batch_size must be 1 or more, got 0"),
         (["eval", str(step)], f"{step}: eval wants the folder of a run, which holds its config.toml"),
         (
             ["generate", str(run), "--prompt", "1" * 40],

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffn import disk as checkpoint
+from ffn import disk
 from ffn.classify.batches import TextEncoder
 from ffn.classify.loop import TokenSource, compute_logits
 from ffn.classify.objective import METRICS, Objective
-from ffn.files.atomic import publish, temporary_name, write_file
+from ffn.files.atomic import replacing, write_file
+from ffn.files.checkpoints import MODEL
 from ffn.files.shards import open_shards, write_tensors
 from ffn.files.strict_json import read_json, short
 from ffn.gpt.transformer import Transformer
@@ -130,7 +130,7 @@ def save_classifier(folder: Path, classifier: TextClassifier) -> None:
         place = _member(folder, number)
         place.mkdir(exist_ok=True)
         if number == 1 or member.backbone is not first.backbone:
-            checkpoint.save_model(place, member.backbone)  # type: ignore[arg-type] - a Transformer
+            disk.save_model(place, member.backbone)  # type: ignore[arg-type] - a Transformer
         write_tensors(place / HEAD, member.head.state_dict(), {})
     classifier.encode.tokenizer.save(folder / TOKENIZER)
     write_file(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
@@ -151,15 +151,15 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Tex
     members: list[Classifier] = []
     for number in range(1, facts["members"] + 1):
         place = _member(folder, number)
-        own = number == 1 or (place / checkpoint.MODEL).is_file()
-        backbone = checkpoint.load(place / checkpoint.MODEL, device) if own else members[0].backbone
+        own = number == 1 or (place / MODEL).is_file()
+        backbone = disk.load(place / MODEL, device) if own else members[0].backbone
         backbone.origin = facts["origin"]  # type: ignore[attr-defined]
         members.append(_classifier(place, backbone, facts))
     objective = Objective(facts["loss"], tuple(facts["classes"]))
     tokenizer = load_tokenizer(folder / TOKENIZER)
     config = members[0].backbone.config
     if facts["window"] > config.max_seq_len or tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: {FACTS}, {TOKENIZER} and {checkpoint.MODEL} do not belong together")
+        raise ValueError(f"{folder}: {FACTS}, {TOKENIZER} and {MODEL} do not belong together")
     return TextClassifier(members, objective, TextEncoder(tokenizer, facts["window"], facts["pad"]))
 
 
@@ -191,15 +191,9 @@ def _of_transformers(folder: Path, device: str | torch.device) -> TextClassifier
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder under another name, which gets its own when all went well and is gone when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary_name(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with replacing(path) as partial:
+        partial.mkdir()
         yield partial
-        publish(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def check_new(path: Path) -> None:

@@ -1,11 +1,11 @@
 """Dataclasses as configuration: mappings, TOML text and `key=value` words, both ways.
 
-A configuration is a frozen dataclass whose fields are `bool`, `int`, `float`, `str`, a `Literal` of strings,
-an optional one of these, a tuple of one of these, or another such dataclass (a TOML table). TOML knows no
-null, so `None` is written and read as the string "none". Nothing here knows what is being configured.
+A configuration is a frozen dataclass. A field is a `bool`, `int`, `float`, `str`, a `Literal` of strings, an
+optional one of these, a tuple of one of these, or another such dataclass (a TOML table). TOML has no null:
+`None` is written and read as the string "none".
 
-Every error is a `ValueError` of one line that starts with the dotted key it is about, those of the
-dataclasses' own `__post_init__` too, which start with the name of a field.
+Every error is a `ValueError` of one line that starts with the dotted key at fault. A dataclass raises
+`ValueError` in its own `__post_init__`, with a message that starts with the name of the field.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ Config = TypeVar("Config")
 def from_dict(
     cls: type[Config], mapping: Mapping[str, Any], prefix: str = "", base: Config | None = None
 ) -> Config:
-    """Build `cls` from nested mappings; what is absent comes from `base`, else from the field's default.
+    """Build `cls` from nested mappings.
 
-    `prefix` is the dotted name of `cls` inside the whole, for messages: `from_dict(Model, m, "model")` says
-    `model.n_layer: no such key; did you mean model.num_layers?`.
+    Args:
+        prefix: the dotted name of `cls` inside the whole, for messages: `from_dict(Model, m, "model")` raises
+            `model.n_layer is not a key; did you mean model.num_layers?`.
+        base: gives the values of absent keys; left out, the fields' defaults do.
     """
     hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
@@ -40,12 +42,12 @@ def from_dict(
     for name, value in mapping.items():
         key = _join(prefix, name)
         if name not in fields:
-            raise ValueError(f"{key}: no such key; {_suggestion(name, cls, prefix)}")
+            raise ValueError(f"{key} is not a key; {_suggestion(name, cls, prefix)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise ValueError(
-                    f"{key}: wants a table of keys such as {key}.{next(_leaves(hint))}; got {value!r}"
+                    f"{key} must be a table of keys such as {key}.{next(_leaves(hint))}, got {value!r}"
                 )
             inner = getattr(base, name) if base is not None else _default(fields[name])
             values[name] = from_dict(typing.cast(type, hint), value, key, inner)
@@ -53,28 +55,28 @@ def from_dict(
             values[name] = _coerce(value, hint, key)
     for name, field in fields.items():
         if base is None and name not in values and not _has_default(field):
-            raise ValueError(f"{_join(prefix, name)}: missing, and it has no default")
+            raise ValueError(f"{_join(prefix, name)} is missing and has no default")
     try:
         return cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
-    except ValueError as error:  # the class names its field, and knows no prefix
+    except ValueError as error:  # the message starts with the field's name
         raise ValueError(_join(prefix, str(error))) from None
 
 
 def settle(config: Any) -> None:
-    """Give each field of a new configuration the type it declares; the first thing in a `__post_init__`.
+    """Convert each field of a new configuration to its declared type; call it first in `__post_init__`.
 
-    What means the same is taken: numbers of NumPy, a whole number for a float, a list for a tuple, a path for
-    a string. So whatever is built can be written and read again.
+    NumPy numbers, an integer for a float, a list for a tuple and a path for a string are converted, so that
+    every configuration can be written and read again.
 
     Raises:
-        ValueError: a value of another type, or none of a field's choices.
+        ValueError: a value has another type or is not one of a field's choices.
     """
     for name, hint in _hints(type(config)).items():
         value = getattr(config, name)
         if not dataclasses.is_dataclass(hint):
             object.__setattr__(config, name, _coerce(value, hint, name))
         elif not isinstance(value, typing.cast(type, hint)):
-            raise ValueError(f"{name}: wants a {typing.cast(type, hint).__name__}; got {value!r}")
+            raise ValueError(f"{name} must be a {typing.cast(type, hint).__name__}, got {value!r}")
 
 
 def from_toml(cls: type[Config], text: str, base: Config | None = None) -> Config:
@@ -87,7 +89,7 @@ def from_toml(cls: type[Config], text: str, base: Config | None = None) -> Confi
 
 
 def read_config(config: Config, file: str | Path | None, words: Iterable[str]) -> Config:
-    """`config` with what a TOML file says, then words such as `train.steps=100`; errors name the file."""
+    """Return `config` changed by a TOML file, then by words such as `train.steps=100`."""
     if file is not None:
         try:
             config = from_toml(type(config), Path(file).read_text("utf-8"), base=config)
@@ -99,7 +101,7 @@ def read_config(config: Config, file: str | Path | None, words: Iterable[str]) -
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dictionaries of TOML values (None is "none", a tuple is a list); `from_dict` reads them back."""
+    """Return nested dictionaries of TOML values for `from_dict`: None is "none", a tuple is a list."""
     out = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -113,41 +115,41 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_toml(config: Any) -> str:
-    """The whole configuration as TOML text, one line a key, in the order of the fields."""
+    """Return the whole configuration as TOML text, one line per key, in the order of the fields."""
     return "\n".join(_toml_lines(to_dict(config), "")) + "\n"
 
 
 def apply_overrides(config: Config, words: Iterable[str]) -> Config:
-    """The configuration after words such as `train.lr=0.01`, `data.path=a b.txt`, `betas=[0.9, 0.95]`."""
+    """Return `config` changed by words such as `train.lr=0.01`, `data.path=a b.txt`, `betas=[0.9, 0.95]`."""
     mapping: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ValueError(f"{word}: wants key=value, as in train.steps=100")
+            raise ValueError(f"{word} must be key=value, as in train.steps=100")
         *path, name = key.strip().split(".")
         table = mapping
         for part in path:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise ValueError(f"{word}: {part} was given a value before")
+                raise ValueError(f"{word}: {part} already has a value")
         table[name] = _Word(text)
     return from_dict(type(config), mapping, base=config)
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Dotted key -> TOML value, for comparing configurations and listing them."""
+    """Return a dictionary from dotted key to TOML value."""
     return dict(_flat(to_dict(config), ""))
 
 
 _hints = cache(typing.get_type_hints)
-_PLAIN_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_PLAIN_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
 _TAKEN = {bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}
 
 
 class _Word(str):
-    """A value as typed on the command line: its type is still to be read off the field."""
+    """A value as typed on the command line, not yet converted to the type of its field."""
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
@@ -164,12 +166,12 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if value in args:
             return value
         near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(str(value), args, 1))
-        raise ValueError(f"{key}: wants one of {', '.join(args)}; got {value!r}{near}")
+        raise ValueError(f"{key} must be one of {', '.join(args)}, got {value!r}{near}")
     kinds = _TAKEN.get(hint, ())
     if isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)):
         return hint(value)
     wanted = "a list" if origin is tuple else _PLAIN_NAMES[hint]
-    raise ValueError(f"{key}: wants {wanted}; got {value!r}")
+    raise ValueError(f"{key} must be {wanted}, got {value!r}")
 
 
 def _parse_word(text: str, hint: Any) -> Any:
@@ -183,7 +185,7 @@ def _parse_word(text: str, hint: Any) -> Any:
 
 
 def _suggestion(name: str, cls: type, prefix: str) -> str:
-    """The key that was meant, with or without its table; else all there are on this level."""
+    """Suggest the key that was meant, with or without its table; else list all keys of this level."""
     here = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     keys = {key: key.rpartition(".")[2] for key in (*_leaves(cls), *here)}
     same = [key for key, last in keys.items() if last == name]
@@ -191,7 +193,7 @@ def _suggestion(name: str, cls: type, prefix: str) -> str:
     close = difflib.get_close_matches(name, keys.values(), 1, 0.5)
     for key in (*same, *longer, *(key for key, last in keys.items() if last in close)):
         return f"did you mean {_join(prefix, key)}?"
-    return f"there are {', '.join(here)}"
+    return f"the keys are {', '.join(here)}"
 
 
 def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:

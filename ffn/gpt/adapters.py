@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ffn.files.atomic import publish, temporary_name
+from ffn.files.atomic import replacing
 from ffn.files.dataclass_toml import from_dict, settle
 from ffn.files.shards import open_shards, write_tensors
 from ffn.gpt.freeze import transformer_in
@@ -123,13 +123,8 @@ def save_adapters(path: str | Path, model: nn.Module) -> Path:
         raise ValueError("the model has no adapters to save; see add_adapters")
     facts = {**asdict(config), "base": fingerprint(transformer)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary_name(file)
-    try:
+    with replacing(file) as partial:
         write_tensors(partial, _factors(transformer), {"adapter": json.dumps(facts, sort_keys=True)})
-        publish(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     return file
 
 

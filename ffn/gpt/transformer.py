@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -260,14 +259,6 @@ class Transformer(nn.Module):
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
-
-    def save(self, path: str | Path, format: Literal["ffn", "hf"] = "ffn") -> None:
-        """Write a folder that `ffn.load` reads; as "hf" transformers' from_pretrained reads it too."""
-        from ffn import (
-            disk as checkpoint,  # the one way up: files know the model, and the model how to ask for them
-        )
-
-        checkpoint.save(path, self, format)
 
     def num_parameters(self) -> int:
         """Every weight counted once, the tied ones too."""

@@ -1,11 +1,12 @@
-"""Text in, tokens on disk out, cut into what trains and what validates.
+"""Text to tokens on disk, split into training and validation.
 
 A corpus is a text file, a folder, a glob pattern, or "stdlib": the sources of the Python standard library on
-this machine, so that training needs no download. Tokens live in memory-mapped files under the run's folder.
+this machine, so that training needs no download. Tokens are memory-mapped files in the run's folder.
 
-Nothing leaks from training into validation. One file is cut once: the first 1 - val_fraction of its
-characters train, the rest validates. Of many files whole files validate, chosen by a hash of their content,
-so identical files stand on one side and adding files moves none. (A character vocabulary is taken from both.)
+Training and validation do not overlap. A single file is cut once: the first 1 - val_fraction of its
+characters are for training, the rest for validation. Of many files, whole files are for validation, chosen
+by a hash of their content: identical files are on the same side, and adding files moves no other. (A
+character vocabulary is taken from both sides.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import array
 import glob
 import hashlib
 import json
-import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ffn.files.atomic import publish, sha256_file, sync_file, temporary_name, write_file
+from ffn.files.atomic import aside, flush, publish, sha256_file
 from ffn.files.dataclass_toml import settle
 from ffn.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
@@ -35,34 +35,34 @@ NOT_STDLIB = {"test", "tests", "idlelib", "turtledemo", "site-packages", "dist-p
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it becomes tokens."""
+    """The text and its tokenizer."""
 
     path: str = "stdlib"  # a text file, a folder, a glob pattern, or "stdlib"
     tokenizer: str = "byte"  # "byte", "char", or the path of a tokenizer.json
-    val_fraction: float = 0.1  # of the characters of one file; of many files, the chance of each to validate
+    val_fraction: float = 0.1  # of the characters of one file; the expected share of many files
 
     def __post_init__(self) -> None:
         settle(self)
         if not self.path:
-            raise ValueError("path: wants a file, a folder, a pattern or stdlib; got ''")
+            raise ValueError("path must be a file, a folder, a pattern or stdlib, got ''")
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction: wants a number between 0 and 1; got {self.val_fraction}")
+            raise ValueError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised text, cut in two. `train` and `val` are 1-D tensors over memory-mapped files."""
+    """Tokenised text in two parts. `train` and `val` are 1-D tensors over memory-mapped files."""
 
     tokenizer: Tokenizer
     train: Tensor
     val: Tensor
-    val_bytes: int  # of the UTF-8 text behind `val`
-    fingerprint: str  # names tokens and split; equal fingerprints mean equal batches
-    notes: tuple[str, ...]  # what a reader should know: how many files, which were left out
+    val_bytes: int  # length of the validation text in UTF-8
+    fingerprint: str  # of tokens and split: equal fingerprints mean equal batches
+    notes: tuple[str, ...]  # for the log: how many files, and which were left out
 
 
 def find_files(path: str) -> list[Path]:
-    """The files of a corpus in a fixed order; ValueError where there are none."""
+    """Return the files of a corpus in a fixed order; ValueError if there are none."""
     if path == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         found = [file for file in root.rglob("*.py") if not NOT_STDLIB & set(file.relative_to(root).parts)]
@@ -75,7 +75,9 @@ def find_files(path: str) -> list[Path]:
         matches = glob.glob(str(root), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
         found = [Path(name) for name in matches if Path(name).is_file()]
     if not found:
-        raise ValueError(f"data.path={path}: no such file, no files in such a folder, and no files match it")
+        raise ValueError(
+            f"data.path must be a file, a folder with files, a matching pattern or stdlib, got {path}"
+        )
     return sorted(found, key=Path.as_posix)
 
 
@@ -84,7 +86,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, line ends as they are; ValueError where it is not UTF-8 text."""
+    """Return a file's text with its line ends unchanged; ValueError if it is not UTF-8 text."""
     content = path.read_bytes()
     try:
         if b"\0" not in content:
@@ -95,45 +97,50 @@ def read_text(path: Path) -> str:
 
 
 def split_files(digests: Iterable[str], val_fraction: float) -> set[str]:
-    """Which contents validate, by their SHA-256: those below `val_fraction` of the range of the hash.
+    """Return the SHA-256 digests of the files for validation: those below `val_fraction` of the hash's range.
 
-    Neither side stays empty: the lowest hash validates and the highest trains. ValueError for fewer than two
-    different contents.
+    Neither side is empty: the lowest hash is for validation, the highest for training.
+
+    Raises:
+        ValueError: fewer than two files differ.
     """
     different = sorted(set(digests))
     if len(different) < 2:
         raise ValueError(
-            "the files of the corpus are all the same: validation would repeat training; give others"
+            "the files of the corpus must differ: all are the same, so validation would repeat training"
         )
     val = {digest for digest in different if int(digest[:16], 16) < val_fraction * 2**64}
     return (val | {different[0]}) - {different[-1]}
 
 
 def prepare(config: DataConfig, run: Path, wanted: str | None = None) -> Corpus:
-    """The corpus as tokens, made anew: `run/tokenizer.json` and `run/data/`, with manifest.json last of all.
+    """Tokenise a corpus into `run/tokenizer.json` and `run/data/`; manifest.json is written last.
 
-    They are made aside and take their places when whole. Raises ValueError, and leaves `run` as it was, where
-    there is no text, where none of it is UTF-8, or where its fingerprint is not the one `wanted`.
+    The files are written aside and renamed when they are complete.
+
+    Args:
+        wanted: the fingerprint that the corpus must have; None for any.
+
+    Raises:
+        ValueError: there is no text, none of it is UTF-8, or its fingerprint is not `wanted`; `run` is
+            unchanged.
     """
-    aside = temporary_name(run / "data")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        manifest = _build(config, aside)
+    with aside(run / "data") as partial:
+        manifest = _build(config, partial)
         if wanted not in (None, _fingerprint(manifest)):
             raise ValueError(
-                f"data.path={config.path}: not the text that {run} began with, and the tokens it kept "
+                f"data.path={config.path}: not the text that {run} began with, and the tokens kept there "
                 "are absent or damaged; bring that text back, or start anew in another folder: out=..."
             )
+        flush(partial)
         (run / "data").mkdir(exist_ok=True)
         for name in (*manifest["sha256"], MANIFEST):
-            publish(aside / name, run / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            publish(partial / name, run / name)
     return _open(run, manifest)
 
 
 def open_corpus(run: Path) -> Corpus | None:
-    """What `prepare` left in `run`, or None where any of it is absent or damaged."""
+    """Return the corpus that `prepare` wrote to `run`; None if a file of it is absent or damaged."""
     try:
         manifest = json.loads((run / MANIFEST).read_text("utf-8"))
         sound = all(sha256_file(run / name) == digest for name, digest in manifest["sha256"].items())
@@ -169,21 +176,20 @@ def _build(config: DataConfig, folder: Path) -> dict[str, Any]:
         for side, text in texts():
             counts[side]["bytes"] += len(text.encode())
             counts[side]["tokens"] += _encode(text, tokenizer, files[side])
-    for side, name in names.items():
+    for side in names:
         if counts[side]["tokens"] < 2:
             what = "training" if side == "train" else "validation"
             raise ValueError(f"data.path={config.path}: too little text, none is left for {what}")
-        sync_file(folder / name)
     digests = {name: sha256_file(folder / name) for name in ("tokenizer.json", *names.values())}
     manifest = {"config": asdict(config), "notes": notes, "sha256": digests}
     for side, name in names.items():
         manifest[side] = {**counts[side], "sha256": digests[name]}
-    write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return manifest
 
 
 def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, str]]], list[str]]:
-    """A function that goes through the corpus as (side, text), which may be called again, and notes on it."""
+    """Return a function that iterates over the corpus as (side, text), and notes for the log."""
     files, notes = _without_runs(find_files(config.path), config.path)
     if len(files) == 1:
         text = read_text(files[0])
@@ -218,7 +224,7 @@ def _open_texts(config: DataConfig) -> tuple[Callable[[], Iterator[tuple[str, st
 
 
 def _without_runs(files: list[Path], path: str) -> tuple[list[Path], list[str]]:
-    """The files that no training run wrote, and a note on those that one did; a file by its name is taken."""
+    """Leave out files in folders of training runs, with a note for each run; a single file is kept."""
     folders = {folder for file in files for folder in file.parents} if len(files) > 1 else set()
     runs = {f for f in folders if (f / ".lock").is_file() and (f / "config.toml").is_file()}
     kept = [file for file in files if runs.isdisjoint(file.parents)]
@@ -228,7 +234,7 @@ def _without_runs(files: list[Path], path: str) -> tuple[list[Path], list[str]]:
 
 
 def _encode(text: str, tokenizer: Tokenizer, file: BinaryIO) -> int:
-    """Append the text's tokens to the file, some lines at a time; returns how many they are."""
+    """Append the text's tokens to the file, some lines at a time; return their number."""
     typecode = _dtype(tokenizer)[0]
     count, lines, characters = 0, [], 0
     for line in [*text.splitlines(keepends=True), ""]:
@@ -242,7 +248,7 @@ def _encode(text: str, tokenizer: Tokenizer, file: BinaryIO) -> int:
 
 
 def _dtype(tokenizer: Tokenizer) -> tuple[str, torch.dtype]:
-    """The narrowest type that holds every token: its letter for `array`, and for torch."""
+    """Return the narrowest type that holds every token: its letter for `array`, and torch's dtype."""
     if tokenizer.vocab_size <= 1 << 8:
         return "B", torch.uint8
     if tokenizer.vocab_size <= 1 << 16:

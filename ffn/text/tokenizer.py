@@ -3,7 +3,7 @@
     tokenizer = CharTokenizer.from_texts(["hello"])
     tokenizer.decode(tokenizer.encode("hello")) == "hello"
 
-`save` writes one JSON file, `load_tokenizer` reads it, and a bare `tokenizer.json` of Hugging Face as well.
+`save` writes one JSON file. `load_tokenizer` reads it, and a Hugging Face `tokenizer.json` too.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ffn.files.atomic import write_file
 
 
 class Tokenizer(Protocol):
-    """What data, training and generation ask of a tokenizer."""
+    """The interface that data, training and generation use."""
 
     @property
     def vocab_size(self) -> int:
-        """V: token numbers run from 0 to V - 1."""
+        """V: token numbers are 0 to V - 1."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """The token numbers of a text."""
+        """Return the token numbers of a text."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token numbers."""
+        """Return the text of token numbers."""
         ...
 
     def save(self, path: str | Path) -> None:
@@ -38,16 +38,16 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One token for each byte of the UTF-8 text; V = 256. Any text at all can be encoded."""
+    """One token per byte of the UTF-8 text; V = 256. Every text can be encoded."""
 
     vocab_size = 256
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of the text as numbers."""
+        """Return the bytes of the text as numbers."""
         return list(text.encode())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the bytes; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of the bytes; bytes that are not UTF-8 become U+FFFD."""
         return bytes(ids).decode(errors="replace")
 
     def save(self, path: str | Path) -> None:
@@ -56,20 +56,20 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """One token for each character of a vocabulary, numbered in the order of the code points.
+    """One token per character of a vocabulary, numbered in the order of the code points.
 
-    Raises ValueError where a text holds a character outside the vocabulary.
+    `encode` raises ValueError for a character outside the vocabulary.
     """
 
     def __init__(self, vocabulary: Iterable[str]) -> None:
         self.vocabulary = "".join(sorted(set(vocabulary)))
         self._numbers = {character: number for number, character in enumerate(self.vocabulary)}
         if not self.vocabulary:
-            raise ValueError("CharTokenizer wants at least one character; the text is empty")
+            raise ValueError("vocabulary must hold at least one character; the text is empty")
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> CharTokenizer:
-        """The characters that occur in any of the texts."""
+        """Build the vocabulary from the characters of the texts."""
         found: set[str] = set()
         for text in texts:
             found.update(text)
@@ -77,11 +77,11 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of different characters."""
+        """V: the number of different characters."""
         return len(self.vocabulary)
 
     def encode(self, text: str) -> list[int]:
-        """The numbers of the characters."""
+        """Return the numbers of the characters; ValueError for a character outside the vocabulary."""
         numbers = self._numbers
         try:
             return [numbers[character] for character in text]
@@ -93,11 +93,11 @@ class CharTokenizer:
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The characters of the numbers; ValueError for a number outside the vocabulary."""
+        """Return the characters of the numbers; ValueError for a number outside the vocabulary."""
         numbers = list(ids)
         wrong = [number for number in numbers if not 0 <= number < self.vocab_size]
         if wrong:
-            raise ValueError(f"token {wrong[0]} is not among the {self.vocab_size} of this tokenizer")
+            raise ValueError(f"ids must be in 0..{self.vocab_size - 1}, got {wrong[0]}")
         return "".join(self.vocabulary[number] for number in numbers)
 
     def save(self, path: str | Path) -> None:
@@ -106,12 +106,13 @@ class CharTokenizer:
 
 
 class HFTokenizer:
-    """A Hugging Face fast tokenizer, from the text of its `tokenizer.json`. Wants the package `tokenizers`.
+    """A Hugging Face fast tokenizer. Requires the package `tokenizers`.
 
-    No special tokens are added: a corpus is a stream, and a prompt goes on in it. Nor is a text cut short or
-    padded, whatever the file says of that.
+    No special tokens are added, since a corpus is a stream and a prompt continues it. Truncation and padding
+    are off, whatever the file says.
 
-    specification: the text of the file, as Hugging Face's libraries read it.
+    Args:
+        specification: the text of a `tokenizer.json`.
     """
 
     def __init__(self, specification: str) -> None:
@@ -119,27 +120,27 @@ class HFTokenizer:
             from tokenizers import Tokenizer as FastTokenizer
         except ImportError:
             raise ImportError(
-                "a tokenizer.json wants the package tokenizers: pip install 'ffn[hf]'"
+                "a tokenizer.json requires the package tokenizers: pip install 'ffn[hf]'"
             ) from None
         try:
             self._tokenizer = FastTokenizer.from_str(specification)
         except Exception as error:  # noqa: BLE001 - the package raises bare Exception
-            raise ValueError(f"not a tokenizer.json of Hugging Face: {error}") from None
+            raise ValueError(f"not a Hugging Face tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.specification = specification
 
     @property
     def vocab_size(self) -> int:
-        """V, added tokens included; one more than the largest number, should the numbers have gaps."""
+        """V: one more than the largest token number, added tokens included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """The token numbers of a text."""
+        """Return the token numbers of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def frame(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the file puts before and behind a text, as a classifier reads it."""
+        """Return the special tokens that the file puts before and after a text, which classifiers need."""
         found = self._tokenizer.encode("a")
         special = found.special_tokens_mask
         first = special.index(0) if 0 in special else len(special)
@@ -147,16 +148,16 @@ class HFTokenizer:
         return found.ids[:first], found.ids[last:]
 
     def number(self, *spellings: str) -> int | None:
-        """The number of the first of these tokens that there is."""
+        """Return the number of the first of these tokens that exists; None if none does."""
         numbers = map(self._tokenizer.token_to_id, spellings)
         return next((number for number in numbers if number is not None), None)
 
     def spelling(self, number: int) -> str | None:
-        """How a token is written, special ones too; None for a number that no token has."""
+        """Return a token's string, special tokens included; None for a number without a token."""
         return self._tokenizer.id_to_token(number)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token numbers, special tokens left out."""
+        """Return the text of token numbers without special tokens."""
         return self._tokenizer.decode(list(ids))
 
     def save(self, path: str | Path) -> None:
@@ -165,10 +166,10 @@ class HFTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read what `save` wrote, or a Hugging Face `tokenizer.json`; ValueError for a file that is neither."""
+    """Read a file that `save` wrote or a Hugging Face `tokenizer.json`; ValueError for any other."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such tokenizer file; want a kind that there is, or a tokenizer.json")
+        raise ValueError(f"{path}: no such tokenizer file")
     try:
         content = json.loads(path.read_text("utf-8"))
         kind = content.get("kind", "hf" if "model" in content else None)
@@ -184,7 +185,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer for a corpus: "byte", "char" (all characters of the texts), or the path of its file."""
+    """Return the tokenizer for a corpus.
+
+    Args:
+        name: "byte", "char" (the characters of the texts), or the path of a tokenizer's file.
+    """
     if name == "byte":
         return ByteTokenizer()
     if name == "char":
@@ -195,7 +200,7 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str, first: int, say: Callable[[str], None]
 ) -> tuple[str, list[int]]:
-    """A default prompt and its tokens, or, with a line that says so, the token `first` where it has none."""
+    """Return a default prompt and its tokens; if it cannot be encoded, the token `first`, and tell `say`."""
     try:
         if tokens := tokenizer.encode(prompt):
             return prompt, tokens

@@ -1,4 +1,4 @@
-"""Tokens in, (B, T) batches of inputs and targets out: shuffled to train on, in order to validate on."""
+"""Batches (B, T) of inputs and targets from tokens: shuffled for training, in order for validation."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the target that no loss counts
+IGNORED = -100  # target of positions that do not count in the loss
 
 
 class Batches:
     """Shuffled training batches. Batch i is a pure function of (tokens, window, batch_size, seed, i).
 
-    Each epoch cuts the tokens into windows without overlap, from a random offset on, and visits them all in
-    a random order; so a position in the data is one number. `batches(i)` gives tokens and targets (B, T),
-    int64, the targets one token later.
+    Each epoch cuts the tokens into windows without overlap, from a random offset, and visits all of them in
+    random order. `batches(i)` returns inputs and targets (B, T), int64; targets are one token later.
     """
 
     def __init__(self, tokens: Tensor, window: int, batch_size: int, seed: int) -> None:
         if len(tokens) < window + 1:
             raise ValueError(
-                f"the training text has {len(tokens)} tokens where a window of {window} wants at least "
-                f"{window + 1}: give more text or a smaller model.max_seq_len"
+                f"the training text must have at least {window + 1} tokens, got {len(tokens)}; "
+                "give more text or a smaller model.max_seq_len"
             )
         self.tokens, self.window, self.batch_size, self.seed = tokens, window, batch_size, seed
         self.windows_per_epoch = max(1, (len(tokens) - window) // window)
@@ -50,14 +49,17 @@ class Batches:
 def validation_batches(
     tokens: Tensor, window: int, batch_size: int, limit: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Full windows over all the tokens: each but the first is a target exactly once.
+    """Yield full windows over all tokens: every token but the first is a target exactly once.
 
-    The last window reaches back to be full, with what was scored before as `IGNORED` targets; only a text
-    shorter than one window gives a shorter one. `limit` > 0 takes that many batches, evenly spread.
+    The last window overlaps the one before so that it is full; the overlap has `IGNORED` targets. A text
+    shorter than one window gives one shorter window.
+
+    Args:
+        limit: at most so many batches, evenly spread; 0 for all.
     """
     predicted = len(tokens) - 1
     if predicted < 1:
-        raise ValueError(f"the validation text has {len(tokens)} tokens; at least 2 are wanted")
+        raise ValueError(f"the validation text must have at least 2 tokens, got {len(tokens)}")
     window = min(window, predicted)
     starts = list(range(0, predicted - window + 1, window))
     rest = predicted - len(starts) * window
@@ -74,12 +76,14 @@ def validation_batches(
 
 
 def gather(tokens: Tensor, starts: list[int], window: int) -> tuple[Tensor, Tensor]:
-    """The windows at `starts` and the same one token later: two (B, T) of int64."""
+    """Return the windows at `starts` as inputs and, one token later, targets: (B, T), int64."""
     rows = torch.stack([tokens[start : start + window + 1] for start in starts]).to(torch.int64)
-    return rows[:, :-1].clone(), rows[:, 1:].clone()  # of one row both would be views of the same memory
+    return rows[:, :-1].clone(), rows[
+        :, 1:
+    ].clone()  # cloned: for one row both would be views of the same memory
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:
-    """A 63-bit seed for one purpose, from the run's seed and what it is for."""
+    """Return a 63-bit seed for one purpose, derived from the run's seed and the labels of the purpose."""
     name = "/".join(str(label) for label in (seed, *labels))
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1

@@ -1,21 +1,26 @@
-"""Where a model runs and in what precision, and why: for the commands, which say it; the generators there."""
+"""Choose device and precision, with a reason to print; keep freed memory."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device, and why: "auto" takes cuda, then mps, then cpu. ValueError for one that is not here."""
+    """Return a device and the reason for it.
+
+    Args:
+        name: a torch device, or "auto": cuda if available, else mps, else cpu.
+
+    Raises:
+        ValueError: the device is not available here.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda"), f"CUDA is available: {torch.cuda.get_device_name()}"
@@ -25,7 +30,7 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={name}: no such device; use auto, cpu, cuda, cuda:1 or mps") from None
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1 or mps, got {name}") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available():
@@ -34,31 +39,33 @@ def choose_device(name: str) -> tuple[torch.device, str]:
                 f"device={name}: this torch {torch.__version__} {built}; use device=auto or device=cpu"
             )
         if (device.index or 0) >= count:
-            raise ValueError(f"device={name}: there are {count} CUDA devices, the last is cuda:{count - 1}")
+            raise ValueError(
+                f"device must be at most cuda:{count - 1}, the last of {count} CUDA devices, got {name}"
+            )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name}: Metal is not available here; use device=auto or device=cpu")
     elif device.type not in ("cpu", "mps"):
-        raise ValueError(f"device={name}: ffn runs on cpu, cuda and mps")
+        raise ValueError(f"device must be on cpu, cuda or mps, got {name}")
     return device, "as asked"
 
 
 def choose_precision(name: Precision, device: torch.device) -> tuple[Precision, str]:
-    """float32 or bfloat16 (autocast) for "auto" or by name, and why."""
+    """Return float32 or bfloat16 (autocast) and the reason; "auto" is bfloat16 where it is native."""
     if name != "auto":
         return name, "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16", "this GPU multiplies bfloat16 natively"
-    # Not oneDNN's answer, which is yes on any AVX-512: without its bfloat16 part the products are emulated.
+    # oneDNN's own answer is yes on any AVX-512, but without AVX512_BF16 it emulates the matmuls.
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bfloat16", "this CPU multiplies bfloat16 natively"
     return "float32", "no native bfloat16 products here"
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library hold on to what this process frees; whether it could be told.
+    """Let the C library keep freed memory instead of returning it to the system; False if it cannot.
 
-    Training frees and takes the same large buffers at every step. By default glibc gives them back to the
-    system, and their pages are cleared and mapped anew each time: up to a fifth of a step on the CPU.
+    Training frees and allocates the same large buffers in every step. By default glibc returns them to the
+    system, and their pages are cleared and mapped again each time: up to a fifth of a step on the CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -69,25 +76,5 @@ def keep_freed_memory() -> bool:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
-    """The context of a forward pass: products in bfloat16 when that is the precision, else nothing."""
+    """Return the context of a forward pass: autocast to bfloat16 if that is the precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's random generators, on the CPU and on every device in use, as bytes by name."""
-    states = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states |= {f"random/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    if torch.backends.mps.is_available():
-        states["random/mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def set_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `random_state` gave; a device that is not here, or was not in use then, is left."""
-    torch.set_rng_state(tensors["random/cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"random/cuda{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random/cuda{i}"], i)
-    if torch.backends.mps.is_available() and "random/mps" in tensors:
-        torch.mps.set_rng_state(tensors["random/mps"])

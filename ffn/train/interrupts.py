@@ -1,4 +1,4 @@
-"""Ctrl-C that lets a step end: the first one asks, the second one stops."""
+"""Ctrl-C that lets the current step finish; a second one stops at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import Any
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C or SIGTERM only makes the function say True; a second one acts as usual."""
+    """Yield a function that returns True after a first Ctrl-C or SIGTERM; a second one acts as usual.
+
+    In a thread other than the main one no handler can be set: the function always returns False.
+    """
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -22,9 +25,8 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     def handle(number: int, frame: object) -> None:
         caught.append(number)
         signal.signal(number, before[number])
-        os.write(
-            2, b"\nstopping after this step; once more stops at once\n"
-        )  # print may be what it interrupts
+        # os.write, because the handler may interrupt a print
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     for number in before:
         signal.signal(number, handle)

@@ -1,11 +1,11 @@
-"""Training a Transformer on text, from one configuration to a folder that holds everything.
+"""Train a Transformer on text.
 
     train(TrainConfig(out="runs/mine", data=DataConfig(path="book.txt")))
 
-Called again with the same configuration it goes on from the last good checkpoint of that folder. On the same
-machine and versions it ends with the same weights and metrics.csv, bit for bit, as a run that was never
-interrupted: batch and learning rate depend on the step alone, and all other state is in the checkpoint. (On
-CUDA that holds as far as its kernels are deterministic.)
+Called again with the same configuration, training resumes from the last good checkpoint in that folder. On
+the same machine and versions it ends with the same weights and metrics.csv, bit for bit, as a run that was
+never interrupted: batch and learning rate depend on the step alone, and all other state is in the checkpoint.
+(On CUDA this holds as far as its kernels are deterministic.)
 """
 
 from __future__ import annotations
@@ -16,58 +16,55 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ffn import disk as checkpoint
+from ffn import disk
 from ffn.files.atomic import exclusive, write_file
+from ffn.files.checkpoints import checkpoint_path, list_checkpoints, newest_checkpoint, prune
 from ffn.gpt.adapters import save_adapters
 from ffn.gpt.generate import generate
 from ffn.text.corpus import Corpus, find_files
 from ffn.text.tokenizer import encode_prompt
 from ffn.text.windows import Batches, derive_seed
-from ffn.train.config import TrainConfig, fingerprint, open_run
+from ffn.train.base import Base, open_base, start
+from ffn.train.checkpoint import restore, save_checkpoint
+from ffn.train.config import TrainConfig, fingerprint
 from ffn.train.device import Precision, autocast, choose_device, choose_precision
 from ffn.train.interrupts import interrupts
+from ffn.train.progress import Progress
 from ffn.train.report import BASE_METRICS, METRICS, Log, Screen, closing_lines
-from ffn.train.start import start
+from ffn.train.run_folder import open_run
 from ffn.train.steps import accumulate_gradients, evaluate, evaluating
 
 Say = Callable[[str], None]
 
 
-@dataclass
-class Progress:
-    """Where a run stands; with weights, optimizer and random state, all that the next step depends on."""
+def train(config: TrainConfig, say: Say = print, base: Base | None = None) -> dict[str, Any]:
+    """Train to the end, resuming from the last good checkpoint in `config.out` if there is one.
 
-    step: int = 0
-    train_seconds: float = 0.0  # of steps: compilation counted; evaluation, sampling and saving not
-    val_loss: float | None = None
-    best_loss: float | None = None
-    best: str | None = None  # the name of the checkpoint
-    stale: int = 0  # evaluations since the best
-    stopped: str = ""  # "", "finished" or "early"
-    val_before: float | None = None  # of a base, before the first step
-    base_loss: float | None = None  # on the base's own validation text
-    base_before: float | None = None
+    Ctrl-C saves a checkpoint and returns.
 
+    Args:
+        say: is told the lines of the log.
+        base: config.base, where it is open already.
 
-def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
-    """Train to the end, or on from the last good checkpoint in `config.out`; returns what summary.json holds.
+    Returns:
+        The content of summary.json; "stopped" is "finished", "early" or "interrupted".
 
-    Raises ValueError for a configuration, corpus or folder that will not do, FloatingPointError when the loss
-    or the gradient is no longer finite, OSError when nothing more can be written. Ctrl-C saves and returns;
-    "stopped" is then "interrupted".
+    Raises:
+        ValueError: the configuration, the corpus, the base or the folder is wrong.
+        FloatingPointError: the loss or the gradient is no longer finite.
+        OSError: the disk is full or fails.
     """
     run = Path(config.out)
     device, why = choose_device(config.device)
     precision, why_precision = choose_precision(config.train.precision, device)
     if run.exists() and not run.is_dir():
-        raise ValueError(f"out={run}: is a file; give a folder")
+        raise ValueError(f"out must be a folder, got the file {run}")
     if not run.exists():
         find_files(config.data.path)  # before there is a folder: a wrong path leaves none behind
     run.mkdir(parents=True, exist_ok=True)
@@ -75,8 +72,10 @@ def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
         stack.enter_context(exclusive(run))
         say(f"device       {device} ({why})")
         say(f"precision    {precision} ({why_precision})")
-        config, corpus = open_run(config, say)
-        trainer = Trainer(config, corpus, device, precision, say)
+        if base is None and config.base is not None:
+            base = open_base(config.base, say)
+        config, corpus = open_run(config, base, say)
+        trainer = Trainer(config, base, corpus, device, precision, say)
         trainer.start()
         stack.callback(trainer.log.close)
         interrupted = stack.enter_context(interrupts())
@@ -85,10 +84,16 @@ def train(config: TrainConfig, say: Say = print) -> dict[str, Any]:
 
 
 class Trainer:
-    """One run in progress: `start`, `loop`, `finish`."""
+    """One run in progress: call `start`, `loop` and `finish`."""
 
     def __init__(
-        self, config: TrainConfig, corpus: Corpus, device: torch.device, precision: Precision, say: Say
+        self,
+        config: TrainConfig,
+        base: Base | None,
+        corpus: Corpus,
+        device: torch.device,
+        precision: Precision,
+        say: Say,
     ) -> None:
         loop = config.train
         self.config, self.corpus, self.device = config, corpus, device
@@ -105,9 +110,9 @@ class Trainer:
             say(f"prompt       {self.prompt_text!r}, what the window has room for of train.sample_prompt")
         self.tokens_per_step = loop.batch_size * loop.accumulate * window
         torch.manual_seed(loop.seed)
-        begun = start(config, device, say)
+        begun = start(config, base, device, say)
         self.model, self.base_corpus = begun.model, begun.base_corpus
-        self.identity = {"config": fingerprint(config), "data": corpus.fingerprint}  # of all its checkpoints
+        self.identity = {"config": fingerprint(config), "data": corpus.fingerprint}  # in all its checkpoints
         if begun.base_fingerprint is not None:
             self.identity["base"] = begun.base_fingerprint
         self.optimizer = loop.build_optimizer(self.model)
@@ -116,19 +121,19 @@ class Trainer:
                 block.compile()
 
     def start(self) -> None:
-        """Begin, or go on from the last good checkpoint."""
-        newest = checkpoint.newest_checkpoint(self.run, self.identity, self.say)
+        """Begin, or resume from the last good checkpoint."""
+        newest = newest_checkpoint(self.run, self.identity, self.say)
         sizes = None
         if newest is not None:
             self.last, state = newest
-            checkpoint.restore(self.last, self.model, self.optimizer)
+            restore(self.last, self.model, self.optimizer)
             self.at, sizes = Progress(**state["progress"]), state["logs"]
             self.say(f"{'finished before' if self.at.stopped else 'going on    '} {self.last}")
             here = self._environment()
             changed = [f"{k} {v}, now {here[k]}" for k, v in state["environment"].items() if here[k] != v]
             if changed and not self.at.stopped:
                 self.say(f"not the same to the last bit from here on: it was {'; '.join(changed)}")
-        elif checkpoint.list_checkpoints(self.run):
+        elif list_checkpoints(self.run):
             raise ValueError(
                 f"no checkpoint in {self.run} is good; to start anew give another folder: out=..."
             )
@@ -137,7 +142,7 @@ class Trainer:
             self._measure_base()
 
     def _measure_base(self) -> None:
-        """The losses before the first step, as step 0 in metrics.csv."""
+        """Write the losses before the first step as step 0 in metrics.csv."""
         at = self.at
         at.val_before = self._loss_of(self.corpus)
         at.base_before = self._loss_of(self.base_corpus) if self.base_corpus else None
@@ -147,7 +152,7 @@ class Trainer:
         self.log.metrics(step=0, tokens=0, lr=None, train_loss=None, grad_norm=None, **losses)
 
     def loop(self, interrupted: Callable[[], bool]) -> None:
-        """Step until the end, an early stop, or an interruption."""
+        """Train until the last step, an early stop or an interruption."""
         loop, at = self.config.train, self.at
         if at.stopped:
             return
@@ -208,20 +213,13 @@ class Trainer:
             )
 
     def _evaluate(self) -> bool:
-        """Validation loss and early stopping; whether the loss is the best so far."""
+        """Measure the validation losses; return True if the loss is the best so far."""
         loop, at = self.config.train, self.at
-        at.val_loss = self._loss_of(self.corpus)
+        val_loss = self._loss_of(self.corpus)
         at.base_loss = self._loss_of(self.base_corpus) if self.base_corpus else None
-        self._finite(at.step, "validation loss", at.val_loss)
-        improved = at.best_loss is None or at.val_loss < at.best_loss
-        if improved:
-            at.best_loss, at.best = at.val_loss, checkpoint.checkpoint_path(self.run, at.step).name
-        at.stale = 0 if improved else at.stale + 1
-        if at.step == loop.steps:
-            at.stopped = "finished"
-        elif loop.patience and at.stale >= loop.patience:
-            at.stopped = "early"
-        return improved
+        self._finite(at.step, "validation loss", val_loss)
+        name = checkpoint_path(self.run, at.step).name
+        return at.evaluated(val_loss, name, loop.steps, loop.patience)
 
     def _loss_of(self, corpus: Corpus) -> float:
         loop = self.config.train
@@ -268,8 +266,8 @@ class Trainer:
             "logs": self.log.sizes(),
             "environment": self._environment(),
         }
-        self.last = checkpoint.save_checkpoint(self.run, self.at.step, self.model, self.optimizer, state)
-        checkpoint.prune(self.run, self.at.step, self.config.train.keep, self.at.best)
+        self.last = save_checkpoint(self.run, self.at.step, self.model, self.optimizer, state)
+        prune(self.run, self.at.step, self.config.train.keep, self.at.best)
 
     def _kept(self) -> str:
         return f"the last good checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
@@ -279,7 +277,7 @@ class Trainer:
         return {"torch": torch.__version__, "precision": self.precision, **where}
 
     def finish(self) -> dict[str, Any]:
-        """Write summary.json and loss.png, and say what there is and how to go on."""
+        """Write summary.json and loss.png, and say the closing lines; return the summary."""
         at, run = self.at, self.run
         summary = {
             "stopped": at.stopped or "interrupted",
@@ -298,7 +296,7 @@ class Trainer:
         if self.base_corpus:
             summary |= {"base_val_loss_before": at.base_before, "base_val_loss": at.base_loss}
         if self.config.train.only == "lora":
-            summary["adapters"] = save_adapters(run, checkpoint.load(run)).name  # of the best checkpoint
+            summary["adapters"] = save_adapters(run, disk.load(run)).name  # of the best checkpoint
         self.log.sizes()
         write_file(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         for line in closing_lines(run, summary):

@@ -7,11 +7,11 @@ One step with the schedule's factor f in [0, 1] and a group's learning rate η =
             where O is the momentum of the gradient, orthogonalised
     L1      p ← sign(p)·max(|p| - η·λ₁, 0), after either             the proximal step of λ₁·|p|: exact zeros
 
-λ₂ (`weight_decay`) and λ₁ (`l1`) act on matrices only, never on embeddings, norms and biases. Muon takes the
-matrices inside the blocks, AdamW everything else. What does not require a gradient is in no group: it has no
-state and decays by nothing.
+λ₂ (`weight_decay`) and λ₁ (`l1`) act on matrices only, not on embeddings, norms and biases. Muon updates the
+matrices inside the blocks, AdamW everything else. Parameters that do not require a gradient are in no group:
+they have no state and do not decay.
 
-With `layer_decay` c < 1 a parameter below k blocks learns at c^k times its group's rate  Howard & Ruder 2018
+`layer_decay` c multiplies the learning rate of a parameter below k blocks by c^k       Howard & Ruder 2018
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def lr_factor(step: int, steps: int, schedule: Schedule, warmup: int = 0, floor: float = 0.0) -> float:
-    """The share of the learning rate that step `step` of 0 .. steps - 1 uses.
+    """Return the factor of the learning rate at step `step` of 0 .. steps - 1.
 
-    It rises linearly over the first `warmup` steps, (step + 1) / warmup, and then stays 1 or falls from 1 to
-    `floor`, which the step after the last would have: linearly, or along half a cosine.
+    It rises linearly over the first `warmup` steps, (step + 1) / warmup. Then it stays 1, or falls from 1 to
+    `floor` linearly or along half a cosine; it would reach `floor` at the step after the last.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -43,15 +43,15 @@ def lr_factor(step: int, steps: int, schedule: Schedule, warmup: int = 0, floor:
             return 1.0 - (1.0 - floor) * progress
         case "cosine":
             return floor + (1.0 - floor) * (1.0 + math.cos(math.pi * progress)) / 2
-    raise ValueError(f"schedule wants constant, linear or cosine; got {schedule!r}")
+    raise ValueError(f"schedule must be constant, linear or cosine, got {schedule!r}")
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The trainable parameters by name, in three groups: block_matrices, other_matrices and rest.
+    """Return the trainable parameters by name in three groups: block_matrices, other_matrices and rest.
 
-    A matrix is a parameter of two or more dimensions outside `nn.Embedding`; one of two dimensions inside
-    `blocks`, the model's or those of a model in it, is a block's. A head tied to the embedding counts as the
-    embedding.
+    A matrix is a parameter of two or more dimensions outside `nn.Embedding`. It is a block matrix if it has
+    two dimensions and is inside `blocks`, of the model or of a model in it. A head tied to the embedding
+    counts as the embedding.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[str, dict[str, nn.Parameter]] = {"block_matrices": {}, "other_matrices": {}, "rest": {}}
@@ -68,10 +68,10 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def blocks_above(model: nn.Module) -> dict[str, int]:
-    """By name of each parameter how many blocks come after it on the way to the output.
+    """Return for each parameter, by name, the number of blocks between it and the output.
 
-    Of L `blocks` the last has 0 and the first L - 1; what stands in `embedding` has L, a head tied to it too.
-    Everything else, as norms and heads behind the blocks, has 0.
+    Of L `blocks` the last has 0 and the first L - 1. Parameters in `embedding` have L, a head tied to it too.
+    All others, such as norms and heads after the blocks, have 0.
     """
     names = [name for name, _ in model.named_parameters()]
     layers = 1 + max((i for name in names if (i := _block(name)) is not None), default=-1)
@@ -84,16 +84,16 @@ def blocks_above(model: nn.Module) -> dict[str, int]:
 
 
 def _block(name: str) -> int | None:
-    """The number of the block that a parameter is in: 3 for backbone.blocks.3.attention.q_proj.weight."""
+    """Return the index of a parameter's block: 3 for backbone.blocks.3.attention.q_proj.weight."""
     found = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with Nesterov's momentum, small matrices of one shape orthogonalised together.
+    """torch's Muon with Nesterov momentum; small matrices of the same shape are orthogonalised as one batch.
 
-    Four layers of width 128 take 7 ms a step on two CPU cores where one matrix at a time takes 13; from about
-    STACKED elements on a batched product is no faster than single ones, and later slower.
+    Four layers of width 128 take 7 ms per step on two CPU cores, against 13 ms for one matrix at a time. From
+    about STACKED elements on, a batched matmul is no faster than single ones, and later slower.
     """
 
     STACKED = 1 << 16
@@ -121,7 +121,7 @@ class Muon(torch.optim.Muon):
                     p.add_(update, alpha=-lr)
 
     def _momentum(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Nesterov's: the gradient moved towards the running mean that it has just moved."""
+        """Return the Nesterov momentum: the gradient interpolated towards the updated running mean."""
         assert p.grad is not None
         state = self.state[p]
         if not state:
@@ -131,9 +131,9 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(x: Tensor, group: dict[str, Any]) -> Tensor:
-    """Matrices (n, rows, columns) with their singular values brought near 1, in bfloat16.
+    """Bring the singular values of matrices (n, rows, columns) near 1, in bfloat16.
 
-    Newton and Schulz's iteration, with the coefficients, the number of steps and eps of a Muon group.
+    The Newton-Schulz iteration, with the coefficients, the number of steps and eps of a Muon group.
     """
     a, b, c = group["ns_coefficients"]
     tall = x.shape[1] > x.shape[2]
@@ -152,9 +152,16 @@ def orthogonalise(x: Tensor, group: dict[str, Any]) -> Tensor:
 class ScheduledOptimizer:
     """The optimizers of one model, stepped together.
 
-    `optimizer="adamw"` steps everything with `lr`; `"muon"` steps the block matrices with `muon_lr` instead.
-    `betas` are AdamW's, `momentum` is Muon's; `layer_decay` multiplies a rate for each block above.
-    ValueError for a model without block matrices to train under "muon", or with nothing to train at all.
+    Args:
+        optimizer: "adamw" updates everything with `lr`; "muon" updates the block matrices with `muon_lr`
+            and the rest by AdamW with `lr`.
+        weight_decay, l1: on matrices; see the top of this file.
+        betas: of AdamW.
+        momentum: of Muon.
+        layer_decay: multiplies a learning rate once for each block above the parameter.
+
+    Raises:
+        ValueError: no parameter requires a gradient, or with "muon" no block matrix does.
     """
 
     def __init__(
@@ -173,7 +180,7 @@ class ScheduledOptimizer:
         groups = parameter_groups(model)
         self._names = {id(p): name for group in groups.values() for name, p in group.items()}
         if not self._names:
-            raise ValueError("nothing to train: no parameter of the model requires a gradient")
+            raise ValueError("model must have a parameter that requires a gradient; got none to train")
         above = {name: n if layer_decay != 1.0 else 0 for name, n in blocks_above(model).items()}
 
         def by_depth(params: list[nn.Parameter], rate: float, **options: Any) -> list[dict[str, Any]]:
@@ -189,12 +196,12 @@ class ScheduledOptimizer:
         adamw_groups += by_depth(rest, lr, weight_decay=0.0)
         self._optimizers: list[torch.optim.Optimizer] = []
         if adamw_groups:
-            # fused: on two CPU cores 0.7 ms for 2 M parameters where foreach takes 13 and a loop 3
+            # fused: 0.7 ms for 2 M parameters on two CPU cores; foreach takes 13 ms, a loop 3 ms
             self._optimizers.append(torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, fused=True))
         if optimizer == "muon":
             if not blocks:
                 raise ValueError(
-                    "Muon wants matrices inside model.blocks and there are none; use optimizer=adamw"
+                    "optimizer=muon requires matrices inside model.blocks to train; use optimizer=adamw"
                 )
             by_layer = by_depth(blocks, muon_lr)
             self._optimizers.append(Muon(by_layer, muon_lr, weight_decay, momentum))
@@ -202,11 +209,11 @@ class ScheduledOptimizer:
         self._lrs = [group["lr"] for group in self._groups()]
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Asked for each time: torch makes new ones when it loads a state."""
+        """Not stored: torch replaces the groups when it loads a state."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def step(self, factor: float = 1.0) -> None:
-        """Update the weights from their gradients, every learning rate times `factor`."""
+        """Update the weights from their gradients, with every learning rate multiplied by `factor`."""
         for group, lr in zip(self._groups(), self._lrs, strict=True):
             group["lr"] = lr * factor
         for optimizer in self._optimizers:
@@ -222,12 +229,12 @@ class ScheduledOptimizer:
                     parameter.copy_(nn.functional.softshrink(parameter, group["lr"] * self._l1))
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to None."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as `parameter name/state name` -> tensor."""
+        """Return the optimizers' states as `parameter name/state name` -> tensor."""
         return {
             f"{self._names[id(parameter)]}/{key}": value
             for optimizer in self._optimizers
@@ -236,14 +243,16 @@ class ScheduledOptimizer:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave; ValueError for a parameter that is not trained here."""
+        """Load states that `state_tensors` returned; ValueError for a parameter that does not train here."""
         states: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
             states.setdefault(parameter, {})[key] = tensor
         unknown = sorted(set(states) - set(self._names.values()))
         if unknown:
-            raise ValueError(f"optimizer state for {', '.join(unknown)}, which the model does not train")
+            raise ValueError(
+                f"tensors hold optimizer state for {', '.join(unknown)}, which the model does not train"
+            )
         for optimizer in self._optimizers:
             content = optimizer.state_dict()
             names = [self._names[id(p)] for group in optimizer.param_groups for p in group["params"]]

@@ -1,7 +1,7 @@
-"""What a training run tells: metrics.csv, timing.csv, samples.txt, loss.png, and lines or a bar on screen.
+"""The log of a training run: metrics.csv, timing.csv, samples.txt, loss.png, and lines or a bar on screen.
 
-metrics.csv holds only what equal runs have equal, so that a resumed run ends with the same bytes; seconds
-stand in timing.csv. A value that was not measured at a step is left empty.
+metrics.csv holds only values that are equal in equal runs, so that a resumed run ends with the same bytes;
+times are in timing.csv. A value that was not measured at a step is empty.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from pathlib import Path
 from typing import Any
 
 METRICS = ("step", "tokens", "lr", "train_loss", "val_loss", "grad_norm")
-BASE_METRICS = (*METRICS, "base_val_loss")  # of a run whose base still has the text it was trained on
+BASE_METRICS = (*METRICS, "base_val_loss")  # if the base's training text is known
 TIMING = ("step", "train_seconds", "tokens_per_second")
 SAMPLES = "samples.txt"
 
 
 class Log:
-    """The growing files of a run. `sizes` says how long they are now; given back, they go on from there, and
-    `say` tells of what is lost by then."""
+    """The growing files of a run.
+
+    Args:
+        sizes: of the files at the checkpoint that the run resumes from, as `Log.sizes` returned them; the
+            files are cut back to them. None starts new files.
+        metrics: the columns of metrics.csv.
+        say: is told if a file is shorter than its size.
+    """
 
     def __init__(
         self,
@@ -47,7 +53,7 @@ class Log:
             self._files[name] = path.open("a", encoding="utf-8", newline="")
 
     def metrics(self, **values: Any) -> None:
-        """Append a row to metrics.csv, of the columns that this log has; floats read back the same."""
+        """Append a row to metrics.csv with the values of this log's columns; floats read back exactly."""
         self._row("metrics.csv", self._metrics, values)
 
     def timing(self, **values: Any) -> None:
@@ -63,21 +69,21 @@ class Log:
         self._files[name].write(",".join(cells) + "\n")
 
     def sizes(self) -> dict[str, int]:
-        """Bytes in each file, all of them flushed to the disk."""
+        """Flush the files to the disk and return the bytes in each."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
         return {name: file.tell() for name, file in self._files.items()}
 
     def close(self) -> None:
-        """Close the files; what `sizes` did not hand over may be lost on a full disk."""
+        """Close the files; rows since the last call of `sizes` may be lost on a full disk."""
         for file in self._files.values():
             with suppress(OSError):
                 file.close()
 
 
 class Screen:
-    """Progress for a person: a bar where stderr is a terminal and tqdm is installed, else plain lines."""
+    """Progress on screen: a bar if stderr is a terminal and tqdm is installed, else plain lines."""
 
     def __init__(self, say: Callable[[str], None], steps: int, step: int) -> None:
         self._say, self._steps, self._bar = say, steps, None
@@ -85,12 +91,12 @@ class Screen:
             try:
                 from tqdm import tqdm
             except ImportError:
-                say("no progress bar: that wants tqdm, pip install 'ffn[app]'")
+                say("no progress bar: tqdm is not installed; pip install 'ffn[app]'")
             else:
                 self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
     def step(self, loss: float, speed: float) -> None:
-        """One more step is done, at `speed` tokens/s."""
+        """Advance the bar by one step; `speed` is in tokens/s."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             self._bar.update()
@@ -104,7 +110,7 @@ class Screen:
         left: float,
         base_loss: float | None = None,
     ) -> None:
-        """A line of numbers; with a bar only what was evaluated."""
+        """Print the numbers of a step; beside a bar only those of an evaluation."""
         val = "" if val_loss is None else f"  val {val_loss:.4f}"
         val += "" if base_loss is None else f"  base's text {base_loss:.4f}"
         if self._bar is None:
@@ -115,7 +121,7 @@ class Screen:
             self.say(f"step {step}/{self._steps}  loss {loss:.4f}{val}")
 
     def sample(self, text: str) -> None:
-        """A generated text, set off from the rest."""
+        """Print a generated text, indented."""
         self.say("\n".join(f"  | {line}" for line in printable(text).strip("\n").split("\n")))
 
     def say(self, text: str) -> None:
@@ -128,30 +134,30 @@ class Screen:
             self._bar.refresh()
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar and leave it on screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 def printable(text: str) -> str:
-    """The text without what would move a terminal's cursor or colours, but for line ends and tabs."""
+    """Replace characters that control a terminal, except line ends and tabs, by U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def clock(seconds: float) -> str:
-    """75.3 -> 1:15, 3675 -> 1:01:15."""
+    """Format seconds: 75.3 -> 1:15, 3675 -> 1:01:15."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def draw_loss(run: Path) -> str:
-    """Draw loss.png from metrics.csv; returns a line that says where it is, or what is missing."""
+    """Draw loss.png from metrics.csv; return a line with its path, or with the missing package."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return "no loss.png: that wants matplotlib, pip install 'ffn[app]'"
+        return "no loss.png: matplotlib is not installed; pip install 'ffn[app]'"
     with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -169,7 +175,7 @@ def draw_loss(run: Path) -> str:
 
 
 def closing_lines(run: Path, summary: Mapping[str, Any]) -> Iterator[str]:
-    """What there is now, where, and how to use it or go on."""
+    """Yield the last lines of the log: results, files, and the commands that use them."""
     tokens, seconds = summary["tokens"], summary["train_seconds"]
     speed = f"{tokens / max(seconds, 1e-9):,.0f} tokens/s"
     yield f"{summary['stopped']:12} {summary['steps']} steps, {tokens:,} tokens, {speed}"

@@ -1,4 +1,4 @@
-"""What training does with a model between two updates: gradients from batches, and the validation loss."""
+"""Gradients from batches, and the validation loss."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ def evaluate(
     precision: Precision = "float32",
     window: int = 0,
 ) -> float:
-    """Mean nats a token over full windows of `tokens`: all of them, or `limit` batches evenly spread.
+    """Return the mean loss, in nats per token, over full windows of `tokens`.
 
-    window: tokens of each; 0 for as many as the model reads at most.
+    Args:
+        tokens: 1-D, the validation text.
+        limit: at most so many batches, evenly spread; 0 for all.
+        window: tokens per window; 0 for the model's max_seq_len.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: want 1 or more")
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     device, window = next(model.parameters()).device, window or model.config.max_seq_len
     total, count = 0.0, 0
     with evaluating(model):
@@ -42,7 +45,11 @@ def evaluate(
 def accumulate_gradients(
     model: Transformer, batches: Sequence[tuple[Tensor, Tensor]], precision: Precision = "float32"
 ) -> float:
-    """Add the gradient of the mean loss of equal batches (tokens, targets) to `.grad`; returns that loss."""
+    """Add the gradient of the mean loss of equally large batches to `.grad`; return that loss.
+
+    Args:
+        batches: pairs of tokens and targets, each (B, T).
+    """
     device = next(model.parameters()).device
     losses = []
     for tokens, targets in batches:
@@ -50,12 +57,12 @@ def accumulate_gradients(
             loss = model.loss(tokens.to(device), targets.to(device)) / len(batches)
         loss.backward()
         losses.append(loss.detach())
-    return torch.stack(losses).sum().item()  # read once: a reading waits for the device
+    return torch.stack(losses).sum().item()  # one .item(), because it waits for the device
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and compiled blocks run as they are: other shapes would compile anew."""
+    """Eval mode without gradients; compiled blocks run eagerly, since other shapes would compile again."""
     was_training = model.training
     model.eval()
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import ffn
 from ffn.classify.config import ClassifyConfig, read_config
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.text.tokenizer import ByteTokenizer
@@ -37,7 +38,7 @@ WORDS = [
 def write_base(folder: Path, shape: TransformerConfig = PRETRAINED) -> Path:
     """Write a byte-level decoder with its tokenizer, like a run of `ffn train`."""
     torch.manual_seed(0)
-    Transformer(shape).save(folder)
+    ffn.save(folder, Transformer(shape))
     ByteTokenizer().save(folder / "tokenizer.json")
     return folder
 

@@ -11,7 +11,6 @@ import ffn
 from ffn.classify.batches import TextEncoder
 from ffn.classify.objective import Objective
 from ffn.classify.result import TextClassifier, check_new, load_classifier, new_folder, save_classifier
-from ffn.files.atomic import temporary_name
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.nn.classifier import Classifier
 from ffn.text.tokenizer import CharTokenizer
@@ -147,8 +146,9 @@ def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"):
         _write_half(path)
     assert list(path.parent.iterdir()) == []
-    temporary_name(path).mkdir()  # of a killed process
-    (temporary_name(path) / "old").write_text("")
+    left = path.with_name(".run.partial")  # of a killed process
+    left.mkdir()
+    (left / "old").write_text("")
     with new_folder(path) as folder:
         (folder / "a").write_text("whole")
         assert not path.exists()

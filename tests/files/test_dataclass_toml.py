@@ -19,7 +19,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:
-            raise ValueError(f"num_layers={self.num_layers}: want 1 or more")
+            raise ValueError(f"num_layers must be 1 or more, got {self.num_layers}")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Whole:
     train: Loop = field(default_factory=Loop)
 
 
-def test_toml_reads_as_a_person_would_write_it() -> None:
+def test_to_toml_writes_plain_toml() -> None:
     assert to_toml(Whole(model=Model(3))) == (
         'out = "runs"\n\n[model]\nvocab_size = 3\nnum_layers = 2\nhead_dim = "none"\nact = "relu"\n\n'
         '[train]\nlr = 0.001\nbetas = [0.9, 0.95]\nname = "x"\nflag = true\n'
@@ -56,12 +56,12 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
     name=TEXTS,
     flag=st.booleans(),
 )
-def test_toml_and_back_is_the_same(out, vocab, head, lr, betas, name, flag) -> None:
+def test_toml_round_trip(out, vocab, head, lr, betas, name, flag) -> None:
     config = Whole(out, Model(vocab, head_dim=head), Loop(lr, betas, name, flag))
     assert from_toml(Whole, to_toml(config)) == config
 
 
-def test_what_a_file_leaves_out_keeps_its_default_also_inside_a_table() -> None:
+def test_absent_keys_keep_their_defaults_inside_a_table_too() -> None:
     config = from_toml(Whole, "[model]\nnum_layers = 5\n")
     assert config == Whole(model=Model(3, num_layers=5, head_dim=7))
 
@@ -82,7 +82,7 @@ def test_what_a_file_leaves_out_keeps_its_default_also_inside_a_table() -> None:
         ("model.act=swiglu", "model.act", "swiglu"),
     ],
 )
-def test_a_word_sets_one_key_and_no_other(word: str, key: str, value: object) -> None:
+def test_a_word_sets_one_key(word: str, key: str, value: object) -> None:
     before, after = flatten(Whole()), flatten(apply_overrides(Whole(), [word]))
     assert after.pop(key) == value
     assert type(after) is dict
@@ -93,41 +93,41 @@ def test_a_word_sets_one_key_and_no_other(word: str, key: str, value: object) ->
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("train.lr_rate=1", r"^train.lr_rate: no such key; did you mean train.lr\?$"),
-        ("model.n_layer=2", r"^model.n_layer: no such key; did you mean model.num_layers\?$"),
-        ("lr=2", r"^lr: no such key; did you mean train.lr\?$"),
-        ("lr_rate=2", r"^lr_rate: no such key; did you mean train.lr\?$"),
-        ("num_layer=2", r"^num_layer: no such key; did you mean model.num_layers\?$"),
-        ("trian.lr=2", r"^trian: no such key; did you mean train\?$"),
-        ("zzz=1", r"^zzz: no such key; there are out, model, train$"),
-        ("train.zzz=1", r"^train.zzz: no such key; there are lr, betas, name, flag$"),
-        ("train.flag=3", r"^train.flag: wants true or false; got 3$"),
-        ("train.lr=fast", r"^train.lr: wants a number; got 'fast'$"),
-        ("train.lr=true", r"^train.lr: wants a number; got True$"),
-        ("train.betas=1", r"^train.betas: wants a list; got 1$"),
-        ("model.num_layers=1.5", r"^model.num_layers: wants a whole number; got 1.5$"),
-        ("model.num_layers=0", "^model.num_layers=0: want 1 or more$"),
-        ("model.act=swiglo", r"^model.act: wants one of relu, swiglu; got 'swiglo'; did you mean swiglu\?$"),
-        ("model=2", r"^model: wants a table of keys such as model.vocab_size; got '2'$"),
-        ("train", r"^train: wants key=value, as in train.steps=100$"),
+        ("train.lr_rate=1", r"^train.lr_rate is not a key; .* train.lr\?$"),
+        ("model.n_layer=2", r"^model.n_layer is not a key; .* model.num_layers\?$"),
+        ("lr=2", r"^lr is not a key; .* train.lr\?$"),
+        ("lr_rate=2", r"^lr_rate is not a key; .* train.lr\?$"),
+        ("num_layer=2", r"^num_layer is not a key; .* model.num_layers\?$"),
+        ("trian.lr=2", r"^trian is not a key; .* train\?$"),
+        ("zzz=1", r"^zzz is not a key; .* out, model, train$"),
+        ("train.zzz=1", r"^train.zzz is not a key; .* lr, betas, name, flag$"),
+        ("train.flag=3", r"^train.flag must be true or false, got 3$"),
+        ("train.lr=fast", r"^train.lr must be a number, got 'fast'$"),
+        ("train.lr=true", r"^train.lr must be a number, got True$"),
+        ("train.betas=1", r"^train.betas must be a list, got 1$"),
+        ("model.num_layers=1.5", r"^model.num_layers must be an integer, got 1.5$"),
+        ("model.num_layers=0", "^model.num_layers must be 1 or more, got 0$"),
+        ("model.act=swiglo", r"^model.act must be one of relu, swiglu, got 'swiglo'; .* swiglu\?$"),
+        ("model=2", r"^model must be a table .* model.vocab_size, got '2'$"),
+        ("train", r"^train must be key=value"),
     ],
 )
-def test_a_wrong_word_is_explained_in_one_line(word: str, message: str) -> None:
+def test_a_wrong_word_is_refused_by_key(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apply_overrides(Whole(), [word])
 
 
-def test_a_mapping_speaks_of_its_keys_by_the_given_prefix() -> None:
-    with pytest.raises(ValueError, match=r"^model.vocab_size: missing, and it has no default$"):
+def test_from_dict_names_keys_with_the_prefix() -> None:
+    with pytest.raises(ValueError, match=r"^model.vocab_size is missing"):
         from_dict(Model, {}, "model")
-    with pytest.raises(ValueError, match=r"^a.model.num_layers=0: want 1 or more$"):
+    with pytest.raises(ValueError, match=r"^a.model.num_layers must be 1 or more, got 0$"):
         from_dict(Model, {"vocab_size": 1, "num_layers": 0}, "a.model")
-    with pytest.raises(ValueError, match=r"^model.head_size: no such key; did you mean model.head_dim\?$"):
+    with pytest.raises(ValueError, match=r"^model.head_size is not a key; .* model.head_dim\?$"):
         from_dict(Model, {"vocab_size": 1, "head_size": 2}, "model")
 
 
-def test_what_is_not_toml_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^not TOML: Invalid value"):
+def test_invalid_toml_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^not TOML"):
         from_toml(Whole, "out = ")
 
 
@@ -136,8 +136,8 @@ class Named:
     names: tuple[str, ...] = ()
 
 
-def test_a_list_of_strings_is_a_word_too() -> None:
+def test_a_word_sets_a_list_of_strings() -> None:
     assert apply_overrides(Named(), ['names=["a", "b c"]']) == Named(("a", "b c"))
     assert from_toml(Named, to_toml(Named(("x",)))) == Named(("x",))
-    with pytest.raises(ValueError, match=r"^names: wants a list; got 'a'$"):
+    with pytest.raises(ValueError, match=r"^names must be a list"):
         apply_overrides(Named(), ["names=a"])

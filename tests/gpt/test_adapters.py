@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ffn import disk as checkpoint
+from ffn import disk
 from ffn.gpt.adapters import (
     FILE,
     AdapterConfig,
@@ -213,7 +213,7 @@ def test_another_base_is_refused_and_left_as_it_was(tmp_path) -> None:
 
 def test_files_that_hold_no_adapters(tmp_path) -> None:
     model = a_model()
-    checkpoint.save_model(tmp_path, model)
+    disk.save_model(tmp_path, model)
     with pytest.raises(ValueError, match=r"model\.safetensors: holds no adapters that ffn saved$"):
         load_adapters(tmp_path / "model.safetensors", model)
     for facts in ("[1]", "{", json.dumps({"rank": 0, "base": "x"}), json.dumps({"base": "x", "size": 1})):
@@ -263,10 +263,10 @@ def test_what_is_not_plain_is_refused() -> None:
 
 def test_a_model_with_adapters_is_saved_and_loaded_whole(tmp_path) -> None:
     model = adapted()
-    checkpoint.save_model(tmp_path, model)
-    loaded = checkpoint.load(tmp_path)
+    disk.save_model(tmp_path, model)
+    loaded = disk.load(tmp_path)
     assert same(loaded, model)
     assert adapter_config(loaded) == adapter_config(model)
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS), model(TOKENS))
-    assert checkpoint.inspect(tmp_path)[0] == CONFIG
+    assert disk.inspect(tmp_path)[0] == CONFIG

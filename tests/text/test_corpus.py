@@ -1,4 +1,4 @@
-"""Data: nothing leaks from training into validation, and nothing is lost."""
+"""Corpora: training and validation do not overlap, and no text is lost."""
 
 import hashlib
 from pathlib import Path
@@ -24,7 +24,7 @@ def text_of(tokens: torch.Tensor) -> str:
 
 
 @given(NAMES.filter(lambda contents: len(set(contents)) > 1), st.floats(0.01, 0.99))
-def test_many_files_split_by_content(contents: list[int], fraction: float) -> None:
+def test_files_are_split_by_content(contents: list[int], fraction: float) -> None:
     digests = digests_of(contents)
     val = split_files(digests, fraction)
     assert val < set(digests)
@@ -37,7 +37,7 @@ def test_many_files_split_by_content(contents: list[int], fraction: float) -> No
 
 
 def test_equal_files_only_cannot_be_split() -> None:
-    with pytest.raises(ValueError, match="all the same"):
+    with pytest.raises(ValueError, match="must differ"):
         split_files(digests_of([1, 1]), 0.5)
 
 
@@ -55,7 +55,7 @@ def test_one_file_is_cut_once(tmp_path_factory: pytest.TempPathFactory, text: st
     assert corpus.val_bytes == len(text[cut:].encode())
 
 
-def test_files_of_a_folder_stand_whole_on_one_side(tmp_path: Path) -> None:
+def test_each_file_is_on_one_side(tmp_path: Path) -> None:
     texts = {f"text {i} ".encode() * 5 for i in range(40)}
     for i, text in enumerate([*texts, *texts]):  # each text twice
         folder = tmp_path / "corpus" / f"d{i % 3}"
@@ -83,7 +83,7 @@ def test_encoding_in_pieces_changes_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(256, torch.uint8), (257, torch.uint16), (65_537, torch.int32)])
-def test_tokens_take_the_narrowest_type(size: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_tokens_have_the_narrowest_type(size: int, dtype: torch.dtype, tmp_path: Path) -> None:
     alphabet = "".join(chr(c) for c in range(1, size + 2049) if not 0xD800 <= c < 0xE000)[:size]
     (tmp_path / "text.txt").write_bytes((alphabet * 2).encode())
     corpus = prepare(DataConfig(str(tmp_path / "text.txt"), tokenizer="char", val_fraction=0.5), tmp_path)
@@ -97,7 +97,7 @@ def files_of(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_tokens_are_opened_only_when_they_verify(tmp_path: Path) -> None:
+def test_damaged_tokens_are_not_opened(tmp_path: Path) -> None:
     text, run = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("one " * 50)
     assert open_corpus(run) is None
@@ -117,7 +117,7 @@ def test_tokens_are_opened_only_when_they_verify(tmp_path: Path) -> None:
     assert text_of(prepare(DataConfig(str(text)), run).train) == "two " * 45, "a new start reads the file"
 
 
-def test_tokens_of_another_text_are_not_put_in_the_place_of_those_wanted(tmp_path: Path) -> None:
+def test_prepare_refuses_another_text_than_wanted(tmp_path: Path) -> None:
     text, run = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("one " * 50)
     config = DataConfig(str(text))
@@ -125,9 +125,7 @@ def test_tokens_of_another_text_are_not_put_in_the_place_of_those_wanted(tmp_pat
     (run / "data" / "train.bin").unlink()
     text.write_text("two " * 50)
     before = files_of(run)
-    with pytest.raises(
-        ValueError, match=r"text\.txt: not the text that .*run began with.* bring that text back"
-    ):
+    with pytest.raises(ValueError, match=r"^data\.path=.*text\.txt: not the text"):
         prepare(config, run, wanted)
     assert files_of(run) == before
     text.write_text("one " * 50)
@@ -136,7 +134,7 @@ def test_tokens_of_another_text_are_not_put_in_the_place_of_those_wanted(tmp_pat
 
 
 @pytest.mark.parametrize("pattern", [".", "**/*.*"])
-def test_a_corpus_does_not_take_in_what_training_left_in_it(pattern: str, tmp_path: Path) -> None:
+def test_files_of_training_runs_are_left_out(pattern: str, tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "project/config.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"text {name} " * 9)
@@ -152,7 +150,7 @@ def test_a_corpus_does_not_take_in_what_training_left_in_it(pattern: str, tmp_pa
         len(f"text {n} " * 9) + 1 for n in ("a.txt", "b.txt", "project/config.toml")
     )
     assert second.notes[1] == f"left out what training left in {run}"
-    with pytest.raises(ValueError, match="all its files belong to training runs"):
+    with pytest.raises(ValueError, match=r"^data\.path="):
         prepare(DataConfig(str(tmp_path / "runs")), tmp_path / "other")
 
 
@@ -164,25 +162,23 @@ def test_the_standard_library_is_a_corpus() -> None:
     assert files == sorted(files, key=Path.as_posix)
 
 
-def test_files_folders_and_patterns(tmp_path: Path) -> None:
+def test_find_files_takes_files_folders_and_patterns(tmp_path: Path) -> None:
     for name in ("a.txt", "b.md", "sub/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert [f.name for f in find_files(str(tmp_path))] == ["a.txt", "b.md", "c.txt"]
     assert [f.name for f in find_files(str(tmp_path / "**" / "*.txt"))] == ["a.txt", "c.txt"]
     assert find_files(str(tmp_path / "b.md")) == [tmp_path / "b.md"]
-    with pytest.raises(
-        ValueError, match=r"\*.rst: no such file, no files in such a folder, and no files match"
-    ):
+    with pytest.raises(ValueError, match=r"^data\.path must be .*\*.rst$"):
         find_files(str(tmp_path / "*.rst"))
 
 
-def test_texts_that_will_not_do_are_refused(tmp_path: Path) -> None:
+def test_unusable_texts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"text.txt: not UTF-8 text"):
         prepare(DataConfig(str(tmp_path / "text.txt")), tmp_path)
     (tmp_path / "text.txt").write_text("ab")
-    with pytest.raises(ValueError, match="too little text, none is left for training"):
+    with pytest.raises(ValueError, match="too little text"):
         prepare(DataConfig(str(tmp_path / "text.txt")), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"], "nothing half-written is left"
     (tmp_path / "text.txt").write_text("")
@@ -191,7 +187,7 @@ def test_texts_that_will_not_do_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name in "ab":
         (tmp_path / "bin" / name).write_bytes(b"\0")
-    with pytest.raises(ValueError, match="2 files, none of them UTF-8 text"):
+    with pytest.raises(ValueError, match="UTF-8"):
         prepare(DataConfig(str(tmp_path / "bin")), tmp_path)
-    with pytest.raises(ValueError, match=r"^val_fraction: wants a number between 0 and 1; got 1"):
+    with pytest.raises(ValueError, match=r"^val_fraction .* got 1"):
         DataConfig(val_fraction=1)

@@ -1,4 +1,4 @@
-"""Tokenizers: what is encoded decodes to itself, and a saved one is the same."""
+"""Tokenizers: decoding inverts encoding, and a saved tokenizer loads as it was."""
 
 import json
 from pathlib import Path
@@ -20,28 +20,26 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(TEXTS)
-def test_bytes_round_trip_any_text(text: str) -> None:
+def test_byte_tokenizer_round_trip(text: str) -> None:
     ids = ByteTokenizer().encode(text)
     assert ids == list(text.encode())
     assert ByteTokenizer().decode(ids) == text
 
 
 @given(TEXTS.filter(bool), TEXTS)
-def test_characters_round_trip_and_are_numbered_in_order(text: str, other: str) -> None:
+def test_char_tokenizer_round_trip_and_order(text: str, other: str) -> None:
     tokenizer = CharTokenizer.from_texts([text, other])
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.vocab_size == len(set(text + other))
     assert tokenizer.encode("".join(sorted(set(text + other)))) == list(range(tokenizer.vocab_size))
 
 
-def test_an_unknown_character_is_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"^character 'é' \(U\+00E9\) at 3 is not one of the 3 of this tokenizer"
-    ):
+def test_unknown_characters_and_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^character 'é' \(U\+00E9\) at 3 "):
         CharTokenizer("caf").encode("café")
-    with pytest.raises(ValueError, match="token 3 is not among the 3"):
+    with pytest.raises(ValueError, match=r"^ids .* 3$"):
         CharTokenizer("caf").decode([0, 3])
-    with pytest.raises(ValueError, match="the text is empty"):
+    with pytest.raises(ValueError, match=r"^vocabulary"):
         CharTokenizer.from_texts([""])
 
 
@@ -53,18 +51,18 @@ def hf_specification() -> str:
     return tokenizer.to_str()
 
 
-def test_a_hugging_face_tokenizer_is_read_from_its_json(tmp_path: Path) -> None:
+def test_a_hugging_face_tokenizer_is_read(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text(hf_specification())
     tokenizer = make_tokenizer(str(tmp_path / "tokenizer.json"), [])
     assert tokenizer.vocab_size == 3
     assert tokenizer.encode("hello world") == [1, 2]
     assert tokenizer.decode([1, 2]) == "hello world"
-    with pytest.raises(ValueError, match=r"not a tokenizer\.json of Hugging Face"):
+    with pytest.raises(ValueError, match=r"not a Hugging Face tokenizer\.json"):
         HFTokenizer("{}")
 
 
-def test_no_text_is_cut_short_or_padded() -> None:
+def test_truncation_and_padding_are_off() -> None:
     pytest.importorskip("tokenizers")
     limits = json.loads(hf_specification())
     limits["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
@@ -77,7 +75,7 @@ def test_no_text_is_cut_short_or_padded() -> None:
 
 
 @pytest.mark.parametrize("name", ["byte", "char", "hf"])
-def test_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_loads_as_it_was(name: str, tmp_path: Path) -> None:
     if name == "hf":
         pytest.importorskip("tokenizers")
         tokenizer = HFTokenizer(hf_specification())
@@ -96,24 +94,25 @@ def test_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[1]", "{}", json.dumps({"kind": "char"}), json.dumps({"kind": "new"}), "\xff"]
 )
-def test_other_files_are_refused_by_name(content: str, tmp_path: Path) -> None:
+def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "t.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"t.json: neither a tokenizer that ffn saved nor"):
+    with pytest.raises(ValueError, match=r"t.json: neither"):
         load_tokenizer(tmp_path / "t.json")
     with pytest.raises(ValueError, match=r"absent.json: no such tokenizer file"):
         load_tokenizer(tmp_path / "absent.json")
 
 
-def test_a_default_prompt_that_cannot_be_encoded_gives_way_and_says_so() -> None:
+def test_encode_prompt_replaces_a_prompt_that_cannot_be_encoded() -> None:
     said: list[str] = []
     tokenizer = CharTokenizer("abc")
     assert encode_prompt(tokenizer, "cab", 1, said.append) == ("cab", [2, 0, 1])
     assert said == []
     assert encode_prompt(tokenizer, "cabin", 1, said.append) == ("b", [1])
-    assert said == ["prompt       'b', how the training text begins: its tokenizer cannot encode 'cabin'"]
+    assert len(said) == 1
+    assert "'cabin'" in said[0]
 
 
-def test_the_frame_is_what_the_file_puts_around_a_text() -> None:
+def test_frame_returns_the_special_tokens_around_a_text() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2, "b": 3}, "[UNK]")
@@ -123,6 +122,6 @@ def test_the_frame_is_what_the_file_puts_around_a_text() -> None:
     made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s> </s>", special_tokens=special)
     tokenizer = HFTokenizer(made.to_str())
     assert tokenizer.frame() == ([1], [2, 2])
-    assert tokenizer.encode("b") == [3], "what is encoded for a corpus has no frame"
+    assert tokenizer.encode("b") == [3], "encode adds no special tokens"
     assert tokenizer.number("[PAD]", "</s>", "<s>") == 2
     assert tokenizer.number("[PAD]") is None

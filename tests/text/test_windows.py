@@ -1,4 +1,4 @@
-"""Batches: batch i is a function of i, and every token is predicted as often as it should be."""
+"""Batches: batch i depends on i alone, and every token is predicted as often as it should be."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SIZES = {
 
 
 @given(**SIZES, index=st.integers(0, 500))
-def test_a_batch_depends_on_seed_and_index_alone(
+def test_a_batch_depends_only_on_seed_and_index(
     n: int, window: int, batch: int, seed: int, index: int
 ) -> None:
     window = min(window, n - 1)
@@ -41,8 +41,8 @@ def test_an_epoch_visits_each_window_once(n: int, window: int, batch: int, seed:
     for epoch in range(3):
         seen = torch.cat([batches(epoch * count + i)[0] for i in range(count)]).flatten()
         assert len(seen.unique()) == len(seen) == count * window, "windows do not overlap"
-        assert int(seen.max()) - int(seen.min()) == len(seen) - 1, "and leave no gap"
-        assert len(seen) > n - 1 - 2 * window, "but at the ends"
+        assert int(seen.max()) - int(seen.min()) == len(seen) - 1, "windows leave no gap"
+        assert len(seen) > n - 1 - 2 * window, "only the ends are left out"
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -64,14 +64,14 @@ def test_validation_scores_each_token_once_in_full_windows(n: int, window: int, 
     assert sorted(scored) == list(range(1, n))
 
 
-def test_a_limited_validation_is_spread_evenly() -> None:
+def test_limited_validation_batches_are_evenly_spread() -> None:
     tokens = torch.arange(101, dtype=torch.int32)
     starts = [int(x[0, 0]) for x, _ in validation_batches(tokens, 10, 2, limit=2)]
     assert starts == [0, 40]
     assert len(list(validation_batches(tokens, 10, 2, limit=50))) == 5
 
 
-def test_gather_takes_windows_and_the_next_tokens() -> None:
+def test_gather_returns_windows_and_next_tokens() -> None:
     x, y = gather(torch.arange(10, dtype=torch.uint8), [0, 6], 3)
     assert x.tolist() == [[0, 1, 2], [6, 7, 8]]
     assert y.tolist() == [[1, 2, 3], [7, 8, 9]]
@@ -81,5 +81,5 @@ def test_gather_takes_windows_and_the_next_tokens() -> None:
 
 
 def test_a_text_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="5 tokens where a window of 8 wants at least 9"):
+    with pytest.raises(ValueError, match="at least 9 tokens, got 5"):
         Batches(torch.zeros(5, dtype=torch.uint8), 8, 1, 0)

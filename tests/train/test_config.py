@@ -1,4 +1,4 @@
-"""The configuration of a run: defaults, files, words, and the folder that keeps it."""
+"""The configuration of a run: defaults, files, words, and the folder that holds it."""
 
 import dataclasses
 import inspect
@@ -10,14 +10,15 @@ import pytest
 from ffn.files.dataclass_toml import from_toml, to_toml
 from ffn.gpt.transformer import Transformer
 from ffn.text.corpus import DataConfig
-from ffn.train.config import LoopConfig, TrainConfig, fingerprint, open_run, read_config
+from ffn.train.config import LoopConfig, TrainConfig, fingerprint
 from ffn.train.loop import train
 from ffn.train.optim import ScheduledOptimizer
+from ffn.train.run_folder import open_run, read_config
 from tests import tiny
 from tests.conftest import ROOT
 
 
-def test_defaults_then_file_then_words(tmp_path: Path) -> None:
+def test_words_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[train]\nsteps = 7\nlr = 0.5\n[model]\ndim = 96\n")
     config = read_config(tmp_path / "c.toml", ["train.lr=0.25"])
     assert config.train == dataclasses.replace(LoopConfig(), steps=7, lr=0.25)
@@ -31,18 +32,18 @@ SHIPPED = [
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_the_shipped_files_are_read(file: Path) -> None:
+def test_shipped_configs_are_read(file: Path) -> None:
     assert read_config(file) != TrainConfig()
 
 
-def test_a_wrong_file_is_named(tmp_path: Path) -> None:
+def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[train]\nlr_rate = 0.5\n")
-    with pytest.raises(ValueError, match=r"c\.toml: train\.lr_rate: no such key; did you mean train\.lr\?"):
+    with pytest.raises(ValueError, match=r"c\.toml: train\.lr_rate is not a key"):
         read_config(tmp_path / "c.toml")
     (tmp_path / "c.toml").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"c\.toml: 'utf-8' codec can't decode byte 0xff"):
+    with pytest.raises(ValueError, match=r"c\.toml: 'utf-8'"):
         read_config(tmp_path / "c.toml")
-    with pytest.raises(ValueError, match=r"absent\.toml: cannot read this config: No such file"):
+    with pytest.raises(ValueError, match=r"absent\.toml: .*No such file"):
         read_config(tmp_path / "absent.toml")
 
 
@@ -87,30 +88,28 @@ def test_the_optimizer_is_given_every_option(monkeypatch: pytest.MonkeyPatch) ->
     assert set(given) == set(parameters)
 
 
-def test_nothing_is_no_path() -> None:
-    with pytest.raises(
-        ValueError, match=r"^data\.path: wants a file, a folder, a pattern or stdlib; got ''$"
-    ):
+def test_empty_paths_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^data\.path must be .* got ''$"):
         read_config(None, ["data.path="])
-    with pytest.raises(ValueError, match=r"^out: wants a folder; got ''$"):
+    with pytest.raises(ValueError, match=r"^out must be a folder, got ''$"):
         read_config(None, ["out="])
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_out_must_not_be_a_file(tmp_path: Path) -> None:
     config = tiny.config(tmp_path)
-    with pytest.raises(ValueError, match=r"text\.txt: is a file; give a folder$"):
+    with pytest.raises(ValueError, match=r"^out must be a folder, .*text\.txt$"):
         train(dataclasses.replace(config, out=config.data.path), tiny.quiet)
 
 
-def test_a_run_in_python_is_as_one_in_toml() -> None:
+def test_values_of_numpy_and_path_round_trip() -> None:
     loop = LoopConfig(lr=np.float64(3e-3), steps=np.int64(5), betas=[0.9, np.float64(0.95)])
     config = TrainConfig(out=Path("a"), data=DataConfig(path=Path("b")), train=loop)
     assert from_toml(TrainConfig, to_toml(config)) == config
-    with pytest.raises(ValueError, match=r"^model: wants a TransformerConfig; got 3$"):
+    with pytest.raises(ValueError, match=r"^model must be a TransformerConfig, got 3$"):
         TrainConfig(model=3)
 
 
-def test_the_fingerprint_is_of_what_is_computed() -> None:
+def test_fingerprint_ignores_where_a_run_takes_place() -> None:
     config = TrainConfig()
     elsewhere = dataclasses.replace(config, out="x", device="cpu")
     assert fingerprint(elsewhere) == fingerprint(config)
@@ -118,38 +117,36 @@ def test_the_fingerprint_is_of_what_is_computed() -> None:
     assert fingerprint(other) != fingerprint(config)
 
 
-def test_the_tokenizer_decides_the_vocabulary(tmp_path: Path) -> None:
+def test_the_tokenizer_decides_the_vocabulary_size(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, "data.tokenizer=char")
     Path(config.out).mkdir()
-    resolved, corpus = open_run(config, lambda _: None)
+    resolved, corpus = open_run(config, None, tiny.quiet)
     assert resolved.model.vocab_size == corpus.tokenizer.vocab_size == len(set(tiny.TEXT))
     assert read_config(Path(config.out) / "config.toml") == resolved
     wrong = tiny.config(tmp_path, "data.tokenizer=char", "model.vocab_size=99")
-    with pytest.raises(
-        ValueError, match=r"model\.vocab_size=99: the tokenizer char has \d+ entries and decides"
-    ):
-        open_run(wrong, lambda _: None)
+    with pytest.raises(ValueError, match=r"^model\.vocab_size must be \d+, .* got 99"):
+        open_run(wrong, None, tiny.quiet)
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     config = tiny.config(tmp_path)
     Path(config.out).mkdir()
     (Path(config.out) / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="the folder holds other files; give a new one or that of a run"):
-        open_run(config, lambda _: None)
+    with pytest.raises(ValueError, match=r"^out="):
+        open_run(config, None, tiny.quiet)
     assert [path.name for path in Path(config.out).iterdir()] == ["letter.txt"]
 
 
 @pytest.mark.parametrize(
     "text", ["# another tool's\nname = 'x'\n", "# for later\n[train]\nlr = 0.5\n", b"\xff"]
 )
-def test_a_config_that_no_run_wrote_is_left_alone(text: str | bytes, tmp_path: Path) -> None:
+def test_a_config_that_no_run_wrote_is_refused_and_unchanged(text: str | bytes, tmp_path: Path) -> None:
     config = tiny.config(tmp_path)
     file = Path(config.out) / "config.toml"
     file.parent.mkdir()
     file.write_bytes(content := text.encode() if isinstance(text, str) else text)
-    with pytest.raises(ValueError, match="the folder holds other files; give a new one or that of a run"):
-        open_run(config, lambda _: None)
+    with pytest.raises(ValueError, match=r"^out="):
+        open_run(config, None, tiny.quiet)
     assert [path.name for path in file.parent.iterdir()] == ["config.toml"]
     assert file.read_bytes() == content
 
@@ -159,27 +156,27 @@ def test_a_damaged_config_of_a_run_is_named(tmp_path: Path) -> None:
     file = Path(config.out) / "config.toml"
     (file.parent / "checkpoints" / "step-000001").mkdir(parents=True)
     file.write_text("[train]\nbogus = 1\n")
-    with pytest.raises(ValueError, match=r"run.config\.toml: train\.bogus: no such key"):
-        open_run(config, lambda _: None)
+    with pytest.raises(ValueError, match=r"run.config\.toml: train\.bogus is not a key"):
+        open_run(config, None, tiny.quiet)
 
 
-def test_a_run_without_checkpoints_is_begun_anew(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_starts_anew(tmp_path: Path) -> None:
     Path(tiny.config(tmp_path).out).mkdir()
     for lr in ("0.5", "0.25"):
-        resolved, _ = open_run(tiny.config(tmp_path, f"train.lr={lr}"), lambda _: None)
+        resolved, _ = open_run(tiny.config(tmp_path, f"train.lr={lr}"), None, tiny.quiet)
         assert read_config(Path(resolved.out) / "config.toml").train.lr == float(lr)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.path=absent.txt"], "^data.path=absent.txt: no such file"),
-        (["model.causal=false"], "^train.sample_tokens: wants 0 with model.causal=false, .*; got 5$"),
+        (["data.path=absent.txt"], "^data.path must be .* absent.txt$"),
+        (["model.causal=false"], "^train.sample_tokens must be 0 .* got 5$"),
     ],
 )
-def test_a_refused_run_leaves_nothing(words: list[str], message: str, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_no_files(words: list[str], message: str, tmp_path: Path) -> None:
     config = tiny.config(tmp_path, *words)
     Path(config.out).mkdir()
     with pytest.raises(ValueError, match=message):
-        open_run(config, lambda _: None)
+        open_run(config, None, tiny.quiet)
     assert not list(Path(config.out).iterdir())

@@ -1,4 +1,4 @@
-"""Devices and precisions: what was asked for, or one line that says why not."""
+"""Choice of device and precision: available ones are taken, others refused."""
 
 import pytest
 import torch
@@ -34,28 +34,28 @@ def test_auto_takes_cuda_then_mps_then_cpu(monkeypatch, cuda: bool, mps: bool, d
         (
             "cuda",
             False,
-            r"^device=cuda: this torch .* (is built without CUDA|finds no CUDA device); use device=auto",
+            r"^device=cuda: .*device=auto",
         ),
-        ("cuda:7", True, r"^device=cuda:7: there are 2 CUDA devices, the last is cuda:1$"),
-        ("mps", False, r"^device=mps: Metal is not available here"),
-        ("tpu", False, r"^device=tpu: no such device"),
-        ("meta", False, r"^device=meta: ffn runs on cpu, cuda and mps$"),
+        ("cuda:7", True, r"^device must be at most cuda:1, .* got cuda:7$"),
+        ("mps", False, r"^device=mps: "),
+        ("tpu", False, r"^device must be .* got tpu$"),
+        ("meta", False, r"^device must be .* got meta$"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused(monkeypatch, name: str, cuda: bool, message: str) -> None:
+def test_an_unavailable_device_is_refused(monkeypatch, name: str, cuda: bool, message: str) -> None:
     available(monkeypatch, cuda, mps=False)
     with pytest.raises(ValueError, match=message):
         choose_device(name)
 
 
-def test_a_device_by_name_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_available_device_is_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     available(monkeypatch, cuda=True, mps=True)
     for name in ("cpu", "cuda", "cuda:1", "mps"):
         assert choose_device(name) == (torch.device(name), "as asked")
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_auto_is_bfloat16_where_it_is_native(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+def test_auto_precision_is_bfloat16_where_native(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     cpu = torch.device("cpu")
     precision, _ = choose_precision("auto", cpu)
@@ -66,7 +66,7 @@ def test_auto_is_bfloat16_where_it_is_native(monkeypatch: pytest.MonkeyPatch, na
         assert linear(torch.zeros(1, 2)).dtype == getattr(torch, precision)
 
 
-def test_freed_memory_is_kept_where_the_c_library_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keep_freed_memory_returns_false_off_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keep_freed_memory() in (True, False)
     monkeypatch.setattr("sys.platform", "darwin")
     assert keep_freed_memory() is False

@@ -1,4 +1,4 @@
-"""A whole run, at a size that takes a second: what it leaves, what stops it, and what it refuses."""
+"""Whole runs of about a second: the files they leave, what stops them, and what they refuse."""
 
 import csv
 import errno
@@ -16,8 +16,8 @@ import torch
 import ffn.train.loop
 from ffn.disk import load
 from ffn.text.corpus import prepare
-from ffn.train.config import read_config
 from ffn.train.loop import train
+from ffn.train.run_folder import read_config
 from ffn.train.steps import evaluate
 from tests import tiny
 from tests.tiny import outcome, quiet
@@ -28,7 +28,7 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
+def test_a_run_writes_its_files_and_summary(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     config = tiny.config(tmp_path, "train.steps=40", "train.eval_every=20", "train.eval_batches=0")
     said: list[str] = []
@@ -74,7 +74,7 @@ def test_equal_runs_are_equal_and_seeds_differ(tmp_path: Path) -> None:
     assert outcomes[0] == outcomes[1] != outcomes[2]
 
 
-def test_reporting_does_not_change_the_training(tmp_path: Path) -> None:
+def test_evaluation_and_samples_do_not_change_the_training(tmp_path: Path) -> None:
     plain = tiny.config(tmp_path, f"out={tmp_path / 'a'}", "train.sample_tokens=0", "train.eval_every=12")
     chatty = tiny.config(tmp_path, f"out={tmp_path / 'b'}", "train.eval_every=1", "train.log_every=1")
     for config in (plain, chatty):
@@ -92,7 +92,7 @@ def test_accumulation_sees_the_same_windows(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
     config = tiny.config(tmp_path)
     first = train(config, quiet)
     before = outcome(Path(config.out))
@@ -103,21 +103,18 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert outcome(Path(config.out)) == before
 
 
-def test_another_configuration_is_refused_with_the_keys(tmp_path: Path) -> None:
+def test_another_configuration_is_refused_and_names_the_keys(tmp_path: Path) -> None:
     config = tiny.config(tmp_path)
     train(config, quiet)
     before = {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()}
     other = tiny.config(tmp_path, "train.lr=0.5", "model.dim=32", "data.val_fraction=0.2")
-    message = (
-        r"holds a run of another configuration: data.val_fraction=0.2 where the run has 0.1, "
-        r"model.dim=32 where the run has 16, train.lr=0.5 where the run has 0.003; .* out=\.\.\."
-    )
+    message = r"data.val_fraction=0.2 .* 0.1, model.dim=32 .* 16, train.lr=0.5 .* 0.003; .* out="
     with pytest.raises(ValueError, match=message):
         train(other, quiet)
     assert {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()} == before
 
 
-def test_no_better_loss_stops_early(tmp_path: Path) -> None:
+def test_patience_stops_early(tmp_path: Path) -> None:
     words = [
         "train.lr=0",
         "train.muon_lr=0",
@@ -149,9 +146,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(what: str, tmp_path: Path, monk
 
     monkeypatch.setattr(ffn.train.loop, "accumulate_gradients", broken)
     run = Path(config.out)
-    message = (
-        rf"step 10: the {what} is (nan|inf); the last good checkpoint is .*step-000008; a lower train.lr"
-    )
+    message = rf"step 10: the {what} is (nan|inf); .*step-000008"
     with pytest.raises(FloatingPointError, match=message):
         train(config, quiet)
     assert max(path.name for path in (run / "checkpoints").iterdir()) == "step-000008"
@@ -160,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(what: str, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_saves_and_the_same_command_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupted_run_saves_and_resumes(number: signal.Signals, tmp_path: Path) -> None:
     whole = tiny.config(tmp_path, f"out={tmp_path / 'whole'}")
     train(whole, quiet)
     config = tiny.config(tmp_path)
@@ -197,7 +192,9 @@ def test_a_second_interruption_stops_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("allowed", [0, 6, 9, 12, 15, 18, 25])
-def test_a_full_disk_loses_nothing(allowed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_after_a_full_disk(
+    allowed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After some flushes the disk is full; once there is room, the same command ends as it would have."""
     whole = tiny.config(tmp_path, f"out={tmp_path / 'whole'}")
     train(whole, quiet)
@@ -217,7 +214,7 @@ def test_a_full_disk_loses_nothing(allowed: int, tmp_path: Path, monkeypatch: py
     assert outcome(Path(config.out)) == outcome(Path(whole.out))
 
 
-def test_the_blocks_are_compiled_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_compiles_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     train(tiny.config(tmp_path, "train.steps=1", "model.num_layers=3"), quiet)
@@ -243,7 +240,7 @@ def _cannot_compile() -> str:
 @pytest.mark.filterwarnings(
     r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # likewise
-def test_a_compiled_run_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
+def test_a_compiled_run_trains_evaluates_and_resumes(tmp_path: Path) -> None:
     """Through Inductor, to the same losses as uncompiled code; dropout, whose draws would differ, is off."""
     words = ["train.steps=2", "train.eval_every=1", "train.log_every=1", "train.checkpoint_every=1"]
     words += ["model.dropout=0", "model.ffn_dropout=0", "train.optimizer=adamw"]
@@ -268,7 +265,7 @@ def test_a_compiled_run_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
 def a_trainer(folder: Path, *words: str) -> ffn.train.loop.Trainer:
     config = tiny.config(folder, *words)
     corpus = prepare(config.data, Path(config.out))
-    return ffn.train.loop.Trainer(config, corpus, torch.device("cpu"), "float32", quiet)
+    return ffn.train.loop.Trainer(config, None, corpus, torch.device("cpu"), "float32", quiet)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.001])
@@ -280,7 +277,7 @@ def test_the_gradient_is_clipped(clip: float, tmp_path: Path, monkeypatch: pytes
         trainer.optimizer, "step", lambda factor: used.append(torch.nn.utils.get_total_norm(gradients()))
     )
     _, norm = trainer._step()
-    assert norm > 0.001, "what is logged is the norm before"
+    assert norm > 0.001, "the logged norm is the one before clipping"
     assert used[0].item() == pytest.approx(clip or norm, rel=1e-3)
 
 

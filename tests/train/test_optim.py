@@ -52,7 +52,7 @@ def test_schedules_have_their_closed_forms() -> None:
         assert lr_factor(step, 110, "cosine", 10, 0.1) == pytest.approx(
             0.1 + 0.45 * (1 + math.cos(math.pi * done))
         )
-    with pytest.raises(ValueError, match="schedule wants constant, linear or cosine; got 'step'"):
+    with pytest.raises(ValueError, match=r"^schedule .* 'step'$"):
         lr_factor(5, 10, "step")  # pyright: ignore[reportArgumentType]
 
 
@@ -159,8 +159,8 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
         assert float(singular.max()) < 1.3
 
 
-def test_muon_wants_blocks() -> None:
-    with pytest.raises(ValueError, match=r"Muon wants matrices inside model\.blocks and there are none"):
+def test_muon_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^optimizer=muon"):
         ScheduledOptimizer(nn.Linear(2, 3), "muon")
 
 
@@ -182,7 +182,7 @@ def test_l1_is_the_proximal_step_on_matrices(optimizer) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_state_goes_over_to_another_optimizer(optimizer) -> None:
+def test_loaded_state_continues_exactly(optimizer) -> None:
     model = Transformer(CONFIG)
     first = ScheduledOptimizer(model, optimizer)
     step(model, first)
@@ -197,11 +197,11 @@ def test_state_goes_over_to_another_optimizer(optimizer) -> None:
         assert torch.equal(p, q)
     for name, tensor in first.state_tensors().items():
         assert torch.equal(tensor, second.state_tensors()[name])
-    with pytest.raises(ValueError, match=r"optimizer state for nose\.weight, which the model does not train"):
+    with pytest.raises(ValueError, match=r"nose\.weight"):
         second.load_state_tensors({"nose.weight/exp_avg": torch.zeros(1)})
 
 
-def test_a_model_within_a_model_has_the_same_groups() -> None:
+def test_a_model_inside_a_module_has_the_same_groups() -> None:
     model = Transformer(CONFIG)
     inside = nn.ModuleDict({"backbone": model, "head": nn.Linear(8, 3)})
     for group, names in parameter_groups(model).items():
@@ -210,7 +210,7 @@ def test_a_model_within_a_model_has_the_same_groups() -> None:
     assert "head.weight" in parameter_groups(inside)["other_matrices"]
 
 
-def test_what_does_not_train_has_no_state_and_stays() -> None:
+def test_frozen_parameters_have_no_state_and_do_not_change() -> None:
     model = Transformer(CONFIG)
     for name, p in model.named_parameters():
         p.requires_grad_("feed_forward." in name)
@@ -221,14 +221,14 @@ def test_what_does_not_train_has_no_state_and_stays() -> None:
     assert names == {name for name in before if "feed_forward." in name}
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (name not in names), name
-    with pytest.raises(ValueError, match=r"^nothing to train: no parameter of the model requires a grad"):
+    with pytest.raises(ValueError, match=r"^model must have a parameter"):
         ScheduledOptimizer(model.requires_grad_(False))
 
 
 THREE = TransformerConfig(vocab_size=11, dim=8, num_layers=3, num_heads=2, tie_embeddings=False)
 
 
-def test_blocks_above_are_counted_to_the_output() -> None:
+def test_blocks_above_counts_blocks_up_to_the_output() -> None:
     model = nn.ModuleDict({"backbone": Transformer(THREE), "classifier": nn.Linear(8, 2)})
     above = blocks_above(model)
     assert set(above) == {name for name, _ in model.named_parameters()}
@@ -239,7 +239,7 @@ def test_blocks_above_are_counted_to_the_output() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_lower_layers_learn_at_lower_rates(optimizer) -> None:
+def test_layer_decay_lowers_the_rates_of_lower_blocks(optimizer) -> None:
     """lr c^(blocks above): each parameter moves as in a model that learns at that rate throughout."""
     model = Transformer(THREE).double()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The texts that a run generates as it trains."""
+"""The texts that a run generates while it trains."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from ffn.train.loop import train
 from tests import tiny
 
 
-def test_a_prompt_that_the_window_has_no_room_for_is_shown_as_it_was_read(tmp_path: Path) -> None:
+def test_a_prompt_longer_than_the_window_is_cut(tmp_path: Path) -> None:
     said: list[str] = []
     prompt = "a text that is longer than the window"
     config = tiny.config(tmp_path, f"train.sample_prompt={prompt}")

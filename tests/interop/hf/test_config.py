@@ -201,14 +201,14 @@ UNSUPPORTED = [
     ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps=nan: want a number"),
     ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps=inf: want a number"),
     ("llama", {"attention_bias": "no"}, "attention_bias='no': want true or false"),
-    ("llama", {"head_dim": "6"}, "head_dim: wants a whole number; got '6'"),
+    ("llama", {"head_dim": "6"}, "head_dim must be an integer, got '6'"),
     ("llama", {"num_key_value_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
     ("llama", {"residual_multiplier": 0.2}, "residual_multiplier=0.2: unknown key; if it changes no numbers"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config=.*: unknown key"),
     ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder=True: not supported; want False"),
     ("llama", {"pruned_heads": {"0": [1]}}, "pruned_heads=.*: not supported; want {}"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: this architecture turns all"),
-    ("llama", {"rope_theta": "big"}, "rope_base: wants a number; got 'big'"),
+    ("llama", {"rope_theta": "big"}, "rope_base must be a number, got 'big'"),
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
      "rope_scaling.rope_type='dynamic': not supported; ffn reads default, linear, llama3, yarn here"),
     ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 2},
@@ -254,7 +254,7 @@ ROPE = [
     ({"rope_type": "yarn", "factor": 2.0, "truncate": "yes"}, "truncate='yes': want true or false"),
     ({"rope_type": "yarn", "original_max_position_embeddings": 0}, "want a positive number"),
     ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}, "seq_len=0: want a posi"),
-    ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": "8"}, "wants a whole number"),
+    ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": "8"}, "must be an integer"),
 ]
 UNSUPPORTED += [("llama", {"rope_parameters": inside}, message) for inside, message in ROPE]
 

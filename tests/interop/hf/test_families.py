@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffn import load
+from ffn import load, save
 from ffn.interop.hf.folder import save_folder
 from tests.interop.hf.tiny import CASES, VOCAB, build_theirs, cases, output_of, transformers
 
@@ -46,7 +46,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     tokens = torch.randint(3, VOCAB, (2, 9))
     wanted = output_of(theirs, tokens)
     torch.testing.assert_close(numbers(ours, tokens), wanted, **EXACT)
-    ours.save(tmp_path / "ours", format="hf")
+    save(tmp_path / "ours", ours, format="hf")
     torch.testing.assert_close(output_of(load_theirs(tmp_path / "ours", name), tokens), wanted, **EXACT)
     assert torch.equal(numbers(load(tmp_path / "ours"), tokens), numbers(ours, tokens))
     assert ours.origin is not None

@@ -253,9 +253,7 @@ def test_a_pickle_is_loaded_by_its_own_name(folder: Path) -> None:
     wanted = state(load_folder(folder))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match=r"has pytorch_model\.bin, a pickle, which is read only by its own path"
-    ):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
         load_folder(folder)
     assert same(state(load_folder(folder / "pytorch_model.bin")), wanted)
 

