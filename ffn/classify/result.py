@@ -189,7 +189,7 @@ def _of_transformers(folder: Path, device: str | torch.device) -> TextClassifier
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder under another name, which gets its own when all went well and is gone when not."""
+    """Yield a temporary folder; rename it to `path` on success, remove it on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.mkdir()
