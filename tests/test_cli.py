@@ -308,11 +308,11 @@ def test_the_command_from_start_through_ctrl_c_to_the_end(tmp_path: Path) -> Non
     rest, err = process.communicate(timeout=120)
     text = "".join(lines) + rest
     assert (process.returncode, err) == (130, "\nstopping after this step; once more stops at once\n")
-    assert rest.endswith("go on        with the same command\n")
+    assert rest.endswith("resume       with the same command\n")
     assert all(character.isprintable() or character == "\n" for character in text)
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "going on" in done.stdout
+    assert "resuming" in done.stdout
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Models on disk: what was saved loads as it was; what is damaged or foreign is refused."""
+"""Models on disk: a saved model loads as it was; a damaged or foreign one is refused."""
 
 from pathlib import Path
 from typing import Literal

@@ -128,11 +128,11 @@ class Trainer:
             self.last, state = newest
             restore(self.last, self.model, self.optimizer)
             self.at, sizes = Progress(**state["progress"]), state["logs"]
-            self.say(f"{'finished before' if self.at.stopped else 'going on    '} {self.last}")
+            self.say(f"{'finished before' if self.at.stopped else 'resuming    '} {self.last}")
             here = self._environment()
             changed = [f"{k} {v}, now {here[k]}" for k, v in state["environment"].items() if here[k] != v]
             if changed and not self.at.stopped:
-                self.say(f"not the same to the last bit from here on: it was {'; '.join(changed)}")
+                self.say(f"not bit for bit from here on: it was {'; '.join(changed)}")
         elif list_checkpoints(self.run):
             raise ValueError(
                 f"no checkpoint in {self.run} is good; to start anew give another folder: out=..."

@@ -45,7 +45,7 @@ class Log:
                 told = path.read_bytes()[: sizes[name]] if path.exists() else b""
                 left = told.rfind(b"\n") + 1  # in whole lines
                 if left < sizes[name]:
-                    say(f"{path}: {left} of {sizes[name]} bytes are left; the run goes on from there")
+                    say(f"{path}: {left} of {sizes[name]} bytes are left; the run resumes from there")
             if left:
                 os.truncate(path, left)
             else:
@@ -191,4 +191,4 @@ def closing_lines(run: Path, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"adapters     {run / summary['adapters']}, for ffn.gpt.adapters.load_adapters"
     yield f"generate     ffn generate {run}"
     if summary["stopped"] == "interrupted":
-        yield "go on        with the same command"
+        yield "resume       with the same command"

@@ -75,7 +75,7 @@ def open_run(
     for note in corpus.notes:
         say(f"data         {note}")
     sizes = f"{len(corpus.train):,} to train on, {len(corpus.val):,} to validate on"
-    say(f"tokens       {sizes}, of {corpus.tokenizer.vocab_size} kinds")
+    say(f"tokens       {sizes}, vocabulary of {corpus.tokenizer.vocab_size}")
     return config, corpus
 
 

@@ -1,4 +1,4 @@
-"""Tensors of many dtypes, written as one file or several, and compared with what is read."""
+"""Tensors of many dtypes, written as one file or several, to compare with the tensors read back."""
 
 from pathlib import Path
 

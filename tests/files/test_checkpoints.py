@@ -1,4 +1,4 @@
-"""Checkpoint folders: what was written is read back; what is damaged or of another run is refused."""
+"""Checkpoint folders: good ones are read; damaged ones and those of another run are refused."""
 
 import json
 import shutil

@@ -169,11 +169,11 @@ def test_an_interrupted_run_saves_and_resumes(number: signal.Signals, tmp_path: 
     handlers = signal.getsignal(number)
     assert train(config, say)["stopped"] == "interrupted"
     assert signal.getsignal(number) == handlers
-    assert said[-1] == "go on        with the same command"
+    assert said[-1] == "resume       with the same command"
     assert (Path(config.out) / "checkpoints" / "step-000006").is_dir()
     said.clear()
     assert train(config, said.append)["stopped"] == "finished"
-    assert any(line.startswith("going on     ") and line.endswith("step-000006") for line in said)
+    assert any(line.startswith("resuming     ") and line.endswith("step-000006") for line in said)
     assert outcome(Path(config.out)) == outcome(Path(whole.out))
 
 
@@ -241,7 +241,7 @@ def _cannot_compile() -> str:
     r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # likewise
 def test_a_compiled_run_trains_evaluates_and_resumes(tmp_path: Path) -> None:
-    """Through Inductor, to the same losses as uncompiled code; dropout, whose draws would differ, is off."""
+    """Inductor gives the same losses as uncompiled code; without dropout, because its draws would differ."""
     words = ["train.steps=2", "train.eval_every=1", "train.log_every=1", "train.checkpoint_every=1"]
     words += ["model.dropout=0", "model.ffn_dropout=0", "train.optimizer=adamw"]
     plain = tiny.config(tmp_path, *words, f"out={tmp_path / 'plain'}")

@@ -24,7 +24,7 @@ WORDS = [
 ]
 
 # One process that has imported everything forks a child for each attempt: a run of its own, killed by SIGKILL
-# without ten imports of torch. What to do comes as JSON.
+# without ten imports of torch. Its arguments come as JSON.
 FORK = """
 import json, os, signal, sys, time, traceback
 from pathlib import Path
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(name: str, t
     said: list[str] = []
     train(config, said.append)
     assert any(line.startswith(f"checkpoint step-000012 refused: {name}") for line in said)
-    assert any(line.startswith("going on     ") and line.endswith("step-000008") for line in said)
+    assert any(line.startswith("resuming     ") and line.endswith("step-000008") for line in said)
     assert outcome(Path(config.out)) == outcome(Path(whole.out))
 
 
@@ -182,4 +182,4 @@ def test_another_environment_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.get_num_threads", lambda: 99)
     said: list[str] = []
     train(config, said.append)
-    assert any("not the same to the last bit" in line and "now 99" in line for line in said)
+    assert any("not bit for bit" in line and "now 99" in line for line in said)
