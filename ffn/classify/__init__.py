@@ -1,23 +1,23 @@
-"""Text classification: a pretrained model or a new one, a head on it, training, and the folder it leaves.
+"""Text classification: train a new or pretrained model with a head, save it in one folder, and predict.
 
-config = read_config(words=["data.path=reviews.csv", "base=MODEL", "train=head", "out=runs/reviews"])
+config = read_config(words=["data.path=reviews.csv", "base=MODEL", "train.only=head", "out=runs/reviews"])
 train(config)                                       # or: ffn classify train reviews.csv --from MODEL ...
 load_classifier("runs/reviews").predict(["a fine film"])        # probabilities (N, K)
 
-recipe        the configuration
+config        the configuration
 vocabulary    tokenizers made from the training texts
-batches       texts to token rows, and rows to batches
-objective     losses, predictions, metrics
-loop          epochs, the best of them, cached features
-parts         train, validation and test
-report        progress, pictures, predictions.csv
-result        the folder
-train         all of it, in order
+batches       texts to rows of token ids, and rows to batches
+objective     losses, predictions and the metrics of each loss
+loop          epochs, early stopping, cached features
+splits        train, val and test
+report        progress lines, pictures, predictions.csv
+result        the folder of a trained classifier
+training      `train`: from the configuration to the folder
 commands      ffn classify train | eval | predict | export
 """
 
-from ffn.classify.recipe import ClassifyConfig, read_config
+from ffn.classify.config import ClassifyConfig, read_config
 from ffn.classify.result import TextClassifier, load_classifier
-from ffn.classify.train import train
+from ffn.classify.training import train
 
 __all__ = ["ClassifyConfig", "TextClassifier", "load_classifier", "read_config", "train"]

@@ -1,8 +1,8 @@
-"""Texts become token rows, and rows become batches: cut to the window, padded to their longest, shuffled.
+"""Turn texts into rows of token ids, and rows into batches: truncated, padded on the right, shuffled.
 
 encode = TextEncoder(tokenizer, window=100)
 rows, cut = encode(["a text", "another"])
-for index in batches(lengths, 32, generator):        # rows of like length stand together
+for index in batches(lengths, 32, generator):        # row numbers; rows of similar length share a batch
     tokens, mask = collate([rows[i] for i in index], encode.pad)
 """
 
@@ -16,19 +16,19 @@ from torch import Tensor
 from ffn.classify.vocabulary import STRANGER
 from ffn.text.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 
-POOL = 50  # batches at most whose rows are sorted by length together
+POOL = 50  # at most so many batches share one sort by length
 
 
 class TextEncoder:
-    """Text -> token numbers, in the frame of special tokens that the tokenizer puts around a text.
+    """Text -> token ids, between the special tokens that the tokenizer puts around a text.
 
     Args:
-        tokenizer: of Hugging Face's, its own special tokens frame each text; of ours nothing does.
-        window: how many tokens at most, special ones counted; what is beyond is cut off the end.
-        pad: the number that fills up a batch; left out, the tokenizer's [PAD], or 0.
+        tokenizer: one of Hugging Face adds its special tokens; one of ours adds none.
+        window: maximum number of tokens, special tokens included; longer texts lose their end.
+        pad: id of the padding; by default the tokenizer's [PAD], or 0.
 
     Raises:
-        ValueError: a window with no room for a token.
+        ValueError: the window has no room for a text token.
     """
 
     def __init__(self, tokenizer: Tokenizer, window: int, pad: int | None = None) -> None:
@@ -42,10 +42,10 @@ class TextEncoder:
         self._known = known if STRANGER in known else None
         self.room = window - len(self.prefix) - len(self.suffix)
         if self.room < 1:
-            raise ValueError(f"a window of {window} tokens has no room for a text; want a longer one")
+            raise ValueError(f"window={window} leaves no room for a text token; use a longer window")
 
     def __call__(self, texts: Iterable[str]) -> tuple[list[list[int]], int]:
-        """The rows of the texts, and how many were cut. A text that has no token counts as one unknown."""
+        """Return the rows and how many were truncated; a text without tokens becomes one unknown token."""
         rows, cut = [], 0
         for text in texts:
             numbers = self._numbers(text) or [self._nothing]
@@ -59,8 +59,7 @@ class TextEncoder:
         return self.tokenizer.encode(text)
 
     def drop_words(self, row: Sequence[int], probability: float, generator: torch.Generator) -> list[int]:
-        """The row without some of its tokens, each left out with `probability`; special ones stay, and at
-        least one other."""
+        """Drop each token of a row with `probability`; keep special tokens and at least one other token."""
         first, last = len(self.prefix), len(row) - len(self.suffix)
         kept = (torch.rand(last - first, generator=generator) >= probability).tolist()
         if not any(kept):
@@ -72,11 +71,11 @@ class TextEncoder:
 def batches(
     lengths: Sequence[int], batch_size: int, generator: torch.Generator | None = None
 ) -> list[list[int]]:
-    """The numbers of the rows, batch by batch, each row once.
+    """Return row numbers in batches, each row once.
 
-    With a generator the rows are shuffled, sorted by length within pools of POOL batches or half of them all,
-    and the batches shuffled: little padding, and other neighbours each epoch. Without one they are sorted by
-    length.
+    Without a generator the rows are sorted by length. With one they are shuffled, sorted by length within
+    pools of at most POOL batches and at most half of all rows, and the batches are shuffled: there is little
+    padding, and each epoch has different batches.
     """
     if generator is None:
         order = sorted(range(len(lengths)), key=lambda row: lengths[row])
@@ -91,7 +90,7 @@ def batches(
 
 
 def collate(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor | None]:
-    """tokens (B, T) int64, filled up on the right, and the mask (B, T) of real ones; None where all are."""
+    """Return tokens (B, T) int64, padded on the right, and their mask (B, T); None if nothing is padding."""
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     tokens = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])

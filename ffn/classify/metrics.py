@@ -1,8 +1,8 @@
-"""How good predictions are: small functions on tensors, and `Scores`, which shows them and writes them down.
+"""Metrics of predictions as functions on tensors, and `Scores`, which prints and stores them.
 
-The numbers are scikit-learn's, with `labels=range(K)` and `zero_division=0`: what would be divided by zero is
-0, and a class that neither occurs nor is predicted counts as 0 in the macro average. K is the number of
-classes, N the number of rows. Metrics are computed on the CPU, in float64 and int64.
+The numbers equal scikit-learn's with `labels=range(K)` and `zero_division=0`: a division by zero gives 0, and
+a class that neither occurs nor is predicted counts as 0 in the macro average. K is the number of classes, N
+the number of rows. Metrics are computed on the CPU, in float64 and int64.
 """
 
 from __future__ import annotations
@@ -22,39 +22,41 @@ AVERAGES = ("macro", "micro", "weighted")
 KINDS = ("precision", "recall", "f1")
 CLASS_METRICS = ("accuracy", *(f"{kind}_{how}" for how in AVERAGES for kind in KINDS), "roc_auc")
 NUMBER_METRICS = ("mse", "r2")
-MATRIX_SHOWN = 12  # classes whose confusion matrix still fits a screen
+MATRIX_SHOWN = 12  # largest number of classes with a confusion matrix in the table
 
 
 def confusion_matrix(true: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """How often class i (row) was taken for class j (column): (K, K) int64.
+    """Count how often class i (row) was predicted as class j (column): (K, K) int64.
 
     Args:
-        true: (N,), whole numbers 0 <= class < num_classes. predicted: the same.
+        true, predicted: (N,), integers in 0 .. num_classes - 1.
 
-    Raises ValueError for no rows, for other shapes and for classes out of range, TypeError for other dtypes.
+    Raises:
+        ValueError: no rows, other shapes, or a class out of range.
+        TypeError: a dtype that is not an integer.
     """
     _check_rows("confusion_matrix", true, predicted)
     for name, tensor in (("true", true), ("predicted", predicted)):
         if tensor.is_floating_point() or tensor.is_complex():
-            raise TypeError(f"{name}: wants class numbers, a whole-number dtype; got {tensor.dtype}")
+            raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
     true, predicted = true.cpu().long(), predicted.cpu().long()
     both = torch.cat([true, predicted])
     if len(wrong := both[(both < 0) | (both >= num_classes)]):
-        raise ValueError(f"class {int(wrong[0])} is not among the {num_classes}, numbered from 0")
+        raise ValueError(f"class numbers must be in 0 .. {num_classes - 1}, got {int(wrong[0])}")
     counts = torch.bincount(true * num_classes + predicted, minlength=num_classes**2)
     return counts.view(num_classes, num_classes)
 
 
 def accuracy(matrix: Tensor) -> float:
-    """The share of rows whose class was predicted, from a confusion matrix; ValueError where it is empty."""
+    """Return the share of correct rows of a confusion matrix; ValueError if it is empty."""
     return int(matrix.diagonal().sum()) / _total(matrix)
 
 
 def precision_recall_f1(matrix: Tensor) -> Tensor:
-    """(K, 3) float64 from a confusion matrix: each class's precision, recall and F1.
+    """Return precision, recall and F1 of each class of a confusion matrix: (K, 3) float64.
 
-    precision = hits / predicted, recall = hits / true, F1 = 2 hits / (predicted + true), the harmonic mean of
-    both; 0 where the divisor is 0. ValueError where the matrix is empty.
+    precision = hits / predicted, recall = hits / true, F1 = 2 hits / (predicted + true), their harmonic mean;
+    0 where the divisor is 0. ValueError if the matrix is empty.
     """
     _total(matrix)
     hits, predicted, true = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
@@ -62,13 +64,13 @@ def precision_recall_f1(matrix: Tensor) -> Tensor:
 
 
 def averaged(matrix: Tensor, how: str) -> tuple[float, float, float]:
-    """Precision, recall and F1 over all classes, from a confusion matrix.
+    """Return precision, recall and F1 of a confusion matrix, averaged over the classes.
 
-    "macro" is the mean over the classes, "weighted" the mean over them weighted by their rows, "micro" comes
-    from the hits and misses of all classes together: with one class a row all three are the accuracy then.
+    "macro" is the mean over classes; "weighted" weights each class by its rows; "micro" pools the hits and
+    misses of all classes, so that with one class per row all three equal the accuracy.
     """
     if how not in AVERAGES:
-        raise ValueError(f"an average is one of {', '.join(AVERAGES)}; got {how!r}")
+        raise ValueError(f"how must be one of {', '.join(AVERAGES)}, got {how!r}")
     if how == "micro":
         return (accuracy(matrix), accuracy(matrix), accuracy(matrix))
     each = precision_recall_f1(matrix)
@@ -78,34 +80,36 @@ def averaged(matrix: Tensor, how: str) -> tuple[float, float, float]:
 
 
 def roc_auc(true: Tensor, scores: Tensor) -> float:
-    """The chance that a row of class 1 scores above a row of class 0, ties counting half.
+    """Return the area under the ROC curve: the chance that a row of class 1 scores above a row of class 0.
 
-    That is the area under the ROC curve, as the rank statistic of Mann and Whitney. NaN where only one class
-    occurs, as in scikit-learn.
+    Ties count half (the rank statistic of Mann and Whitney). NaN if only one class occurs, as in
+    scikit-learn.
 
     Args:
-        true: (N,) of 0 and 1. scores: (N,), higher for class 1, as a difference of logits is.
+        true: (N,), 0 or 1.
+        scores: (N,), higher for class 1, such as a difference of logits.
 
-    Raises ValueError for no rows, other shapes, other classes, and scores that are NaN or infinite.
+    Raises:
+        ValueError: no rows, other shapes, other classes, or scores that are not finite.
     """
     ones, zeros = confusion_matrix(true, true, 2).diagonal().flip(0).tolist()
     _check_rows("roc_auc", true, scores)
     _check_finite("scores", scores)
     _, place, ties = torch.unique(scores.cpu().double(), return_inverse=True, return_counts=True)
-    rank = ties.cumsum(0) - (ties - 1) / 2.0  # from 1; equal scores share the mean of their ranks
+    rank = ties.cumsum(0) - (ties - 1) / 2.0  # from 1; equal scores share their mean rank
     won = rank.double()[place][true.cpu() == 1].sum() - ones * (ones + 1) / 2
-    return float(won / (ones * zeros))  # a tensor's 0 / 0 is NaN
+    return float(won / (ones * zeros))  # 0 / 0 of tensors is NaN
 
 
 def mean_squared_error(true: Tensor, predicted: Tensor) -> float:
-    """The mean of (true - predicted)^2, both (N,); ValueError for no rows, other shapes, NaN and infinity."""
+    """Return the mean of (true - predicted)^2; ValueError for no rows, other shapes, NaN or infinity."""
     return float(F.mse_loss(*_numbers("mean_squared_error", true, predicted)))
 
 
 def r2(true: Tensor, predicted: Tensor) -> float:
-    """1 - squared error / squared error of the mean: the share of the variance of `true` that is explained.
+    """Return the coefficient of determination: 1 - squared error / squared error of the mean.
 
-    Where `true` is constant, 1 if it is predicted exactly and else 0; NaN for one row: as in scikit-learn.
+    As in scikit-learn, a constant `true` gives 1 if predicted exactly and else 0, and one row gives NaN.
     """
     true, predicted = _numbers("r2", true, predicted)
     if len(true) < 2:
@@ -116,25 +120,28 @@ def r2(true: Tensor, predicted: Tensor) -> float:
 
 
 def balanced_weights(true: Tensor, num_classes: int) -> Tensor:
-    """N / (K rows of the class), (K,) float32: with them every class weighs the same in the loss.
+    """Return class weights N / (K * rows of the class), (K,) float32; each class weighs the same in the loss.
 
-    ValueError where a class has no row.
+    Raises:
+        ValueError: a class has no row.
     """
     rows = confusion_matrix(true, true, num_classes).diagonal()
     if not rows.all():
-        raise ValueError(f"balanced weights: class {int(rows.argmin())} has no row; it cannot be weighed up")
+        raise ValueError(f"balanced weights need rows of every class; class {int(rows.argmin())} has none")
     return (len(true) / (num_classes * rows.double())).float()
 
 
 def binary_cross_entropy(
     logits: Tensor, true: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """The cross entropy of two classes from one logit a row, in nats: F.cross_entropy of the logits (0, z).
+    """Return the cross entropy of two classes from one logit z per row, in nats: F.cross_entropy of (0, z).
 
-    Class weights and label smoothing mean what they mean there, for which torch's binary loss has no words.
+    Unlike torch's binary loss, it takes class weights and label smoothing as F.cross_entropy does.
 
     Args:
-        logits: (N,), of class 1 over class 0. true: (N,) int64 of 0 and 1. class_weights: (2,) or None.
+        logits: (N,), of class 1 over class 0.
+        true: (N,) int64, 0 or 1.
+        class_weights: (2,) or None.
     """
     both = torch.stack([torch.zeros_like(logits), logits], dim=-1)
     return F.cross_entropy(both, true, class_weights, label_smoothing=label_smoothing)
@@ -142,16 +149,16 @@ def binary_cross_entropy(
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation found. A value not defined on its rows, as roc_auc of one class, is left out."""
+    """The metrics of an evaluation; undefined metrics, such as roc_auc of one class, are left out."""
 
     rows: int
-    values: dict[str, float]  # by the names of CLASS_METRICS or NUMBER_METRICS
-    classes: tuple[str, ...] = ()  # empty for numbers
+    values: dict[str, float]  # keys: CLASS_METRICS or NUMBER_METRICS
+    classes: tuple[str, ...] = ()  # () for regression
     each: tuple[tuple[float, float, float], ...] = ()  # precision, recall, F1 of each class
     confusion: tuple[tuple[int, ...], ...] = ()  # rows true, columns predicted
 
     def table(self) -> str:
-        """Aligned lines: class by class, the averages, the rest, the confusion matrix if it is not wide."""
+        """Return aligned lines: classes, averages, other metrics, and the confusion matrix if it is small."""
         if not self.classes:
             numbers = self.values | {"rows": self.rows}
             return "\n".join(columns([[name, _show(value)] for name, value in numbers.items()]))
@@ -169,7 +176,7 @@ class Scores:
         return "\n".join([*columns(lines), "", *columns([["true \\ predicted", *names], *matrix])])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, strings and finite numbers, for JSON."""
+        """Return lists, strings and finite numbers, for JSON."""
         found: dict[str, Any] = {"rows": self.rows, **self.values}
         if self.classes:
             rows = zip(self.classes, self.each, self.confusion, strict=True)
@@ -184,16 +191,18 @@ class Scores:
 def score_classes(
     true: Tensor, predicted: Tensor, classes: Sequence[str], scores: Tensor | None = None
 ) -> Scores:
-    """All of CLASS_METRICS.
+    """Compute all CLASS_METRICS.
 
     Args:
-        true, predicted: (N,), the numbers of classes. classes: their names, K of them.
-        scores: (N,), higher for class 1, of two; without them there is no roc_auc.
+        true, predicted: (N,), class numbers.
+        classes: K class names.
+        scores: (N,), higher for class 1 of two classes; without them there is no roc_auc.
 
-    Raises ValueError and TypeError as the functions above do.
+    Raises:
+        ValueError, TypeError: as `confusion_matrix` and `roc_auc`.
     """
     if scores is not None and len(classes) != 2:
-        raise ValueError(f"scores: roc_auc wants two classes; got {len(classes)}")
+        raise ValueError(f"scores must be None unless there are two classes, got {len(classes)} classes")
     matrix = confusion_matrix(true, predicted, len(classes))
     values = {"accuracy": accuracy(matrix)}
     for how in AVERAGES:
@@ -205,7 +214,7 @@ def score_classes(
 
 
 def score_numbers(true: Tensor, predicted: Tensor) -> Scores:
-    """All of NUMBER_METRICS for two (N,) tensors of numbers."""
+    """Compute all NUMBER_METRICS of two (N,) tensors."""
     values = {"mse": mean_squared_error(true, predicted), "r2": r2(true, predicted)}
     return Scores(len(true), {name: value for name, value in values.items() if math.isfinite(value)})
 
@@ -213,15 +222,15 @@ def score_numbers(true: Tensor, predicted: Tensor) -> Scores:
 def _check_rows(name: str, true: Tensor, other: Tensor) -> None:
     if true.dim() != 1 or true.shape != other.shape:
         shapes = f"{tuple(true.shape)} and {tuple(other.shape)}"
-        raise ValueError(f"{name} wants two tensors of one shape (N,); got {shapes}")
+        raise ValueError(f"{name}: both tensors must have one shape (N,), got {shapes}")
     if not len(true):
-        raise ValueError(f"{name}: no rows, nothing to measure")
+        raise ValueError(f"{name}: there are no rows")
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
     if not bool(tensor.isfinite().all()):
         row = int((~tensor.isfinite()).nonzero()[0])
-        raise ValueError(f"{name}: wants finite numbers; row {row} is {float(tensor[row])}")
+        raise ValueError(f"{name} must be finite, got {float(tensor[row])} in row {row}")
 
 
 def _numbers(name: str, true: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +242,7 @@ def _numbers(name: str, true: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor
 
 def _total(matrix: Tensor) -> int:
     if not (total := int(matrix.sum())):
-        raise ValueError("an empty confusion matrix: no rows, nothing to measure")
+        raise ValueError("matrix: there are no rows")
     return total
 
 

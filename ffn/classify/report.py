@@ -1,4 +1,4 @@
-"""What the training of a classifier tells: a bar, pictures, metrics.csv and predictions.csv."""
+"""Report a classifier's training: progress lines, pictures, metrics.csv and predictions.csv."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from ffn.classify.objective import LOWER_IS_BETTER, Objective
 from ffn.files.atomic import write_file
 from ffn.train.report import Screen, clock
 
-LONGEST_NAME = 40  # of a class that is still written beside the confusion matrix
-NO_PICTURES = "no pictures: they want matplotlib, pip install 'ffn[app]'"
+LONGEST_NAME = 40  # of a class name in the confusion picture; longer names are numbered
+NO_PICTURES = "no pictures: matplotlib is not installed (pip install 'torch-ffn[app]')"
 
 
 class Progress(Screen):
-    """A bar with the loss and the best metric where stderr is a terminal; a line an epoch anywhere."""
+    """A line per epoch; on a terminal also a bar with the loss and the best metric."""
 
     def __init__(self, say: Callable[[str], None], steps: int, epochs: int, metric: str) -> None:
         super().__init__(say, steps, 0)
         self._epochs, self._metric, self._best = epochs, metric, ""
 
     def step(self, loss: float, speed: float) -> None:
-        """One more step is done, at `speed` texts/s."""
+        """Show that one more step is done, at `speed` texts/s."""
         if self._bar is not None:
             text = f"loss {loss:.3f}{self._best}, {speed:,.0f} texts/s"
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
 
     def epoch(self, row: Mapping[str, float], best: bool) -> None:
-        """One more epoch is done."""
+        """Print the line of a finished epoch."""
         found = [f"loss {row['train_loss']:.4f}", f"val {row['loss']:.4f}"]
         if self._metric != "loss":
             found.append(f"{self._metric} {row[self._metric]:.4f}")
@@ -46,7 +46,7 @@ class Progress(Screen):
 
 
 def write_history(path: Path, histories: Mapping[int, Outcome]) -> None:
-    """metrics.csv: a row an epoch of each seed."""
+    """Write metrics.csv: one row per seed and epoch."""
     rows = [{"seed": seed, **row} for seed, outcome in histories.items() for row in outcome.history]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -58,8 +58,8 @@ def write_history(path: Path, histories: Mapping[int, Outcome]) -> None:
 def write_predictions(
     path: Path, rows: Labelled, objective: Objective, targets: Tensor, predictions: Tensor
 ) -> None:
-    """predictions.csv, whole or as it was: the rows with what was predicted, the worst mistakes first, then
-    what was right, the least sure first."""
+    """Write predictions.csv atomically: mistakes first, the worst at the top, then correct rows, the least
+    certain at the top."""
     wrong = objective.wrongness(targets, predictions)
     order = wrong.argsort(descending=True, stable=True).tolist()
     if objective.classes:
@@ -84,7 +84,7 @@ def write_predictions(
 
 
 def draw(folder: Path, histories: Mapping[int, Outcome], metric: str, scores: Scores) -> bool:
-    """curves.png and, of classes, confusion.png; False where matplotlib is absent."""
+    """Draw curves.png and, for classes, confusion.png; return False if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -104,7 +104,7 @@ def draw(folder: Path, histories: Mapping[int, Outcome], metric: str, scores: Sc
 
 
 def _draw_curves(figure, histories: Mapping[int, Outcome], metric: str) -> None:
-    """Left the losses, right the metric, a line a seed."""
+    """Draw the losses on the left and the metric on the right, one line per seed."""
     left, right = figure.subplots(1, 2)
     for number, (seed, outcome) in enumerate(histories.items()):
         epochs = [row["epoch"] for row in outcome.history]
@@ -122,13 +122,13 @@ def _draw_curves(figure, histories: Mapping[int, Outcome], metric: str) -> None:
 
 
 def _draw_confusion(figure, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    """Counts, coloured by their share of the row. Names that the font cannot draw, or long, are numbered."""
+    """Draw counts, coloured by their share of the row; number names that are long or not ASCII."""
     plain = [name.isascii() and name.isprintable() and len(name) <= LONGEST_NAME for name in classes]
     names = [classes[i] if ok else str(i) for i, ok in enumerate(plain)]
     shares = [[count / max(1, sum(row)) for count in row] for row in matrix]
     axes = figure.add_subplot(xlabel="predicted", ylabel="true")
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)  # a dollar is a dollar
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)  # a dollar sign is text
     axes.set_yticks(range(len(names)), names, parse_math=False)
     if len(names) <= 30:
         for i, row in enumerate(matrix):

@@ -1,10 +1,10 @@
-"""A trained classifier on disk: one folder, whole or absent, and what predicts from it.
+"""A trained classifier and its folder on disk, written whole or not at all.
 
-FOLDER/model.safetensors    the backbone, as `ffn.load` reads it: that gives the Transformer, not the scores
-       head.safetensors     what stands on it
-       classifier.json      the classes, how texts are read, where the backbone came from
+FOLDER/model.safetensors    the backbone; `ffn.load` reads it and returns the Transformer without the head
+       head.safetensors     the head
+       classifier.json      the classes, pooling, window and padding, the origin of the backbone
        tokenizer.json       config.toml metrics.json metrics.csv predictions.csv curves.png confusion.png
-       member-2/ ...        the others of an ensemble; without model.safetensors they share the backbone
+       member-2/ ...        the other members of an ensemble; without model.safetensors they share it
 
 classifier = load_classifier(FOLDER)
 classifier.predict(["a fine film"])         # probabilities (N, K), or numbers (N,)
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ffn import disk
 from ffn.classify.batches import TextEncoder
-from ffn.classify.loop import TokenSource, evaluate
+from ffn.classify.loop import TokenSource, compute_logits
 from ffn.classify.objective import METRICS, Objective
 from ffn.files.atomic import replacing, write_file
 from ffn.files.checkpoints import MODEL
@@ -43,7 +43,7 @@ HEAD, FACTS, TOKENIZER = "head.safetensors", "classifier.json", "tokenizer.json"
 
 @dataclass
 class TextClassifier:
-    """Classifiers whose predictions are averaged (usually one), and how they read texts."""
+    """A classifier of texts: the predictions of its members (usually one) are averaged."""
 
     members: Sequence[Classifier]
     objective: Objective
@@ -51,30 +51,28 @@ class TextClassifier:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Their names, in the order of the probabilities; none for numbers."""
+        """Class names in the order of the probabilities; () for regression."""
         return self.objective.classes
 
     def predict(self, texts: Iterable[str]) -> Tensor:
-        """Probabilities (N, K), or numbers (N,), float64; of several members the mean."""
+        """Return probabilities (N, K), or numbers (N,) for regression, float64; the mean over members."""
         return self.predict_rows(self.encode(texts)[0])
 
     def predict_rows(self, rows: list[list[int]]) -> Tensor:
-        """The same of texts that were encoded before."""
-        source = TokenSource(rows, torch.zeros(len(rows), dtype=torch.int64), self.encode)
-        found = [evaluate(member, source, self.objective)[0] for member in self.members]
+        """Predict from rows of token ids that `encode` returned."""
+        source = TokenSource(rows, self.encode)
+        found = [self.objective.predictions(compute_logits(member, source)) for member in self.members]
         return torch.stack(found).mean(0)
 
     def export(self, path: str | Path) -> None:
-        """Write it as a sequence-classification model of transformers, into a new folder, whole or absent.
+        """Write a sequence-classification model of transformers into a new folder, whole or not at all.
 
-        Raises ValueError where there is no such form: of several members, and as `save_classifier_folder`
-        says; and where there is something in the folder.
+        Raises:
+            ValueError: several members, no such model in transformers, or a folder that is not empty.
         """
         path = Path(path)
         if len(self.members) > 1:
-            raise ValueError(
-                f"{len(self.members)} models are averaged here; transformers has no form for that"
-            )
+            raise ValueError(f"transformers has no model that averages {len(self.members)} members")
         loss, tokenizer = self.objective.loss_name, self.encode.tokenizer
         labels, kind = {
             "cross_entropy": (self.classes, "single_label_classification"),
@@ -93,15 +91,18 @@ class TextClassifier:
             )
 
     def _padding(self) -> int | None:
-        """The padding of an export. transformers takes what stands before it for a decoder's last token: that
-        wants a token that ends no text, the tokenizer's own or, as is the custom, the end of a document."""
+        """Return the padding id of an export.
+
+        transformers reads a decoder at the last token before padding, so no text may end with this id: it is
+        the model's, the tokenizer's, or by custom the id of the end of a document.
+        """
         backbone, encode = self.members[0].backbone, self.encode
         if not backbone.config.causal:
             return encode.pad
         origin = getattr(backbone, "origin", None) or {}
         if (given := origin.get("pad_token_id")) is not None and given in encode.suffix:
             raise ValueError(
-                f"token {given} ends each text and is the padding; transformers would not find the last one"
+                f"token {given} is the padding and ends each text; transformers would not find the last token"
             )
         hf = encode.tokenizer if isinstance(encode.tokenizer, HFTokenizer) else None
         own = hf.number("[PAD]", "<pad>") if hf else None
@@ -110,7 +111,7 @@ class TextClassifier:
 
 
 def save_classifier(folder: Path, classifier: TextClassifier) -> None:
-    """Write the files that `load_classifier` reads into a folder that is there."""
+    """Write the files that `load_classifier` reads into an existing folder."""
     first = classifier.members[0]
     facts = {
         "format": FORMAT,
@@ -136,16 +137,16 @@ def save_classifier(folder: Path, classifier: TextClassifier) -> None:
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> TextClassifier:
-    """The classifier in a folder that `ffn classify train` wrote, or transformers: in eval mode.
+    """Load a classifier that `ffn classify train` or transformers wrote, in eval mode.
 
     Raises:
-        ValueError: one line: what is absent, damaged or does not fit.
+        ValueError: a file is absent, damaged or does not match the others.
     """
     folder = Path(path)
     if not (folder / FACTS).is_file():
         if folder.is_dir() and is_folder(folder):
             return _of_transformers(folder, device)
-        raise ValueError(f"{folder}: not the folder of a classifier, it has no {FACTS}")
+        raise ValueError(f"{folder} is not the folder of a classifier: it has no {FACTS}")
     facts = _read_facts(folder / FACTS)
     members: list[Classifier] = []
     for number in range(1, facts["members"] + 1):
@@ -163,7 +164,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Tex
 
 
 def _of_transformers(folder: Path, device: str | torch.device) -> TextClassifier:
-    """A sequence classification of theirs, with its tokenizer.json."""
+    """Load a sequence-classification model of transformers with its tokenizer.json."""
     model, labels, kind = load_classifier_folder(folder, device)
     match kind, len(labels):
         case "regression", 1:
@@ -174,19 +175,21 @@ def _of_transformers(folder: Path, device: str | torch.device) -> TextClassifier
             objective = Objective("binary_cross_entropy", (f"not {labels[0]}", labels[0]))
         case _:
             raise ValueError(
-                f"{folder}: {len(labels)} scores of {short(kind)}: here a text has one label or value"
+                f"{folder}: problem_type={short(kind)} with {len(labels)} labels is not supported"
             )
     assert isinstance(model.backbone, Transformer)
     config, pad = model.backbone.config, (model.backbone.origin or {}).get("pad_token_id")
     encode = TextEncoder(load_tokenizer(folder / TOKENIZER), config.max_seq_len, pad)
-    while config.causal and encode.suffix[-1:] == [pad]:  # theirs reads the last token that is no padding
+    while config.causal and encode.suffix[-1:] == [
+        pad
+    ]:  # transformers reads the last token that is not padding
         encode.suffix = encode.suffix[:-1]
     return TextClassifier([model], objective, encode)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder under another name, which gets its own when all went well and is gone when not."""
+    """Yield a temporary folder; rename it to `path` on success, remove it on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.mkdir()
@@ -194,12 +197,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """ValueError where `new_folder` would fail: before a training rather than after it."""
+    """Raise ValueError before training if `new_folder` would fail after it."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"out={path}: there is something already; give another out=..., or take it away")
+        raise ValueError(f"out={path} already exists; give another out=... or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"out={path}: {path.parent} cannot be written to; give another out=...")
+        raise ValueError(f"out={path}: {path.parent} is not writable; give another out=...")
 
 
 def _member(folder: Path, number: int) -> Path:
@@ -207,14 +210,14 @@ def _member(folder: Path, number: int) -> Path:
 
 
 def _classifier(place: Path, backbone, facts: dict[str, Any]) -> Classifier:
-    """The head on its backbone, checked before anything is copied."""
-    num_scores = Objective(facts["loss"], tuple(facts["classes"])).num_scores
+    """Load the head onto its backbone; check its weights first."""
+    num_logits = Objective(facts["loss"], tuple(facts["classes"])).num_logits
     form = facts["pooling"], facts["transform"], facts["dropout"]
-    made = Classifier(backbone, num_scores, *form, bias=facts["bias"])
+    made = Classifier(backbone, num_logits, *form, bias=facts["bias"])
     shards, wanted = open_shards(place / HEAD), made.head.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     if {name: spec.shape for name, spec in shards.specs.items()} != shapes:
-        raise ValueError(f"{place / HEAD}: other weights than {FACTS} asks for: {', '.join(shapes)}")
+        raise ValueError(f"{place / HEAD}: the weights do not match {FACTS}, which needs {', '.join(shapes)}")
     made.head.load_state_dict(dict(shards))
     return made.eval()
 

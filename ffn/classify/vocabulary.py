@@ -1,4 +1,4 @@
-"""Tokenizers made from the training texts: whole words, byte pairs, characters or bytes."""
+"""Train tokenizers on texts: words, byte pairs, characters or bytes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 from ffn.text.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[CLS]"
-STRANGER = "\N{REPLACEMENT CHARACTER}"  # stands for characters outside a vocabulary
+STRANGER = "\N{REPLACEMENT CHARACTER}"  # replaces characters outside a vocabulary
 KINDS = ("word", "bpe", "char", "byte")
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, *, start: bool = False) -> Tokenizer:
-    """A tokenizer from texts, or from the path of a file.
+    """Train a tokenizer on texts, or load one from a file.
 
     Args:
-        kind: "word" (lower case, blanks and punctuation part words) and "bpe" (pairs of bytes, merged) want
-            the package tokenizers; "char" takes the characters that occur twice or more; "byte" takes nothing
-            from the texts. Anything else is the path of a tokenizer's file.
-        vocab_size: how many entries at most.
-        start: put [CLS] before each text ("word" and "bpe"), for a classifier that reads its first token.
+        kind: "word" (lower case, split at blanks and punctuation) or "bpe" (merged pairs of bytes), which
+            need the package tokenizers; "char", the characters that occur twice or more; "byte", which
+            ignores the texts; or the path of a tokenizer file.
+        vocab_size: maximum number of entries.
+        start: put [CLS] before each text ("word" and "bpe"), for a classifier that reads the first token.
 
     Raises:
-        ValueError: texts without a word or character; a vocabulary that is too small; a file that is none.
-        ImportError: the package is absent.
+        ValueError: no such kind or file, or `vocab_size` is too small for "bpe".
+        ImportError: the package tokenizers is not installed.
     """
     if kind == "byte":
         return ByteTokenizer()
@@ -37,7 +37,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, *, start: 
     if kind in KINDS:
         return _train(kind, texts, vocab_size, start)
     if not Path(kind).exists():
-        raise ValueError(f"data.tokenizer={kind}: want {', '.join(KINDS)}, or the path of a tokenizer.json")
+        raise ValueError(f"data.tokenizer must be {', '.join(KINDS)} or a tokenizer file, got {kind}")
     return load_tokenizer(kind)
 
 
@@ -47,7 +47,7 @@ def _train(kind: str, texts: Iterable[str], vocab_size: int, start: bool) -> HFT
         from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
     except ImportError:
         raise ImportError(
-            f"data.tokenizer={kind} wants the package tokenizers: pip install 'ffn[hf]'; char and byte do not"
+            f"data.tokenizer={kind} needs tokenizers: pip install 'torch-ffn[hf]'; char and byte do not"
         ) from None
     special: dict[str, Any] = {"special_tokens": [PAD, UNKNOWN, START], "show_progress": False}
     if kind == "word":
@@ -58,7 +58,9 @@ def _train(kind: str, texts: Iterable[str], vocab_size: int, start: bool) -> HFT
     else:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + 3:
-            raise ValueError(f"model.vocab_size={vocab_size}: bpe wants {len(alphabet) + 3} or more")
+            raise ValueError(
+                f"model.vocab_size must be {len(alphabet) + 3} or more for bpe, got {vocab_size}"
+            )
         made = tokenizers.Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
         made.decoder = tokenizers.decoders.ByteLevel()  # type: ignore

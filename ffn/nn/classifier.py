@@ -1,4 +1,4 @@
-"""A Transformer that sorts texts: its hidden states pooled into one vector a text, and scores from that."""
+"""`Classifier`: a Transformer with pooling and a head that gives the logits of a text."""
 
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, get_args
@@ -15,35 +15,36 @@ Transform = Literal["tanh", "relu"]
 
 
 class Backbone(Protocol):
-    """What a `Transformer` offers here."""
+    """The part of a `Transformer` that `Classifier` uses."""
 
     config: Any
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every weight."""
+        """Iterate over all weights."""
         ...
 
     def hidden(
         self, tokens: Tensor, *, attention_mask: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
-        """The final hidden states (B, T, D)."""
+        """Return the final hidden states (B, T, D)."""
         ...
 
 
 class ClassifierHead(nn.Module):
-    """out_proj(dropout(act(dense(pooled)))); without a transform dense and act are left out.
+    """Compute out_proj(dropout(act(dense(pooled)))); transform=None omits dense and act.
 
     Args:
-        dim: D. num_classes: how many scores.
-        transform: "tanh" (BERT's pooler, RoBERTa's head), "relu" (DistilBERT's) or None.
-        dropout: probability to drop a value before out_proj while training.
-        bias: of out_proj.
+        dim: width D of the input.
+        num_classes: number of logits.
+        transform: act is "tanh" (BERT's pooler, RoBERTa's head) or "relu" (DistilBERT); None omits it.
+        dropout: dropout probability before out_proj.
+        bias: give out_proj a bias.
 
     Shape:
         (..., D) -> (..., num_classes).
 
     Raises:
-        ValueError: no positive number of classes, no such transform, or a dropout that is no probability.
+        ValueError: num_classes below 1, an unknown transform, or a dropout outside [0, 1).
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ClassifierHead(nn.Module):
         super().__init__()
         check_size("num_classes", num_classes)
         if transform not in (None, *get_args(Transform)):
-            raise ValueError(f"transform={transform!r}: want {' or '.join(get_args(Transform))}, or None")
+            raise ValueError(f"transform must be {', '.join(get_args(Transform))} or None, got {transform!r}")
         check_probability("dropout", dropout)
         self.transform, self.dropout = transform, dropout
         self.dense = nn.Linear(dim, dim, device=device, dtype=dtype) if transform is not None else None
@@ -69,7 +70,7 @@ class ClassifierHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Matrices normal 0.02, biases 0; nothing on the meta device."""
+        """Draw matrices from a normal distribution of std 0.02; set biases to 0. Skips the meta device."""
         for linear in (self.dense, self.out_proj):
             if linear is not None and not linear.weight.is_meta:
                 linear.weight.normal_(0.0, 0.02, generator=generator)
@@ -87,23 +88,24 @@ class ClassifierHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Scores of a text for each class: head(pool(backbone.hidden(tokens))). Regression is num_classes=1.
+    """Compute the logits of texts: head(pool(backbone.hidden(tokens))). Regression is num_classes=1.
 
-    With transform="tanh" over the first token this is BERT's and RoBERTa's classifier, with "relu" that of
-    DistilBERT, over the last token without a transform and without a bias that of the decoders.
+    BERT and RoBERTa pool the first token with transform="tanh", DistilBERT the first with "relu"; decoders
+    pool the last token without transform and bias.
 
     Args:
         backbone: a Transformer; its own head is not used.
-        num_classes: how many scores.
-        pooling: the vector of a text: of its "first" token, of its "last", or the "mean" of all. Padding
-            counts for none of them, on whichever side it stands.
-        transform, dropout, bias: see ClassifierHead. bias left out: there is one unless pooling="last".
+        num_classes: number of logits.
+        pooling: the hidden state of the "first" or "last" token, or the "mean" over tokens. Padding on
+            either side is ignored.
+        transform, dropout: see ClassifierHead.
+        bias: give out_proj a bias; by default True unless pooling="last".
 
     Shape:
         tokens (B, T) -> (B, num_classes).
 
     Raises:
-        ValueError: no such pooling or transform; a first token of a decoder, which has seen no other.
+        ValueError: an unknown pooling or transform, or pooling="first" on a decoder.
 
     Sources: Devlin et al. 2019; Liu et al. 2019; Radford et al. 2018 (the last token).
     """
@@ -124,9 +126,11 @@ class Classifier(nn.Module):
         super().__init__()
         config = backbone.config
         if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling={pooling!r}: want one of {', '.join(get_args(Pooling))}")
+            raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
         if pooling == "first" and config.causal:
-            raise ValueError("pooling='first': a decoder's first token has seen no other; want last or mean")
+            raise ValueError(
+                "pooling must be last or mean for a decoder (its first token sees no other), got 'first'"
+            )
         self.backbone, self.pooling = backbone, pooling
         bias = pooling != "last" if bias is None else bias
         weight = backbone.embedding.weight  # pyright: ignore[reportAttributeAccessIssue]
@@ -136,19 +140,19 @@ class Classifier(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """How many scores there are."""
+        """Number of logits."""
         return self.head.out_proj.out_features
 
     def forward(
         self, tokens: Tensor, *, attention_mask: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
-        """Scores (B, num_classes); the arguments as `Transformer.hidden` takes them."""
+        """Return logits (B, num_classes); the arguments are those of `Transformer.hidden`."""
         return self.head(self.pooled(tokens, attention_mask=attention_mask, token_types=token_types))
 
     def pooled(
         self, tokens: Tensor, *, attention_mask: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
-        """One vector (B, D) a text, which `head` reads; without a graph where the backbone is frozen."""
+        """Return the input of `head`, (B, D); a frozen backbone runs without gradients."""
         trains = any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             hidden = self.backbone.hidden(tokens, attention_mask=attention_mask, token_types=token_types)
@@ -159,7 +163,7 @@ class Classifier(nn.Module):
 
 
 def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """(B, T, D) -> (B, D). attention_mask (B, T), False or 0 at padding; every text has a real token."""
+    """Pool (B, T, D) -> (B, D). attention_mask (B, T) is 0 at padding; each text needs one real token."""
     if attention_mask is None:
         match pooling:
             case "first":

@@ -9,45 +9,29 @@ from math import inf
 from typing import Literal
 
 from ffn.files.dataclass_toml import flatten, settle
-from ffn.gpt.adapters import AdapterConfig
-from ffn.gpt.freeze import check_choice
-from ffn.gpt.transformer import Transformer, TransformerConfig
+from ffn.gpt.transformer import TransformerConfig
 from ffn.text.corpus import DataConfig
-from ffn.train.device import Precision
-from ffn.train.optim import Schedule, ScheduledOptimizer, lr_factor
+from ffn.train.optim import lr_factor
+from ffn.train.options import TrainingOptions, require
 
 WHERE = ("out", "device")  # keys that do not change what a run computes
 
 
 @dataclass(frozen=True)
-class LoopConfig:
-    """How to train. A step sees `accumulate` batches of `batch_size` windows."""
+class LoopConfig(TrainingOptions):
+    """The training loop of `ffn train`. A step sees `accumulate` batches of `batch_size` windows."""
 
-    steps: int = 400
     batch_size: int = 24
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = 3e-3
+    steps: int = 400
     window: int = 0  # tokens of a training window; 0 for as many as the model reads at most
     accumulate: int = 1
-    only: str = "all"  # what trains: head, ffn, last:K, lora or all; see ffn.gpt.freeze
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # with only=lora
-    frozen_dropout: bool = False  # whether what is frozen before the first part that trains drops values
-    optimizer: Literal["adamw", "muon"] = "muon"
-    lr: float = 3e-3  # of AdamW: everything, or with muon what is not a matrix of a block
-    muon_lr: float = 0.02
-    betas: tuple[float, ...] = (0.9, 0.95)
-    momentum: float = 0.95  # of Muon
-    layer_decay: float = 1.0  # of a learning rate, for each block between a weight and the output
-    weight_decay: float = 0.0  # decoupled L2 penalty on matrices, a share of the learning rate
-    l1: float = 0.0  # proximal L1 penalty on matrices, likewise
-    schedule: Schedule = "linear"
     warmup: int = 20  # steps
-    lr_floor: float = 0.0  # where a decaying schedule ends, as a share of the learning rate
-    clip: float = 1.0  # the largest gradient norm; 0 for any
-    precision: Precision = "auto"
-    compile: bool = False  # the blocks, through torch.compile
+    compile: bool = False  # compile the blocks with torch.compile
     seed: int = 1337
     eval_every: int = 100  # steps
     eval_batches: int = 16  # of the validation text, evenly spread; 0 for all of it
-    patience: int = 0  # evaluations without a better validation loss before stopping; 0 to go on
     checkpoint_every: int = 100  # steps; a better validation loss makes one too
     keep: int = 2  # checkpoints besides the best
     log_every: int = 10  # steps
@@ -56,47 +40,18 @@ class LoopConfig:
     sample_temperature: float = 0.8
 
     def __post_init__(self) -> None:
-        settle(self)
-        counts = ("steps", "batch_size", "accumulate", "keep", "eval_every", "checkpoint_every", "log_every")
-        rates = ("lr", "muon_lr", "weight_decay", "l1", "clip", "sample_temperature")
-        try:
-            check_choice(self.only)
-        except ValueError as error:
-            raise ValueError(f"only: {error}") from None
-        for name in (*counts, *rates, "window", "warmup", "patience", "eval_batches", "sample_tokens"):
-            least = 1 if name in counts else 0
-            if not inf > getattr(self, name) >= least:
-                raise ValueError(f"{name}: wants {least} or more; got {getattr(self, name)}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: wants two numbers in [0, 1); got {list(self.betas)}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum: wants a number in [0, 1); got {self.momentum}")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay: wants a number above 0, 1 at most; got {self.layer_decay}")
-        if not 0 <= self.lr_floor <= 1:
-            raise ValueError(f"lr_floor: wants a number in [0, 1]; got {self.lr_floor}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed: wants a whole number of 64 bits; got {self.seed}")
+        super().__post_init__()
+        counts = ["steps", "accumulate", "keep", "eval_every", "checkpoint_every", "log_every"]
+        require(self, counts, "1 or more", lambda x: x >= 1)
+        optional = ["window", "warmup", "eval_batches", "sample_tokens", "sample_temperature"]
+        require(self, optional, "0 or more", lambda x: 0 <= x < inf)
+        require(self, ["seed"], "a whole number of 64 bits", lambda x: -(2**63) <= x < 2**63)
         if not self.sample_prompt:
-            raise ValueError("sample_prompt: wants at least one character")
+            raise ValueError("sample_prompt must have at least one character, got ''")
 
     def lr_factor(self, step: int) -> float:
-        """The share of the learning rate that step `step`, counted from 0, takes."""
+        """Return the factor of the learning rate at step `step`, counted from 0."""
         return lr_factor(step, self.steps, self.schedule, self.warmup, self.lr_floor)
-
-    def build_optimizer(self, model: Transformer) -> ScheduledOptimizer:
-        """The optimizer of the model's parameters."""
-        return ScheduledOptimizer(
-            model,
-            self.optimizer,
-            lr=self.lr,
-            muon_lr=self.muon_lr,
-            weight_decay=self.weight_decay,
-            l1=self.l1,
-            betas=(self.betas[0], self.betas[1]),
-            momentum=self.momentum,
-            layer_decay=self.layer_decay,
-        )
 
 
 def _default_model() -> TransformerConfig:

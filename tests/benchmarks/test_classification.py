@@ -1,4 +1,4 @@
-"""The jobs make configurations, and the model beside ours is ours: the same scores from the same weights."""
+"""Jobs give configurations; transformers' classifier gives our logits from the same weights."""
 
 from pathlib import Path
 
@@ -38,13 +38,13 @@ def job(tmp_path: Path) -> dict:
 
 @pytest.mark.parametrize(("task", "name", "what"), classification.JOBS)
 def test_every_job_makes_a_configuration(task: str, name: str, what: str, job: dict) -> None:
-    config, parts = classification.parts_of({**job, "task": task, "implementation": name, "what": what})
-    assert config.fit.epochs == 1
-    assert len(parts.objective.classes) == (2 if task == "reviews" else 3)
+    config, splits = classification.splits_of({**job, "task": task, "implementation": name, "what": what})
+    assert config.train.epochs == 1
+    assert len(splits.objective.classes) == (2 if task == "reviews" else 3)
 
 
 @pytest.mark.parametrize("what", ["head", "all"])
-def test_both_give_a_row_of_the_same_sizes(what: str, job: dict) -> None:
+def test_both_implementations_train_the_same_number_of_parameters(what: str, job: dict) -> None:
     pytest.importorskip("transformers")
     ours = classification.run_ffn({**job, "what": what})
     theirs = classification.run_transformers({**job, "what": what})
@@ -53,7 +53,7 @@ def test_both_give_a_row_of_the_same_sizes(what: str, job: dict) -> None:
     assert set(theirs) <= {*classification.COLUMNS}
 
 
-def test_their_classifier_is_ours(job: dict) -> None:
+def test_both_classifiers_give_the_same_logits(job: dict) -> None:
     pytest.importorskip("transformers")
     from benchmarks.finetune import TheirClassifier
 
@@ -68,7 +68,7 @@ def test_their_classifier_is_ours(job: dict) -> None:
     assert counts[0] == counts[1]
 
 
-def test_less_is_kept_for_backward(job: dict) -> None:
+def test_ffn_saves_less_for_backward(job: dict) -> None:
     pytest.importorskip("transformers")
     rows = [
         classification.run_memory({**job, "implementation": name, "what": "ffn memory"})
@@ -77,6 +77,6 @@ def test_less_is_kept_for_backward(job: dict) -> None:
     assert 0 < rows[0]["kept_MB"] < rows[1]["kept_MB"]
 
 
-def test_words_alone_tell_two_topics_apart(job: dict) -> None:
+def test_tf_idf_separates_two_topics(job: dict) -> None:
     pytest.importorskip("sklearn")
     assert classification.run_sklearn({**job, "what": "TF-IDF of words"})["accuracy"] > 0.8

@@ -1,4 +1,4 @@
-"""Texts of two or three topics that a tiny model tells apart, and a configuration that takes a second."""
+"""Texts of two or three topics that a tiny model separates, and a configuration that trains in a second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import ffn
-from ffn.classify.recipe import ClassifyConfig, read_config
+from ffn.classify.config import ClassifyConfig, read_config
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.text.tokenizer import ByteTokenizer
 
@@ -30,13 +30,13 @@ PRETRAINED = TransformerConfig(
     vocab_size=256, dim=16, num_layers=2, num_heads=2, hidden_dim=24, max_seq_len=48, dropout=0.1
 )
 WORDS = [
-    *MODEL, "device=cpu", "fit.precision=float32", "fit.epochs=4", "fit.batch_size=8", "fit.lr=5e-3",
+    *MODEL, "device=cpu", "train.precision=float32", "train.epochs=4", "train.batch_size=8", "train.lr=5e-3",
     "data.tokenizer=char", "model.dropout=0.0", "head.dropout=0.0",
 ]  # fmt: skip
 
 
 def write_base(folder: Path, shape: TransformerConfig = PRETRAINED) -> Path:
-    """A decoder of bytes, with a tokenizer, as `ffn train` leaves one."""
+    """Write a byte-level decoder with its tokenizer, like a run of `ffn train`."""
     torch.manual_seed(0)
     ffn.save(folder, Transformer(shape))
     ByteTokenizer().save(folder / "tokenizer.json")
@@ -44,7 +44,7 @@ def write_base(folder: Path, shape: TransformerConfig = PRETRAINED) -> Path:
 
 
 def texts(count: int, classes: int = 3, seed: int = 0) -> list[tuple[str, str]]:
-    """(text, label), all texts different."""
+    """Return (text, label) pairs; all texts differ."""
     draw, found = random.Random(seed), {}
     names = list(TOPICS)[:classes]
     while len(found) < count:
@@ -64,7 +64,7 @@ def write_table(
 
 
 def config(folder: Path, *words: str, count: int = 90, classes: int = 3) -> ClassifyConfig:
-    """Trains on `folder/texts.csv`, which is written, into `folder/run`; a base keeps its model."""
+    """Return a config that trains on `folder/texts.csv` (written if absent) into `folder/run`."""
     if not (folder / "texts.csv").exists():
         write_table(folder / "texts.csv", texts(count, classes))
     pretrained = any(word.startswith("base=") for word in words)

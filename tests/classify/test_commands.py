@@ -1,4 +1,4 @@
-"""`ffn classify`: what it prints, how it exits, and one line for each mistake."""
+"""`ffn classify`: its output, its exit codes, and one line for each mistake."""
 
 import csv
 import io
@@ -10,6 +10,7 @@ import pytest
 
 from ffn.classify import load_classifier
 from ffn.cli import main
+from ffn.train.base import Base, open_base
 from tests.classify.samples import WORDS, texts, write_table
 
 
@@ -17,13 +18,13 @@ from tests.classify.samples import WORDS, texts, write_table
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classify")
     table = write_table(folder / "texts.csv", texts(90))
-    words = [*WORDS, "fit.epochs=1", f"out={folder / 'run'}"]
+    words = [*WORDS, "train.epochs=1", f"out={folder / 'run'}"]
     assert main(["classify", "train", str(table), *words]) == 0
     return folder / "run"
 
 
-def test_train_takes_data_a_config_keys_and_from(run: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / "c.toml").write_text("train = 'head'\n[fit]\nepochs = 2\n")
+def test_train_takes_data_a_config_keys_and_a_base(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "c.toml").write_text("[train]\nonly = 'head'\nepochs = 2\n")
     data, out = str(run.parent / "texts.csv"), tmp_path / "out"
     command = [
         "classify",
@@ -38,23 +39,36 @@ def test_train_takes_data_a_config_keys_and_from(run: Path, tmp_path: Path, caps
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "epoch 2/2" in shown
-    assert f"use it       ffn classify predict {out} TEXT" in shown
+    assert f"predict      ffn classify predict {out} TEXT" in shown
     assert "base = " in (out / "config.toml").read_text()
     run.rename(run.parent / "gone")
     try:
-        assert main(["classify", "predict", str(out), "some bread"]) == 0, "its base is wanted no more"
+        assert main(["classify", "predict", str(out), "some bread"]) == 0, "the base is no longer needed"
         assert main(["classify", "eval", str(out), data]) == 0
     finally:
         (run.parent / "gone").rename(run)
     capsys.readouterr()
-    other = ["classify", "train", "--from", str(run), data, "train=head", "fit.epochs=1", f"out={out}2"]
-    assert main([*other, "device=cpu"]) == 0
-    around = ["classify", "train", data, "fit.epochs=1", f"--from={run}", "train=head", f"out={out}3"]
-    assert main([*around, "device=cpu"]) == 0
+    fast = ["train.only=head", "train.epochs=1", "device=cpu"]
+    assert main(["classify", "train", "--from", str(run), data, *fast, f"out={out}2"]) == 0
+    assert main(["classify", "train", data, *fast, f"--from={run}", f"out={out}3"]) == 0
     assert "base = " in Path(f"{out}3", "config.toml").read_text()
     capsys.readouterr()
     assert main(command) == 2
-    assert capsys.readouterr().err.startswith(f"ffn: out={out}: there is something already")
+    assert capsys.readouterr().err.startswith(f"ffn: out={out} already exists")
+
+
+def test_train_opens_its_base_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def counted(path: str, *arguments) -> Base:
+        opened.append(path)
+        return open_base(path, *arguments)
+
+    for module in ("config", "training"):
+        monkeypatch.setattr(f"ffn.classify.{module}.open_base", counted)
+    words = ["train.only=head", "train.epochs=1", "device=cpu", f"out={tmp_path / 'out'}"]
+    assert main(["classify", "train", str(run.parent / "texts.csv"), "--from", str(run), *words]) == 0
+    assert opened == [str(run)]
 
 
 def test_predict_prints_json_lines(run: Path, capsys) -> None:
@@ -69,7 +83,7 @@ def test_predict_prints_json_lines(run: Path, capsys) -> None:
         assert line["probabilities"][line["label"]] == line["probability"]
 
 
-def test_a_text_may_be_longer_than_a_files_name(run: Path, capsys) -> None:
+def test_a_text_may_be_longer_than_a_file_name(run: Path, capsys) -> None:
     text = "some bread " * 500
     assert main(["classify", "predict", str(run), text]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == text
@@ -102,22 +116,22 @@ def test_predict_reads_files_and_standard_input(run: Path, tmp_path: Path, monke
     assert predicted("some bread", "--device", "cpu", "a, wave", "-") == ["some bread", "a, wave", "-"]
 
 
-def test_texts_that_are_cut_are_counted(run: Path, capsys) -> None:
+def test_truncated_texts_are_counted(run: Path, capsys) -> None:
     main(["classify", "predict", str(run), "bread " * 20, "a"])
-    assert capsys.readouterr().err == "warning: 1 of 2 texts are cut to 12 tokens\n"
+    assert capsys.readouterr().err == "warning: 1 of 2 texts are truncated to 12 tokens\n"
 
 
-def test_predict_answers_in_chunks_before_it_fails(run: Path, monkeypatch, capsys) -> None:
+def test_predict_prints_whole_chunks_before_an_error(run: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("ffn.classify.commands.AT_ONCE", 2)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n\nc\n"))
     assert main(["classify", "predict", str(run), "-"]) == 2
     shown = capsys.readouterr()
     assert [json.loads(line)["text"] for line in shown.out.splitlines()] == ["a", "b"]
-    assert shown.err.endswith("ffn: standard input:3: an empty text\n")
+    assert shown.err.endswith("ffn: standard input:3: empty text\n")
 
 
-def test_predict_answers_what_stood_before_a_mistake(run: Path, monkeypatch, capsys) -> None:
-    for said, mistake in (("a\nb\n\n", "an empty text"), ("a\nb\n\udcff\n", "not utf-8; a file of another")):
+def test_predict_prints_the_texts_before_an_error(run: Path, monkeypatch, capsys) -> None:
+    for said, mistake in (("a\nb\n\n", "empty text"), ("a\nb\n\udcff\n", "not utf-8")):
         monkeypatch.setattr(sys, "stdin", io.StringIO(said))
         assert main(["classify", "predict", str(run), "-"]) == 2
         shown = capsys.readouterr()
@@ -125,8 +139,7 @@ def test_predict_answers_what_stood_before_a_mistake(run: Path, monkeypatch, cap
         assert shown.err.startswith(f"ffn: standard input:3: {mistake}")
 
 
-def test_bytes_on_standard_input(run: Path, monkeypatch, capsys) -> None:
-    """Of whatever locale: UTF-8, a byte order mark dropped."""
+def test_standard_input_is_utf_8_in_any_locale(run: Path, monkeypatch, capsys) -> None:
     for locale in ("utf-8", "ascii"):
         lines = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfwave\r\nw\xc3\xa4ve\n\xff\n"), encoding=locale)
         monkeypatch.setattr(sys, "stdin", lines)
@@ -136,14 +149,14 @@ def test_bytes_on_standard_input(run: Path, monkeypatch, capsys) -> None:
         assert shown.err.startswith("ffn: standard input:3: not utf-8")
 
 
-def test_a_text_of_lines_is_a_line_of_the_table(run: Path, capsys) -> None:
+def test_a_text_with_line_ends_is_one_line_of_the_table(run: Path, capsys) -> None:
     assert main(["classify", "predict", str(run), "some\nbread\tand", "a wave", "--table"]) == 0
     assert [line.split(None, 2)[2] for line in capsys.readouterr().out.splitlines()] == [
         "some bread and", "a wave",
     ]  # fmt: skip
 
 
-def test_eval_shows_a_table_and_writes_predictions(run: Path, tmp_path: Path, capsys) -> None:
+def test_eval_prints_a_table_and_writes_predictions(run: Path, tmp_path: Path, capsys) -> None:
     data = write_table(tmp_path / "new.csv", texts(12, seed=3), ("words", "topic"))
     file = tmp_path / "p.csv"
     command = ["classify", "eval", str(run), str(data), "data.text=words", "data.label=topic"]
@@ -156,9 +169,9 @@ def test_eval_shows_a_table_and_writes_predictions(run: Path, tmp_path: Path, ca
     assert f"{right / 12:.4f}" in shown
 
 
-def test_numbers(tmp_path: Path, capsys) -> None:
+def test_regression(tmp_path: Path, capsys) -> None:
     table = write_table(tmp_path / "texts.csv", [(text, len(text)) for text, _ in texts(40)])
-    words = [*WORDS, "fit.loss=mse", "fit.epochs=1", f"out={tmp_path / 'run'}"]
+    words = [*WORDS, "train.loss=mse", "train.epochs=1", f"out={tmp_path / 'run'}"]
     assert main(["classify", "train", str(table), *words]) == 0
     capsys.readouterr()
     run = str(tmp_path / "run")
@@ -170,10 +183,10 @@ def test_numbers(tmp_path: Path, capsys) -> None:
     assert "mse" in capsys.readouterr().out
 
 
-def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
+def test_transformers_reads_an_export(tmp_path: Path, capsys) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tokenizers")
-    words = ["data.tokenizer=word", "head.pooling=first", "head.transform=tanh", "fit.epochs=1"]
+    words = ["data.tokenizer=word", "head.pooling=first", "head.transform=tanh", "train.epochs=1"]
     table = write_table(tmp_path / "texts.csv", texts(60))
     assert main(["classify", "train", str(table), *WORDS, *words, f"out={tmp_path / 'run'}"]) == 0
     out = tmp_path / "hf"
@@ -193,45 +206,42 @@ def test_export_is_read_by_transformers(tmp_path: Path, capsys) -> None:
         assert main(["classify", "predict", str(folder), *said]) == 0
         assert main(["classify", "eval", str(folder), str(table)]) == 0
         answers.append(capsys.readouterr().out)
-    assert answers[0] == answers[1], "what is transformers' is read here too"
-    again = ["train=head", "fit.epochs=1", "device=cpu", f"out={tmp_path / 'again'}"]
+    assert answers[0] == answers[1], "predict and eval read the export too"
+    again = ["train.only=head", "train.epochs=1", "device=cpu", f"out={tmp_path / 'again'}"]
     assert main(["classify", "train", str(table), "--from", str(out), *again]) == 0
     capsys.readouterr()
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     for there in (out, tmp_path / "run"):
         assert main(["classify", "export", str(tmp_path / "run"), str(there)]) == 2
-        assert capsys.readouterr().err.startswith(f"ffn: out={there}: there is something already")
+        assert capsys.readouterr().err.startswith(f"ffn: out={there} already exists")
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["train", "a.csv", "b.csv"], "a.csv b.csv: wants one DATA; put a pattern in quotes"),
-        (["train", "a.csv", "x.toml", "y.toml"], "x.toml y.toml: wants one config"),
-        (["train", "fit.epochs=1"], "data.path: missing; name a file or folder of labelled text"),
-        (["train", "/nowhere.csv"], "/nowhere.csv: no such file"),
-        (["train", "/nowhere.csv", "epoch=1"], "epoch is not a key"),
-        (["predict", "/nowhere", "a"], "/nowhere: not the folder of a classifier, it has no classifier.json"),
-        (["predict", "RUN", "a", " "], "text:2: an empty text"),
+        (["train", "a.csv", "b.csv"], "a.csv b.csv: "),
+        (["train", "a.csv", "x.toml", "y.toml"], "x.toml y.toml: "),
+        (["train", "train.epochs=1"], "data.path "),
+        (["train", "/nowhere.csv"], "/nowhere.csv: "),
+        (["train", "/nowhere.csv", "epoch=1"], "epoch"),
+        (["predict", "/nowhere", "a"], "/nowhere is not the folder of a classifier"),
+        (["predict", "RUN", "a", " "], "text:2: empty text"),
         (["predict", "RUN", "a\udcff"], "text:1: not utf-8"),
-        (["predict", "RUN", "/nowhere.csv"], "/nowhere.csv: no such file; to take it as a text"),
-        (["predict", "RUN", "RUN"], "RUN: no such file; to take it as a text"),
-        (["predict", "RUN", "NEW", "a wave"], "a wave: behind the file NEW wants keys of data"),
-        (["predict", "RUN", "NEW", "data.text=txt"], "NEW:1: no 'txt'; there are 'text', 'label'; did you"),
-        (["eval", "RUN", "a=b"], "a is not a key"),
-        (["eval", "RUN", "NEW", "fit.epochs=3"], "fit.epochs=3: nothing is trained here; wants keys of data"),
-        (["eval", "RUN", "data.label=x"], "eval wants the folder of a classifier, DATA, and then keys"),
+        (["predict", "RUN", "/nowhere.csv"], "/nowhere.csv: no such file"),
+        (["predict", "RUN", "RUN"], "RUN: no such file"),
+        (["predict", "RUN", "NEW", "a wave"], "a wave: "),
+        (["predict", "RUN", "NEW", "data.text=txt"], "NEW:1: no column 'txt'"),
+        (["eval", "RUN", "a=b"], "a"),
+        (["eval", "RUN", "NEW", "train.epochs=3"], "train.epochs=3: "),
+        (["eval", "RUN", "data.label=x"], "eval needs"),
         (["eval", "RUN", "NEW"], "NEW:3: unknown label 'see'"),
-        (["eval", "RUN", "NEW", "--predictions", "NEW"], "--predictions NEW: wants a file of its own"),
-        (
-            ["eval", "RUN", "NEW", "--predictions", "OUT/p.csv"],
-            "--predictions OUT/p.csv: wants a file of its",
-        ),
-        (["export", "RUN", "OUT"], "bert: its classifier in transformers has pooling='first'"),
+        (["eval", "RUN", "NEW", "--predictions", "NEW"], "--predictions must be"),
+        (["eval", "RUN", "NEW", "--predictions", "OUT/p.csv"], "--predictions must be"),
+        (["export", "RUN", "OUT"], "bert: the classifier of transformers has pooling='first'"),
     ],
 )
-def test_mistakes_are_one_line(command: list[str], message: str, run: Path, tmp_path: Path, capsys) -> None:
+def test_mistakes_give_one_line(command: list[str], message: str, run: Path, tmp_path: Path, capsys) -> None:
     new = write_table(tmp_path / "new.csv", [("a", "sea"), ("b", "see")])
     places = {"RUN": str(run), "NEW": str(new), "OUT": str(tmp_path / "out")}
     assert main(["classify", *(places.get(word, word) for word in command)]) == 2

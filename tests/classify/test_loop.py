@@ -1,4 +1,4 @@
-"""The loop: what is frozen stays to the bit, cached features train the same head, the best epoch is kept."""
+"""Frozen weights stay bit-identical, cached features train the same head, the best epoch is kept."""
 
 import dataclasses
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ffn.classify.batches import TextEncoder
-from ffn.classify.loop import FeatureSource, Outcome, TokenSource, cache_features, evaluate, fit
+from ffn.classify.config import FitConfig
+from ffn.classify.loop import FeatureSource, Outcome, TokenSource, cache_features, compute_logits, fit
 from ffn.classify.objective import Objective
-from ffn.classify.recipe import FitConfig
 from ffn.gpt.freeze import train_only
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.nn.classifier import Classifier
@@ -29,13 +29,16 @@ OBJECTIVE = Objective("cross_entropy", ("food", "sea"))
 FIT = FitConfig(epochs=3, batch_size=8, lr=1e-2, precision="float32")
 
 
-def source(count: int, seed: int = 0, length: int | None = None) -> TokenSource:
-    """Rows of bytes; with a length all cut or filled up to it, so that there is no padding."""
+Data = tuple[TokenSource | FeatureSource, torch.Tensor]
+
+
+def source(count: int, seed: int = 0, length: int | None = None) -> tuple[TokenSource, torch.Tensor]:
+    """Rows of bytes with targets; `length` cuts or fills all rows to one length, so there is no padding."""
     rows = texts(count, 2, seed)
     encode = TextEncoder(ByteTokenizer(), length or 64)
     words = [text.ljust(length or 0) for text, _ in rows]
     targets = torch.tensor([OBJECTIVE.classes.index(name) for _, name in rows])
-    return TokenSource(encode(words)[0], targets, encode)
+    return TokenSource(encode(words)[0], encode), targets
 
 
 def model_of(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> Classifier:
@@ -47,11 +50,16 @@ def weights(model: Classifier) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def run(model: Classifier, train, val, config: FitConfig = FIT, **options) -> Outcome:
-    return fit(model, train, val, OBJECTIVE, config, **{"lr": 1e-2, "seed": 1, **options})
+def run(model: Classifier, train: Data, val: Data, config: FitConfig = FIT, **options) -> Outcome:
+    sources, targets = {"train": train[0], "val": val[0]}, {"train": train[1], "val": val[1]}
+    return fit(model, sources, targets, OBJECTIVE, config, seed=1, **options)
 
 
-def test_it_learns_and_twice_the_same() -> None:
+def cached(model: Classifier, data: tuple[TokenSource, torch.Tensor]) -> Data:
+    return cache_features(model, data[0]), data[1]
+
+
+def test_training_learns_and_is_reproducible() -> None:
     first, second = model_of(), model_of()
     config = dataclasses.replace(FIT, epochs=6)
     outcome = run(first, source(480), source(60, seed=1), config)
@@ -65,14 +73,14 @@ def test_it_learns_and_twice_the_same() -> None:
     assert not first.training
 
 
-def test_each_epoch_has_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_epoch_shuffles_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     train, seen = source(40), []
 
-    def scores(model, index, generator):
+    def logits(model, index, generator):
         seen.append(tuple(index))
-        return TokenSource.scores(train, model, index, generator)
+        return TokenSource.logits(train[0], model, index, generator)
 
-    monkeypatch.setattr(train, "scores", scores)
+    monkeypatch.setattr(train[0], "logits", logits)
     run(model_of(), train, source(16, seed=1), dataclasses.replace(FIT, epochs=2))
     assert len(seen) == 10
     assert sorted(row for index in seen[:5] for row in index) == list(range(40))
@@ -80,7 +88,7 @@ def test_each_epoch_has_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("what", ["head", "ffn", "last:1"])
-def test_frozen_parts_are_the_same_to_the_bit(what: str) -> None:
+def test_frozen_weights_stay_bit_identical(what: str) -> None:
     model = model_of(dropout=0.1)
     train_only(model, what)
     before, trained = weights(model), {n for n, p in model.named_parameters() if p.requires_grad}
@@ -99,25 +107,24 @@ def test_cached_features_train_the_same_head(dropout: float) -> None:
     train, val = source(40, length=24), source(16, seed=1, length=24)
     for model in models:
         train_only(model, "head")
-    cached = cache_features(models[1], train), cache_features(models[1], val)
-    slow, fast = run(models[0], train, val), run(models[1], *cached)
+    slow, fast = run(models[0], train, val), run(models[1], cached(models[1], train), cached(models[1], val))
     assert torch.equal(models[0].head.out_proj.weight, models[1].head.out_proj.weight)
     without = [{k: v for k, v in row.items() if k != "seconds"} for row in slow.history]
     assert without == [{k: v for k, v in row.items() if k != "seconds"} for row in fast.history]
 
 
-def test_cached_features_of_texts_of_any_length() -> None:
+def test_cached_features_with_padding_train_the_same_head() -> None:
     models = [model_of(dtype=torch.float64), model_of(dtype=torch.float64)]
     train, val = source(40), source(16, seed=1)
     for model in models:
         train_only(model, "head")
     run(models[0], train, val)
-    run(models[1], cache_features(models[1], train), cache_features(models[1], val))
+    run(models[1], cached(models[1], train), cached(models[1], val))
     pair = [model.head.out_proj.weight for model in models]
     torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-12)
 
 
-def test_a_backbone_is_run_once_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_runs_the_backbone_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, train = model_of(), source(40)
     train_only(model, "head")
     rows = 0
@@ -129,15 +136,15 @@ def test_a_backbone_is_run_once_for_the_cache(monkeypatch: pytest.MonkeyPatch) -
         return hidden(self, tokens, **options)
 
     monkeypatch.setattr(Transformer, "hidden", counted)
-    cached = cache_features(model, train)
-    assert isinstance(cached, FeatureSource)
-    assert cached.features.shape == (40, 16)
-    run(model, cached, cached)
+    features = cached(model, train)
+    assert isinstance(features[0], FeatureSource)
+    assert features[0].features.shape == (40, 16)
+    run(model, features, features)
     assert rows == 40
 
 
 class Watching:
-    """Ends training by Ctrl-C in the step of this number."""
+    """Records progress; raises KeyboardInterrupt at step `stop_at`."""
 
     def __init__(self, stop_at: int = 0) -> None:
         self.losses, self.rows, self.stop_at = [], [], stop_at
@@ -152,18 +159,19 @@ class Watching:
 
 
 def worse_each_epoch(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> list[dict[str, torch.Tensor]]:
-    """evaluate says these losses, one an epoch, and keeps the weights it saw."""
+    """Make validation return these losses, one per epoch; return the weights it saw."""
     seen: list[dict[str, torch.Tensor]] = []
 
-    def told(model, val, objective, precision):
+    def told(model, source, precision):
         seen.append(weights(model))
-        return {"loss": values[len(seen) - 1], "accuracy": 0.5}
+        return torch.empty(0)
 
-    monkeypatch.setattr("ffn.classify.loop._values", told)
+    monkeypatch.setattr("ffn.classify.loop.compute_logits", told)
+    monkeypatch.setattr("ffn.classify.loop._values", lambda *_: {"loss": values[len(seen) - 1]})
     return seen
 
 
-def test_it_stops_early_with_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_keeps_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = worse_each_epoch(monkeypatch, [3.0, 1.0, 2.0, 1.5, 9.0])
     model = model_of()
     config = dataclasses.replace(FIT, epochs=9, patience=2, metric="loss")
@@ -172,7 +180,7 @@ def test_it_stops_early_with_the_best_weights(monkeypatch: pytest.MonkeyPatch) -
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in weights(model).items())
 
 
-def test_without_patience_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_0_never_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
     worse_each_epoch(monkeypatch, [1.0, 2.0, 3.0, 4.0, 5.0])
     config = dataclasses.replace(FIT, epochs=5, patience=0, metric="loss")
     outcome = run(model_of(), source(20), source(10), config)
@@ -189,7 +197,7 @@ def test_ctrl_c_keeps_the_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
         run(model_of(), source(20), source(10), watcher=Watching(stop_at=2))
 
 
-def test_the_watcher_hears_everything() -> None:
+def test_the_watcher_receives_every_step_and_epoch() -> None:
     watcher = Watching()
     outcome = run(model_of(), source(20), source(10), watcher=watcher)
     assert len(watcher.losses) == 9
@@ -199,34 +207,40 @@ def test_the_watcher_hears_everything() -> None:
     assert outcome.history[0]["train_loss"] == pytest.approx(first)
 
 
-def test_a_loss_that_is_not_finite_is_an_error() -> None:
+def test_a_loss_that_is_not_finite_raises() -> None:
     model = model_of()
     model.head.out_proj.weight.data.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan; lower fit.lr or lengthen"):
+    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is nan"):
         run(model, source(20), source(10))
 
 
-def test_a_metric_that_is_not_defined_is_an_error() -> None:
-    val = source(10)
-    val.targets = torch.zeros_like(val.targets)
-    with pytest.raises(ValueError, match=r"^fit.metric=roc_auc: not defined on these validation rows"):
-        run(model_of(), source(20), val, dataclasses.replace(FIT, metric="roc_auc"))
+def test_an_undefined_metric_raises() -> None:
+    val, targets = source(10)
+    options = dataclasses.replace(FIT, metric="roc_auc")
+    with pytest.raises(ValueError, match=r"^train.metric=roc_auc"):
+        run(model_of(), source(20), (val, torch.zeros_like(targets)), options)
 
 
-def test_evaluation_is_in_the_order_of_the_rows() -> None:
-    model, rows = model_of(), source(40)
-    predictions, loss = evaluate(model, rows, OBJECTIVE)
+def test_logits_are_in_the_order_of_the_rows() -> None:
+    model, (rows, _) = model_of(), source(40)
+    logits = compute_logits(model, rows)
     alone = torch.cat([model(torch.tensor([row])) for row in rows.rows]).double()
-    torch.testing.assert_close(predictions, alone.softmax(1), rtol=0, atol=1e-6)
-    assert loss == pytest.approx(OBJECTIVE.loss(alone, rows.targets).item(), abs=1e-6)
-    assert predictions.dtype == torch.float64
+    torch.testing.assert_close(logits, alone, rtol=0, atol=1e-6)
+    assert logits.dtype == torch.float64
 
 
-def test_word_dropout_is_for_training_alone() -> None:
-    model, rows = model_of(), source(20)
+def test_the_history_holds_the_validation_loss() -> None:
+    model, val = model_of(), source(40)
+    outcome = run(model, source(20), val, dataclasses.replace(FIT, epochs=1))
+    expected = OBJECTIVE.loss(compute_logits(model, val[0]), val[1]).item()
+    assert outcome.history[0]["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_word_dropout_applies_in_training_only() -> None:
+    model, (rows, _) = model_of(), source(20)
     dropping = dataclasses.replace(rows, word_dropout=0.5)
-    assert torch.equal(evaluate(model, dropping, OBJECTIVE)[0], evaluate(model, rows, OBJECTIVE)[0])
+    assert torch.equal(compute_logits(model, dropping), compute_logits(model, rows))
     generator = torch.Generator().manual_seed(0)
     model.eval()
-    changed = dropping.scores(model, range(20), generator) != rows.scores(model, range(20), generator)
+    changed = dropping.logits(model, range(20), generator) != rows.logits(model, range(20), generator)
     assert changed.any(1).sum() > 15

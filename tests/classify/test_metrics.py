@@ -1,4 +1,4 @@
-"""Metrics: examples by hand, scikit-learn as the oracle where it is installed, the formulas of losses."""
+"""Metrics against examples by hand, scikit-learn and the formulas of losses."""
 
 import json
 import math
@@ -33,7 +33,7 @@ MATRIX = [[2, 1, 0], [1, 1, 0], [0, 1, 0]]
 
 @st.composite
 def predictions(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """True and predicted classes among K, of which some may not occur."""
+    """True and predicted classes among K; some may not occur."""
     num_classes = draw(st.integers(2, 6))
     classes = st.integers(0, num_classes - 1)
     pairs = draw(st.lists(st.tuples(classes, classes), min_size=1, max_size=40))
@@ -41,7 +41,7 @@ def predictions(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
     return true, predicted, num_classes
 
 
-EIGHTHS = st.integers(-40, 40).map(lambda whole: whole / 8)  # exact in every float dtype, and with many ties
+EIGHTHS = st.integers(-40, 40).map(lambda whole: whole / 8)  # exact in every float dtype, with many ties
 NUMBERS = st.lists(st.tuples(EIGHTHS, EIGHTHS), min_size=1, max_size=40)
 SCORED = st.lists(st.tuples(st.integers(0, 1), EIGHTHS), min_size=1, max_size=40)
 
@@ -65,12 +65,12 @@ def test_a_confusion_matrix_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.int32])
-def test_class_numbers_of_any_whole_dtype(dtype: torch.dtype) -> None:
+def test_class_numbers_of_any_integer_dtype(dtype: torch.dtype) -> None:
     true, predicted = torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0])
     assert confusion_matrix(true.to(dtype), predicted.to(dtype), 2).tolist() == [[0, 1], [1, 1]]
 
 
-def test_areas_by_hand() -> None:
+def test_roc_auc_by_hand() -> None:
     true = torch.tensor([0, 0, 1, 1])
     assert roc_auc(true, torch.tensor([0.1, 0.4, 0.35, 0.8])) == 0.75
     assert roc_auc(true, torch.tensor([1, 2, 3, 4])) == 1.0
@@ -80,7 +80,7 @@ def test_areas_by_hand() -> None:
 
 
 @given(SCORED)
-def test_the_area_is_the_chance_to_rank_right(pairs: list[tuple[int, float]]) -> None:
+def test_roc_auc_is_the_chance_to_rank_a_pair_right(pairs: list[tuple[int, float]]) -> None:
     ones = [score for true, score in pairs if true]
     zeros = [score for true, score in pairs if not true]
     won = [(one > zero) + (one == zero) / 2 for one in ones for zero in zeros]
@@ -91,7 +91,7 @@ def test_the_area_is_the_chance_to_rank_right(pairs: list[tuple[int, float]]) ->
     assert roc_auc(1 - true, scores) == pytest.approx(1 - found, nan_ok=True)
 
 
-def test_numbers_by_hand() -> None:
+def test_regression_by_hand() -> None:
     true, predicted = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 5.0])
     assert mean_squared_error(true, predicted) == pytest.approx(4 / 3)
     assert r2(true, predicted) == -1.0
@@ -102,7 +102,7 @@ def test_numbers_by_hand() -> None:
 
 
 @given(predictions())
-def test_classes_as_scikit_learn_counts_them(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+def test_class_metrics_equal_scikit_learn(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     oracle = pytest.importorskip("sklearn.metrics")
     true, predicted, num_classes = case
     arrays, labels = (true.numpy(), predicted.numpy()), list(range(num_classes))
@@ -123,7 +123,7 @@ def test_classes_as_scikit_learn_counts_them(case: tuple[torch.Tensor, torch.Ten
 
 
 @given(SCORED)
-def test_areas_as_scikit_learn_measures_them(pairs: list[tuple[int, float]]) -> None:
+def test_roc_auc_equals_scikit_learn(pairs: list[tuple[int, float]]) -> None:
     oracle = pytest.importorskip("sklearn.metrics")
     true, scores = columns(pairs)
     if len(set(true.tolist())) == 2:  # else it warns, and gives NaN as we do
@@ -131,7 +131,7 @@ def test_areas_as_scikit_learn_measures_them(pairs: list[tuple[int, float]]) -> 
 
 
 @given(NUMBERS)
-def test_numbers_as_scikit_learn_measures_them(pairs: list[tuple[float, float]]) -> None:
+def test_regression_equals_scikit_learn(pairs: list[tuple[float, float]]) -> None:
     oracle = pytest.importorskip("sklearn.metrics")
     true, predicted = columns(pairs)
     arrays = true.double().numpy(), predicted.double().numpy()
@@ -141,10 +141,10 @@ def test_numbers_as_scikit_learn_measures_them(pairs: list[tuple[float, float]])
 
 
 @given(predictions(), st.sampled_from([0.0, 0.1, 1.0]), st.booleans())
-def test_torchs_cross_entropy_is_its_formula(
+def test_cross_entropy_equals_its_formula(
     case: tuple[torch.Tensor, torch.Tensor, int], smoothing: float, weighted: bool
 ) -> None:
-    """Weights of true classes in the divisor; each share of a smoothed target with its class's weight."""
+    """The divisor sums weights of true classes; each smoothed share has the weight of its class."""
     true, _, num_classes = case
     logits = torch.randn(len(true), num_classes, dtype=torch.float64)
     weights = torch.rand(num_classes, dtype=torch.float64) + 0.1 if weighted else None
@@ -161,7 +161,9 @@ def test_torchs_cross_entropy_is_its_formula(
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weights", [None, (0.25, 3.0)])
-def test_binary_cross_entropy_is_its_formula(smoothing: float, weights: tuple[float, float] | None) -> None:
+def test_binary_cross_entropy_equals_its_formula(
+    smoothing: float, weights: tuple[float, float] | None
+) -> None:
     logits = (4 * torch.randn(50, dtype=torch.float64)).requires_grad_()
     true = torch.randint(2, (50,))
     zero, one = weights or (1.0, 1.0)
@@ -179,7 +181,7 @@ def test_binary_cross_entropy_is_its_formula(smoothing: float, weights: tuple[fl
         torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(logits, share.double()))
 
 
-def test_binary_cross_entropy_of_logits_far_out() -> None:
+def test_binary_cross_entropy_of_large_logits() -> None:
     logits = torch.tensor([200.0, -200.0], requires_grad=True)
     loss = binary_cross_entropy(logits, torch.tensor([0, 0]))
     loss.backward()
@@ -188,7 +190,7 @@ def test_binary_cross_entropy_of_logits_far_out() -> None:
     assert logits.grad.tolist() == [0.5, 0.0]
 
 
-def test_losses_as_scikit_learn_measures_them() -> None:
+def test_losses_equal_scikit_learn() -> None:
     oracle = pytest.importorskip("sklearn.metrics")
     logits, true = torch.randn(30, 4, dtype=torch.float64), torch.arange(30) % 4
     weights = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
@@ -200,10 +202,10 @@ def test_losses_as_scikit_learn_measures_them() -> None:
     assert F.mse_loss(logits[:, 0], logits[:, 1]).item() == pytest.approx(expected)
 
 
-def test_balanced_classes_weigh_the_same() -> None:
+def test_balanced_weights_by_hand() -> None:
     true = torch.tensor([0, 0, 0, 1])
     assert balanced_weights(true, 2).tolist() == pytest.approx([2 / 3, 2.0])
-    with pytest.raises(ValueError, match="class 2 has no row"):
+    with pytest.raises(ValueError, match="class 2"):
         balanced_weights(true, 3)
 
 
@@ -211,35 +213,39 @@ def test_balanced_classes_weigh_the_same() -> None:
     ("wrong", "message"),
     [
         (lambda: confusion_matrix(TRUE[:0], TRUE[:0], 3), "no rows"),
-        (lambda: confusion_matrix(TRUE, PREDICTED[:3], 3), r"one shape \(N,\); got \(6,\) and \(3,\)"),
+        (lambda: confusion_matrix(TRUE, PREDICTED[:3], 3), r"got \(6,\) and \(3,\)"),
         (lambda: confusion_matrix(TRUE[None], PREDICTED[None], 3), r"got \(1, 6\)"),
-        (lambda: confusion_matrix(TRUE, PREDICTED, 2), "class 2 is not among the 2"),
-        (lambda: confusion_matrix(TRUE, PREDICTED - 1, 3), "class -1 is not among"),
+        (lambda: confusion_matrix(TRUE, PREDICTED, 2), "0 .. 1, got 2"),
+        (lambda: confusion_matrix(TRUE, PREDICTED - 1, 3), "got -1"),
         (lambda: accuracy(torch.zeros(2, 2, dtype=torch.int64)), "no rows"),
         (lambda: precision_recall_f1(torch.zeros(2, 2, dtype=torch.int64)), "no rows"),
-        (lambda: averaged(torch.eye(2).long(), "samples"), "one of macro, micro, weighted; got 'samples'"),
-        (lambda: roc_auc(TRUE, TRUE.float()), "class 2 is not among the 2"),
+        (lambda: averaged(torch.eye(2).long(), "samples"), "^how must be .*'samples'"),
+        (lambda: roc_auc(TRUE, TRUE.float()), "0 .. 1, got 2"),
         (lambda: roc_auc(TRUE[:4], torch.ones(4, 1)), r"got \(4,\) and \(4, 1\)"),
         (lambda: roc_auc(TRUE[:0], torch.ones(0)), "no rows"),
-        (lambda: roc_auc(TRUE[:2], torch.tensor([0.1, math.nan])), "row 1 is nan"),
+        (
+            lambda: roc_auc(TRUE[:2], torch.tensor([0.1, math.nan])),
+            "^scores must be finite, got nan in row 1",
+        ),
         (lambda: mean_squared_error(torch.ones(0), torch.ones(0)), "no rows"),
         (lambda: mean_squared_error(torch.ones(4), torch.ones(4, 1)), r"got \(4,\) and \(4, 1\)"),
-        (lambda: mean_squared_error(torch.ones(2), torch.tensor([math.inf, 1.0])), "row 0 is inf"),
-        (lambda: r2(torch.tensor([1.0, math.nan]), torch.ones(2)), "true: wants finite numbers; row 1"),
-        (lambda: score_classes(TRUE, PREDICTED, "abc", torch.ones(6)), "two classes; got 3"),
+        (
+            lambda: mean_squared_error(torch.ones(2), torch.tensor([math.inf, 1.0])),
+            "^predicted must be finite, got inf in row 0",
+        ),
+        (lambda: r2(torch.tensor([1.0, math.nan]), torch.ones(2)), "^true must be finite, got nan in row 1"),
+        (lambda: score_classes(TRUE, PREDICTED, "abc", torch.ones(6)), "^scores must be None"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(wrong: object, message: str) -> None:
+def test_wrong_arguments_raise(wrong: object, message: str) -> None:
     assert callable(wrong)
     with pytest.raises(ValueError, match=message) as caught:
         wrong()
     assert "\n" not in str(caught.value)
 
 
-def test_classes_are_whole_numbers() -> None:
-    with pytest.raises(
-        TypeError, match=r"predicted: wants class numbers, a whole-number dtype; got torch\.float"
-    ):
+def test_class_numbers_must_be_integers() -> None:
+    with pytest.raises(TypeError, match=r"^predicted must have an integer dtype"):
         confusion_matrix(TRUE, PREDICTED.float(), 3)
 
 
@@ -270,7 +276,7 @@ def test_scores_of_classes() -> None:
     )
 
 
-def test_scores_of_two_classes_have_an_area_where_both_occur() -> None:
+def test_two_classes_have_roc_auc_if_both_occur() -> None:
     true, scores = torch.tensor([0, 1, 1]), torch.tensor([-1.0, 2.0, -3.0])
     both = score_classes(true, (scores > 0).long(), ["neg", "pos"], scores)
     assert set(both.values) == set(CLASS_METRICS)
@@ -281,7 +287,7 @@ def test_scores_of_two_classes_have_an_area_where_both_occur() -> None:
     assert one.values["recall_weighted"] == 0.5
 
 
-def test_a_wide_confusion_matrix_is_not_shown() -> None:
+def test_a_wide_confusion_matrix_is_not_printed() -> None:
     classes = [f"class {number}" for number in range(13)]
     table = score_classes(torch.arange(13), torch.arange(13), classes).table()
     assert len(table.splitlines()) == 1 + 13 + 4

@@ -1,4 +1,4 @@
-"""Reports: a line an epoch, a bar with the metric, the worst mistakes first, pictures that are pictures."""
+"""Progress lines, metrics.csv, predictions.csv and pictures."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ def rows(*labels) -> Labelled:
     return Labelled(("a", "b, c", "d\ne"), labels, tuple((Path("x.csv"), n) for n in (2, 3, 4)))
 
 
-def test_a_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_epoch_prints_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     said: list[str] = []
     progress = Progress(said.append, 4, 2, "accuracy")
@@ -40,7 +40,7 @@ def test_a_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_on_a_terminal_the_bar_has_the_loss_and_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_shows_loss_and_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys, "stderr", Terminal())
     progress = Progress(lambda _: None, 2, 2, "accuracy")
@@ -51,7 +51,7 @@ def test_on_a_terminal_the_bar_has_the_loss_and_the_metric(monkeypatch: pytest.M
     assert "loss 0.500, accuracy 0.5000, 100 texts/s" in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
-def test_the_history_has_a_row_an_epoch_of_each_seed(tmp_path: Path) -> None:
+def test_the_history_has_a_row_per_seed_and_epoch(tmp_path: Path) -> None:
     write_history(tmp_path / "m.csv", OUTCOMES)
     with (tmp_path / "m.csv").open() as file:
         found = list(csv.DictReader(file))
@@ -71,7 +71,7 @@ def test_the_worst_mistakes_come_first(tmp_path: Path) -> None:
     assert [row["text"] for row in found] == ["b, c", "d\ne", "a"]
 
 
-def test_a_mistake_comes_before_what_is_right_and_unsure(tmp_path: Path) -> None:
+def test_mistakes_come_before_uncertain_correct_rows(tmp_path: Path) -> None:
     three = torch.tensor([[0.4, 0.3, 0.3], [0.5, 0.45, 0.05], [0.9, 0.1, 0.0]], dtype=torch.float64)
     objective, targets = Objective("cross_entropy", ("a", "b", "c")), torch.tensor([0, 1, 0])
     write_predictions(tmp_path / "p.csv", rows("a", "b", "a"), objective, targets, three)
@@ -80,7 +80,7 @@ def test_a_mistake_comes_before_what_is_right_and_unsure(tmp_path: Path) -> None
     assert found == [("b", "a", "0.500000"), ("a", "a", "0.400000"), ("a", "a", "0.900000")]
 
 
-def test_of_numbers_the_furthest_come_first(tmp_path: Path) -> None:
+def test_the_largest_squared_errors_come_first(tmp_path: Path) -> None:
     targets, values = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, 2.0, 1.0], dtype=torch.float64)
     write_predictions(tmp_path / "p.csv", rows(1.0, 2.0, 3.0), Objective("mse"), targets, values)
     with (tmp_path / "p.csv").open(newline="") as file:
@@ -88,22 +88,13 @@ def test_of_numbers_the_furthest_come_first(tmp_path: Path) -> None:
     assert found == [("3.0", "1.0", "4.0"), ("1.0", "1.5", "0.25"), ("2.0", "2.0", "0.0")]
 
 
-def test_pictures_are_drawn_or_a_false_says_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    scores = OBJECTIVE.scores(TARGETS, PREDICTIONS)
-    assert draw(tmp_path, OUTCOMES, "accuracy", scores)
-    assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "confusion.png"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
-    numbers = tmp_path / "numbers"
-    numbers.mkdir()
-    assert draw(numbers, {1: OUTCOMES[7]}, "loss", Objective("mse").scores(torch.rand(3), torch.rand(3)))
-    assert [path.name for path in numbers.iterdir()] == ["curves.png"]
+def test_draw_returns_false_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch, "matplotlib")
-    assert not draw(tmp_path, OUTCOMES, "accuracy", scores)
+    assert not draw(tmp_path, OUTCOMES, "accuracy", OBJECTIVE.scores(TARGETS, PREDICTIONS))
 
 
 @pytest.mark.parametrize("name", ["$a_{$", "$x^", "a\nb", "\x07", "long " * 200])
-def test_a_class_of_any_name_is_drawn(name: str, tmp_path: Path) -> None:
+def test_class_names_are_drawn_as_text(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     objective = Objective("cross_entropy", (name, "$b$"))
     assert draw(tmp_path, OUTCOMES, "accuracy", objective.scores(TARGETS, PREDICTIONS))

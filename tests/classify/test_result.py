@@ -1,4 +1,4 @@
-"""The folder: what is saved predicts the same, a wrong one is refused in a line, a new one is whole."""
+"""A saved classifier predicts the same, a damaged folder gives one line, a new folder is whole or absent."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def text_classifier(members: int = 1, shared: bool = False, **options) -> TextCl
     backbone, models = Transformer(CONFIG), []
     for _ in range(members):
         body = backbone if shared else Transformer(CONFIG)
-        models.append(Classifier(body, objective.num_scores, **{"pooling": "mean", **options}).eval())
+        models.append(Classifier(body, objective.num_logits, **{"pooling": "mean", **options}).eval())
     encode = TextEncoder(CharTokenizer("abcdefgt \N{REPLACEMENT CHARACTER}"), 12, pad=3)
     return TextClassifier(models, objective, encode)
 
@@ -35,11 +35,11 @@ def text_classifier(members: int = 1, shared: bool = False, **options) -> TextCl
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "mse"])
-def test_what_is_saved_predicts_the_same(members: int, shared: bool, loss: str, tmp_path: Path) -> None:
+def test_a_saved_classifier_predicts_the_same(members: int, shared: bool, loss: str, tmp_path: Path) -> None:
     saved = text_classifier(members, shared, loss=loss, transform="tanh", dropout=0.25)
     save_classifier(tmp_path, saved)
     again = load_classifier(tmp_path)
-    assert again.members[-1].head.dropout == 0.25, "an export says it"
+    assert again.members[-1].head.dropout == 0.25, "an export needs it"
     assert torch.equal(again.predict(TEXTS), saved.predict(TEXTS))
     assert again.classes == saved.classes
     assert (again.encode.window, again.encode.pad) == (12, 3)
@@ -69,7 +69,7 @@ def test_load_gives_the_backbone(tmp_path: Path) -> None:
     assert ffn.load_tokenizer(tmp_path).encode("cab") == saved.encode.tokenizer.encode("cab")
 
 
-def test_where_the_backbone_came_from_is_kept(tmp_path: Path) -> None:
+def test_the_origin_of_the_backbone_is_saved(tmp_path: Path) -> None:
     saved = text_classifier()
     saved.members[0].backbone.origin = {"model_type": "distilbert", "pad_token_id": 3}  # type: ignore
     save_classifier(tmp_path, saved)
@@ -105,32 +105,29 @@ def damage(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("absent", r"not the folder of a classifier, it has no classifier.json$"),
-        ("cut", r"classifier.json: not JSON, or damaged"),
+        ("absent", r"it has no classifier.json$"),
+        ("cut", r"classifier.json: "),
         ("head absent", r"head.safetensors"),
-        ("head cut", r"head.safetensors: not a safetensors file, or cut short"),
+        ("head cut", r"head.safetensors: "),
         ("model absent", r"model.safetensors"),
-        ("tokenizer absent", r"tokenizer.json: no such tokenizer file"),
-        (
-            "another tokenizer",
-            r"classifier.json, tokenizer.json and model.safetensors do not belong together$",
-        ),
-        ("format=2", r"classifier.json: its format is 2, this version reads 1$"),
-        ('classes=["a", "b", "c"]', r"head.safetensors: other weights than classifier.json asks for"),
+        ("tokenizer absent", r"tokenizer.json: "),
+        ("another tokenizer", r"classifier.json, tokenizer.json and model.safetensors"),
+        ("format=2", r"classifier.json: its format is 2"),
+        ('classes=["a", "b", "c"]', r"head.safetensors: "),
         ("classes=[1, 2]", r"classifier.json: damaged: classes=\[1, 2\]$"),
-        ('transform="tanh"', r"head.safetensors: other weights than classifier.json asks for"),
-        ('transform="sin"', r"transform='sin'"),
-        ('pooling="max"', r"pooling='max'"),
-        ("bias=false", r"head.safetensors: other weights than"),
+        ('transform="tanh"', r"head.safetensors: "),
+        ('transform="sin"', r"transform must be .*'sin'"),
+        ('pooling="max"', r"pooling must be .*'max'"),
+        ("bias=false", r"head.safetensors: "),
         ('loss="hinge"', r"classifier.json: damaged: loss='hinge'$"),
         ("window=0", r"classifier.json: damaged: window=0$"),
-        ("window=99", r"do not belong together$"),
+        ("window=99", r"classifier.json, tokenizer.json and model.safetensors"),
         ("members=0", r"classifier.json: damaged: members=0$"),
         ("members=2", r"member-2"),
         ("members=null", r"classifier.json: damaged: members=None$"),
     ],
 )
-def test_a_wrong_folder_is_refused_in_one_line(what: str, message: str, tmp_path: Path) -> None:
+def test_a_damaged_folder_gives_one_line(what: str, message: str, tmp_path: Path) -> None:
     save_classifier(tmp_path, text_classifier())
     damage(tmp_path, what)
     with pytest.raises(ValueError, match=message) as caught:
@@ -159,19 +156,19 @@ def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
+def test_check_new_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
     check_new(tmp_path / "new")
     (tmp_path / "empty").mkdir()
     check_new(tmp_path / "empty")
     with new_folder(tmp_path / "empty") as folder:
         (folder / "a").write_text("x")
     for path in (tmp_path / "empty", tmp_path / "empty" / "a"):
-        with pytest.raises(ValueError, match=r"^out=.*: there is something already; give another out=..."):
+        with pytest.raises(ValueError, match=r"^out=.* already exists"):
             check_new(path)
     shutil.rmtree(tmp_path / "empty")
 
 
-def test_an_ensemble_does_not_export(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^2 models are averaged here; transformers has no form for that$"):
+def test_an_ensemble_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 members$"):
         text_classifier(2).export(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,8 +1,9 @@
-"""Rows: what was written is read, with its line; what cannot be is named in one line; nothing is lost."""
+"""Tables, JSON lines, tab-separated lines and folders are read with file and line; errors name both."""
 
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def count_lines(words: str) -> int:
 
 
 @given(st.lists(st.tuples(SHOWN, LABELS), min_size=1, max_size=8), st.sampled_from([",", ";", "\t"]))
-def test_tables_come_back(
+def test_a_written_table_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], delimiter: str
 ) -> None:
     buffer = io.StringIO(newline="")
@@ -48,7 +49,7 @@ def test_tables_come_back(
 @given(
     st.lists(st.tuples(SHOWN, LABELS | st.integers() | st.booleans()), min_size=1, max_size=8), st.booleans()
 )
-def test_json_lines_come_back(
+def test_written_json_lines_are_read_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str | int]], ascii_only: bool
 ) -> None:
     objects = [{"text": text, "label": label, "more": [1, {}]} for text, label in rows]
@@ -62,7 +63,7 @@ def test_json_lines_come_back(
 
 
 @given(st.lists(st.tuples(LINES, LABELS), min_size=1, max_size=8), st.sampled_from(["\n", "\r\n", "\r"]))
-def test_lines_with_a_tab_come_back(
+def test_written_tab_lines_are_read_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], end: str
 ) -> None:
     file = tmp_path_factory.mktemp("tab") / "rows.txt"
@@ -73,7 +74,7 @@ def test_lines_with_a_tab_come_back(
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.lists(LINES, min_size=1), min_size=1))
-def test_one_file_a_class_comes_back(
+def test_one_file_per_class_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, classes: dict[str, list[str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("classes")
@@ -93,7 +94,7 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
     return folder
 
 
-def test_one_folder_a_class(tmp_path: Path) -> None:
+def test_one_folder_per_class(tmp_path: Path) -> None:
     write(tmp_path, {"pos/0_9.txt": "good\r\nfilm\n", "pos/1_8.txt": "fine", "neg/0_1.txt": "bad\n"})
     found = read_labelled(tmp_path)
     assert found.texts == ("bad", "good\nfilm", "fine")
@@ -112,7 +113,9 @@ def test_one_folder_a_class(tmp_path: Path) -> None:
         (["good.v2.txt", "bad.v2.txt"], ["bad.v2", "good.v2"]),
     ],
 )
-def test_the_class_is_what_differs_in_the_names(tmp_path: Path, names: list[str], classes: list[str]) -> None:
+def test_the_class_is_the_differing_part_of_the_file_names(
+    tmp_path: Path, names: list[str], classes: list[str]
+) -> None:
     write(tmp_path, dict.fromkeys(names, "a text\n"))
     assert sorted(read_labelled(tmp_path).labels) == classes
     assert sorted(read_labelled(f"{tmp_path}/*").labels) == classes
@@ -138,14 +141,14 @@ def test_the_class_is_what_differs_in_the_names(tmp_path: Path, names: list[str]
         ("a.txt", "text;label\r\ngood film;pos\r\n\r\nbad;neg", {"format": "csv"}),
     ],
 )
-def test_the_format_is_seen_or_said(tmp_path: Path, name: str, content: str, columns: dict) -> None:
+def test_the_format_is_guessed_or_given(tmp_path: Path, name: str, content: str, columns: dict) -> None:
     write(tmp_path, {name: content})
     found = read_labelled(tmp_path / name, **columns)
     assert found.texts == ("good film", "bad")
     assert found.labels == ("pos", "neg")
 
 
-def test_texts_alone(tmp_path: Path) -> None:
+def test_texts_without_labels(tmp_path: Path) -> None:
     write(
         tmp_path, {"a.txt": "text, of course\n and more \n", "b.csv": "text\none\n\ntwo\n", "c.txt": "x\ty\n"}
     )
@@ -157,7 +160,7 @@ def test_texts_alone(tmp_path: Path) -> None:
     assert read_labelled(tmp_path / "c.txt", label=None, format="lines").texts == ("x\ty",)
 
 
-def test_texts_longer_than_the_csv_modules_limit(tmp_path: Path) -> None:
+def test_texts_longer_than_the_field_limit_of_csv(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": f"text,label\n{'word ' * 40_000},pos\n"})
     assert len(read_labelled(tmp_path / "a.csv").texts[0]) == 200_000
 
@@ -167,145 +170,91 @@ def test_other_encodings(tmp_path: Path, encoding: str) -> None:
     word = "体育" if encoding == "gb18030" else "café"
     write(tmp_path, {"a.csv": f"text,label\nfirst,a\n{word},b\n".encode(encoding)})
     assert read_labelled(tmp_path / "a.csv", encoding=encoding).texts[1] == word
-    with pytest.raises(ValueError, match=r"a\.csv:(1|3): not utf-8: byte 0x.*encoding=latin-1"):
+    with pytest.raises(ValueError, match=r"a\.csv:(1|3): .*encoding=latin-1"):
         read_labelled(tmp_path / "a.csv")
 
 
 HEAD = "text,label\ngood,pos\n"
-WRONG = {
-    "missing column": (
-        "a.csv",
-        "sentence,label\nx,y\n",
-        "there are 'sentence', 'label'; did you mean 'sentence'?",
-    ),
-    "its case": (
-        "a.csv",
-        "id,TEXT,label\n1,x,y\n",
-        "a.csv:1: no 'text'; there are 'id', 'TEXT', 'label'; did you mean 'TEXT'?",
-    ),
-    "no label": (
-        "a.csv",
-        "text,lable,x\n1,x,y\n",
-        "no 'label'; there are 'text', 'lable', 'x'; did you mean 'lable'?",
-    ),
-    "neither": ("a.csv", "one,two\n1,x\n", "no 'text'; there are 'one', 'two'"),
-    "many": ("a.csv", ",".join(f"c{i}" for i in range(12)), "'c9' and 2 more"),
-    "column twice": ("a.csv", "text,label,text\n", "a.csv:1: 'text' stands twice in the header"),
-    "empty table": ("a.csv", "", "a.csv:1: no 'text'; there are none"),
-    "header only": ("a.csv", "text,label\n\n", "a.csv: no texts in it"),
-    "too many cells": (
-        "a.csv",
-        HEAD + "\nbad, very bad,neg\n",
-        "a.csv:4: 3 cells where the header has 2; a text that holds ','",
-    ),
-    "too few cells": ("a.csv", HEAD + "bad\n", "a.csv:3: 1 cells where the header has 2"),
-    "never closed": (
-        "a.csv",
-        HEAD + '"two\nlines",neg\n"never closed,neg\nmore,pos\n',
-        "a.csv:5: unexpected end of data; quotes=false",
-    ),
-    "quote inside": (
-        "a.tsv",
-        'text\tlabel\n"Up" is good\tpos\n',
-        "a.tsv:2: '\\t' expected after '\"'; quotes=false",
-    ),
-    "empty text": (
-        "a.csv",
-        HEAD + " ,neg\n",
-        "a.csv:3: an empty text; take the row out, or give skip_empty=true",
-    ),
-    "missing label": ("a.csv", HEAD + "bad, \n", "a.csv:3: the label is missing"),
-    "not JSON": (
-        "a.jsonl",
-        '{"text": "x", "label": "y"}\n{"text": "x" "label"}\n',
-        "a.jsonl:2: not JSON (Expecting ',' delimiter, column 14)",
-    ),
-    "a list": (
-        "a.jsonl",
-        '[{"text": "x", "label": "y"}]',
-        "a.jsonl:1: wants one object a line; got [{'text'",
-    ),
-    "no key": (
-        "a.jsonl",
-        '{"texts": "x", "label": "y"}',
-        "a.jsonl:1: no 'text'; there are 'texts', 'label'; did you mean 'texts'?",
-    ),
-    "key twice": (
-        "a.jsonl",
-        '{"text": "x", "text": "z", "label": "y"}',
-        "a.jsonl:1: not JSON (a key stands twice)",
-    ),
-    "text no string": ("a.jsonl", '{"text": 3, "label": "y"}', "a.jsonl:1: text: wants a string; got 3"),
-    "label null": ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: label: wants a label; got None"),
-    "label a list": (
-        "a.jsonl",
-        '{"text": "x", "label": ["y"]}',
-        "a.jsonl:1: label: wants a label; got ['y']",
-    ),
-    "label NaN": ("a.jsonl", '{"text": "x", "label": NaN}', "a.jsonl:1: label: wants a label; got nan"),
-    "no header": (
-        "a.tsv",
-        "good\tpos\n",
-        "a.tsv:1: no 'text'; there are 'good', 'pos'; without a header want format=tab",
-    ),
-    "half a pair": ("a.jsonl", '{"text": "x", "label": "\\ud800"}', "a.jsonl:1: half of a surrogate pair"),
-    "deep": ("a.jsonl", '{"text":' * 100_000, "a.jsonl:1: not JSON"),
-    "no tab": ("a.txt", "good\tpos\n\nbad neg\n", "a.txt:3: no tab; wants text<TAB>label"),
-    "no text": ("a.txt", "good\tpos\n\tneg\n", "a.txt:2: an empty text"),
-    "tab, no label": ("a.txt", "good\tpos\nbad\t\n", "a.txt:2: the label is missing"),
-    "no labels": ("a.txt", "good\nbad\n", "a.txt:1: no labels to be seen: no header with 'text' and 'label'"),
-    "a NUL": ("a.txt", "good\tpos\nba\0d\tneg\n", "a.txt:2: a NUL, which no text holds"),
-    "not UTF-8": (
-        "a.txt",
-        b"good\tpos\ncaf\xe9\tneg\n",
-        "a.txt:2: not utf-8: byte 0xe9, invalid continuation byte; give",
-    ),
+OBJECT = '{"text": "x", "label": "y"}\n'
+WRONG = {  # file, content, line, what the message names
+    "missing column": ("a.csv", "sentence,label\nx,y\n", 1, "did you mean 'sentence'?"),
+    "its case": ("a.csv", "id,TEXT,label\n1,x,y\n", 1, "did you mean 'TEXT'?"),
+    "no label": ("a.csv", "text,lable,x\n1,x,y\n", 1, "did you mean 'lable'?"),
+    "neither": ("a.csv", "one,two\n1,x\n", 1, "no column 'text'"),
+    "many": ("a.csv", ",".join(f"c{i}" for i in range(12)), 1, "'c9' and 2 more"),
+    "column twice": ("a.csv", "text,label,text\n", 1, "'text'"),
+    "empty table": ("a.csv", "", 1, "no column 'text'"),
+    "header only": ("a.csv", "text,label\n\n", 0, "no texts"),
+    "too many cells": ("a.csv", HEAD + "\nbad, very bad,neg\n", 4, "3 cells"),
+    "too few cells": ("a.csv", HEAD + "bad\n", 3, "1 cells"),
+    "never closed": ("a.csv", HEAD + '"two\nlines",neg\n"never closed,neg\nmore,pos\n', 5, "quotes=false"),
+    "quote inside": ("a.tsv", 'text\tlabel\n"Up" is good\tpos\n', 2, "quotes=false"),
+    "empty text": ("a.csv", HEAD + " ,neg\n", 3, "skip_empty=true"),
+    "missing label": ("a.csv", HEAD + "bad, \n", 3, "label"),
+    "not JSON": ("a.jsonl", OBJECT + '{"text": "x" "label"}\n', 2, "column 14"),
+    "a list": ("a.jsonl", '[{"text": "x", "label": "y"}]', 1, "[{'text'"),
+    "no key": ("a.jsonl", '{"texts": "x", "label": "y"}', 1, "did you mean 'texts'?"),
+    "key twice": ("a.jsonl", '{"text": "x", "text": "z", "label": "y"}', 1, "twice"),
+    "text no string": ("a.jsonl", '{"text": 3, "label": "y"}', 1, "text must be"),
+    "label null": ("a.jsonl", '{"text": "x", "label": null}', 1, "label must be"),
+    "label a list": ("a.jsonl", '{"text": "x", "label": ["y"]}', 1, "label must be"),
+    "label NaN": ("a.jsonl", '{"text": "x", "label": NaN}', 1, "label must be"),
+    "no header": ("a.tsv", "good\tpos\n", 1, "format=tab"),
+    "half a pair": ("a.jsonl", '{"text": "x", "label": "\\ud800"}', 1, "surrogate"),
+    "deep": ("a.jsonl", '{"text":' * 100_000, 1, "not JSON"),
+    "no tab": ("a.txt", "good\tpos\n\nbad neg\n", 3, "no tab"),
+    "no text": ("a.txt", "good\tpos\n\tneg\n", 2, "empty text"),
+    "tab, no label": ("a.txt", "good\tpos\nbad\t\n", 2, "label"),
+    "no labels": ("a.txt", "good\nbad\n", 1, "'text' and 'label'"),
+    "a NUL": ("a.txt", "good\tpos\nba\0d\tneg\n", 2, "NUL"),
+    "not UTF-8": ("a.txt", b"good\tpos\ncaf\xe9\tneg\n", 2, "byte 0xe9"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_files_are_refused_in_one_line(tmp_path: Path, case: str) -> None:
-    name, content, message = WRONG[case]
+def test_an_error_names_the_file_the_line_and_the_fault(tmp_path: Path, case: str) -> None:
+    name, content, line, named = WRONG[case]
     write(tmp_path, {name: content})
-    with pytest.raises(ValueError, match=r".") as caught:
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
         read_labelled(tmp_path / name)
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(str(tmp_path / name))
+    place = f"{tmp_path / name}:{line}:" if line else f"{tmp_path / name}:"
+    assert str(caught.value).startswith(place)
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("files", "named"),
     [
-        ({}, "no such file, nothing in such a folder"),
-        ({".hidden": "x"}, "nothing in such a folder"),
-        ({"pos.txt": "x\n", "neg/1.txt": "y"}, "pos.txt stands beside folders"),
-        ({"train.csv": HEAD, "test.csv": HEAD}, r"test\.csv: a table among files"),
-        ({"pos.txt": "x\n", "neg.txt": "\n"}, r"neg\.txt: an empty file"),
-        ({"pos.txt": "x\n", "neg.txt": "y\n\nz\n"}, r"neg\.txt:2: an empty text"),
-        ({"pos/1.txt": "x\n", "neg/1.txt": " \n"}, r"neg.1\.txt:1: an empty text"),
-        ({"pos/1.txt": "x\n", "neg/deep/1.txt": "y"}, "neg: the folder of a class wants files"),
+        ({}, "no such file"),
+        ({".hidden": "x"}, "no such file"),
+        ({"pos.txt": "x\n", "neg/1.txt": "y"}, r"pos\.txt"),
+        ({"train.csv": HEAD, "test.csv": HEAD}, r"test\.csv"),
+        ({"pos.txt": "x\n", "neg.txt": "\n"}, r"neg\.txt"),
+        ({"pos.txt": "x\n", "neg.txt": "y\n\nz\n"}, r"neg\.txt:2:"),
+        ({"pos/1.txt": "x\n", "neg/1.txt": " \n"}, r"neg.1\.txt:1:"),
+        ({"pos/1.txt": "x\n", "neg/deep/1.txt": "y"}, "neg:"),
     ],
 )
-def test_wrong_folders_are_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+def test_an_error_names_the_file_in_a_folder(tmp_path: Path, files: dict[str, str], named: str) -> None:
+    with pytest.raises(ValueError, match=named) as caught:
         read_labelled(write(tmp_path, files))
+    assert str(caught.value).startswith(str(tmp_path))
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_wrong_words_are_refused(tmp_path: Path) -> None:
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": HEAD, "b/x": "x", "b/y": "y"})
-    with pytest.raises(ValueError, match="format: wants one of csv, tsv, jsonl, tab, lines; got 'xlsx'"):
+    with pytest.raises(ValueError, match=r"^format must be .*'xlsx'"):
         read_labelled(tmp_path / "a.csv", format="xlsx")
-    with pytest.raises(ValueError, match=r"b: format=csv is for one file"):
+    with pytest.raises(ValueError, match=r"^format=csv"):
         read_labelled(tmp_path / "b", format="csv")
-    with pytest.raises(ValueError, match="encoding: unknown encoding: utf8000"):
+    with pytest.raises(ValueError, match=r"^encoding: .*utf8000"):
         read_labelled(tmp_path / "a.csv", encoding="utf8000")
-    with pytest.raises(ValueError, match=r"nowhere: no such file"):
+    with pytest.raises(ValueError, match="nowhere: "):
         read_labelled(tmp_path / "nowhere")
 
 
-def test_quotes_can_be_taken_as_they_stand(tmp_path: Path) -> None:
+def test_quotes_false_reads_quotes_as_text(tmp_path: Path) -> None:
     write(tmp_path, {"a.tsv": 'text\tlabel\n"Up" is good\tpos\n"\tneg\n'})
     assert read_labelled(tmp_path / "a.tsv", quotes=False).texts == ('"Up" is good', '"')
 

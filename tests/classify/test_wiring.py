@@ -1,7 +1,6 @@
-"""Every option of the recipe reaches the training: with it the weights come out otherwise than without."""
+"""Every option reaches training: it changes the trained weights."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,28 +10,31 @@ from ffn.classify import load_classifier, train
 from tests.classify.samples import PRETRAINED, config, quiet, texts, write_base, write_table
 
 SCRATCH = [
-    "fit.lr=1e-3", "fit.batch_size=16", "fit.schedule=constant", "fit.warmup=0.5", "fit.betas=[0.5, 0.9]",
-    "fit.clip=1e-3", "fit.weight_decay=0.5", "fit.l1=0.1", "fit.layer_decay=0.5", "fit.optimizer=muon",
-    "fit.label_smoothing=0.3", "fit.class_weights=balanced", "fit.class_weights=food:3, music:1, sea:1",
-    "fit.word_dropout=0.3", "fit.seeds=[7]", "fit.precision=bfloat16", "head.dropout=0.5",
-    "head.transform=relu", "head.pooling=last", "model.dropout=0.3", "data.seed=7", "data.val_fraction=0.3",
+    "train.lr=1e-3", "train.batch_size=16", "train.schedule=constant", "train.warmup=0.5",
+    "train.betas=[0.5, 0.9]", "train.clip=1e-3", "train.lr_floor=0.5", "train.weight_decay=0.5",
+    "train.l1=0.1", "train.layer_decay=0.5", "train.optimizer=muon", "train.label_smoothing=0.3",
+    "train.class_weights=balanced", "train.class_weights=food:3, music:1, sea:1", "train.word_dropout=0.3",
+    "train.seeds=[7]", "train.precision=bfloat16", "head.dropout=0.5", "head.transform=relu",
+    "head.pooling=last", "model.dropout=0.3", "data.seed=7", "data.val_fraction=0.3",
     "data.test_fraction=0.3", "data.tokenizer=byte",
 ]  # fmt: skip
 TUNED = [
-    "fit.frozen_dropout=true", "model.dropout=0.1", "train=lora", "fit.muon_lr=0.1",
+    "train.frozen_dropout=true", "model.dropout=0.1", "train.only=lora", "train.muon_lr=0.1",
+    "train.momentum=0.5",
 ]  # fmt: skip
 ADAPTED = [
-    "adapter.rank=2", "adapter.alpha=4", "adapter.dropout=0.3", 'adapter.targets=["attention"]',
+    "train.adapter.rank=2", "train.adapter.alpha=4", "train.adapter.dropout=0.3",
+    'train.adapter.targets=["attention"]',
 ]  # fmt: skip
 
 
 def weights(folder: Path, *words: str) -> dict[str, torch.Tensor]:
-    """What a training of one epoch leaves."""
+    """Return the weights after one epoch of training."""
     if not (folder / "texts.csv").exists():
         many = [(text, name) for i, (text, name) in enumerate(texts(90)) if name != "sea" or i % 2]
         write_table(folder / "texts.csv", many)
     out = folder / str(len([*folder.iterdir()]))
-    train(config(folder, "fit.epochs=1", f"out={out}", *words), quiet)
+    train(config(folder, "train.epochs=1", f"out={out}", *words), quiet)
     return load_classifier(out).members[0].state_dict()
 
 
@@ -42,7 +44,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[train.__module__], "draw", lambda *_: True)
+    monkeypatch.setattr("ffn.classify.training.draw", lambda *_: True)
 
 
 @pytest.fixture(scope="module")
@@ -63,47 +65,47 @@ def scratch(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def tuned(folder: Path, base: str) -> dict[str, torch.Tensor]:
-    return weights(folder, base, "train=last:1", "fit.optimizer=muon")
+    return weights(folder, base, "train.only=last:1", "train.optimizer=muon")
 
 
 @pytest.fixture(scope="module")
 def adapted(folder: Path, base: str) -> dict[str, torch.Tensor]:
-    return weights(folder, base, "train=lora")
+    return weights(folder, base, "train.only=lora")
 
 
-def test_the_same_words_give_the_same_weights(folder: Path, base: str, scratch, tuned, adapted) -> None:
+def test_equal_options_give_equal_weights(folder: Path, base: str, scratch, tuned, adapted) -> None:
     assert same(weights(folder), scratch)
-    assert same(weights(folder, base, "train=last:1", "fit.optimizer=muon"), tuned)
-    assert same(weights(folder, base, "train=lora"), adapted)
+    assert same(weights(folder, base, "train.only=last:1", "train.optimizer=muon"), tuned)
+    assert same(weights(folder, base, "train.only=lora"), adapted)
 
 
 @pytest.mark.parametrize("word", SCRATCH)
-def test_options_from_scratch(word: str, folder: Path, scratch) -> None:
+def test_options_without_a_base_change_the_weights(word: str, folder: Path, scratch) -> None:
     assert not same(weights(folder, word), scratch)
 
 
 @pytest.mark.parametrize("word", TUNED)
-def test_options_of_a_pretrained_model(word: str, folder: Path, base: str, tuned) -> None:
-    assert not same(weights(folder, base, "train=last:1", "fit.optimizer=muon", word), tuned)
+def test_options_with_a_base_change_the_weights(word: str, folder: Path, base: str, tuned) -> None:
+    assert not same(weights(folder, base, "train.only=last:1", "train.optimizer=muon", word), tuned)
 
 
 @pytest.mark.parametrize("word", ADAPTED)
-def test_options_of_adapters(word: str, folder: Path, base: str, adapted) -> None:
-    assert not same(weights(folder, base, "train=lora", word), adapted)
+def test_options_of_adapters_change_the_weights(word: str, folder: Path, base: str, adapted) -> None:
+    assert not same(weights(folder, base, "train.only=lora", word), adapted)
 
 
-def test_the_seed_draws_the_first_weights(folder: Path) -> None:
-    """And not only the order of the texts: with a rate of 0 nothing else is to be seen."""
+def test_the_seed_draws_the_initial_weights(folder: Path) -> None:
+    """With a learning rate of 0 the order of the texts has no effect."""
     assert not same(
-        weights(folder, "fit.lr=0", "fit.seeds=[7]"), weights(folder, "fit.lr=0", "fit.seeds=[8]")
+        weights(folder, "train.lr=0", "train.seeds=[7]"), weights(folder, "train.lr=0", "train.seeds=[8]")
     )
 
 
 @pytest.mark.parametrize("what", ["all", "last:1", "lora"])
-def test_each_of_an_ensemble_starts_from_the_base(what: str, folder: Path, base: str) -> None:
-    words = [base, f"train={what}"]
-    alone = [weights(folder, *words, f"fit.seeds=[{seed}]") for seed in (1, 2)]
+def test_each_member_of_an_ensemble_starts_from_the_base(what: str, folder: Path, base: str) -> None:
+    words = [base, f"train.only={what}"]
+    alone = [weights(folder, *words, f"train.seeds=[{seed}]") for seed in (1, 2)]
     out = folder / f"ensemble-{what[:4]}"
-    train(config(folder, *words, "fit.seeds=[1, 2]", "fit.epochs=1", f"out={out}"), quiet)
+    train(config(folder, *words, "train.seeds=[1, 2]", "train.epochs=1", f"out={out}"), quiet)
     members = load_classifier(out).members
     assert all(same(member.state_dict(), one) for member, one in zip(members, alone, strict=True))

@@ -27,11 +27,11 @@ def test_words_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
 
 
 SHIPPED = [
-    file for file in sorted((ROOT / "configs").glob("*.toml")) if "[fit]" not in file.read_text("utf-8")
+    file for file in sorted((ROOT / "configs").glob("*.toml")) if "[head]" not in file.read_text("utf-8")
 ]
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)  # [fit] is of ffn.classify.recipe
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_shipped_configs_are_read(file: Path) -> None:
     assert read_config(file) != TrainConfig()
 
@@ -75,7 +75,7 @@ def test_the_optimizer_is_given_every_option(monkeypatch: pytest.MonkeyPatch) ->
     given: dict[str, object] = {}
     parameters = inspect.signature(ScheduledOptimizer).parameters
     monkeypatch.setattr(
-        "ffn.train.config.ScheduledOptimizer",
+        "ffn.train.options.ScheduledOptimizer",
         lambda model, optimizer, **options: given.update(options, model=model, optimizer=optimizer),
     )
     options = {

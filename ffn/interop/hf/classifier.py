@@ -1,10 +1,10 @@
-"""A Classifier as one of transformers' sequence-classification models, and back: equal scores.
+"""Convert a Classifier to a sequence-classification model of transformers and back, with equal logits.
 
-model_type     what it does with the final hidden states
+model_type     logits from the final hidden states
 bert           classifier(tanh(bert.pooler.dense(first token)))
 roberta        classifier.out_proj(tanh(classifier.dense(first token)))
 distilbert     classifier(relu(pre_classifier(first token)))
-decoders       score(last token), without a bias
+decoders       score(last token), no bias
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_LABELS = 100_000
 
 
 class Form(NamedTuple):
-    """Where the parts of our head lie, what they have to be, and the key of their dropout."""
+    """The head of a model_type: names of its weights, its pooling and transform, its dropout key."""
 
     out_proj: str
     dense: str | None
@@ -63,16 +63,17 @@ def save_classifier_folder(
     """Write a folder that transformers' AutoModelForSequenceClassification reads.
 
     Args:
-        labels: the name of each score. problem_type: as transformers calls it.
-        architecture: transformers' model_type; left out, that of the backbone's origin, else the first that
-            can say what its config says.
-        pad_token_id: of batches, where the backbone says none; a decoder finds each text's last token by it,
-            so that no text may end with it.
-        tokenizer: written beside the model, so that AutoTokenizer frames and cuts a text as it does.
+        labels: the name of each logit.
+        problem_type: transformers' name of the problem.
+        architecture: transformers' model_type; by default that of the backbone's origin, else the first
+            that can express its config.
+        pad_token_id: padding of batches, if the backbone has none. A decoder finds the last token of a text
+            by it, so no text may end with it.
+        tokenizer: written beside the model, so that AutoTokenizer encodes texts as it does.
 
     Raises:
-        ValueError: the model has no such form there; one line says what it would be. OSError leaves what was
-            there.
+        ValueError: transformers has no such model.
+        OSError: writing failed; existing files are kept.
     """
     backbone = model.backbone
     assert isinstance(backbone, Transformer)
@@ -100,15 +101,25 @@ def save_classifier_folder(
         texts[TOKENIZER_CONFIG] = _tokenizer_config(tokenizer, config.max_seq_len, keys["pad_token_id"])
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _head_tensors(model, form)
-    ours, parts = backbone.state_dict(), _parts(config, architecture)
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    head, parts = _head_tensors(model, form), _parts(config, architecture)
+    _write(folder, backbone.state_dict(), parts, head, texts)
+
+
+def _write(
+    folder: Path,
+    ours: Mapping[str, Tensor],
+    parts: Mapping[str, list[tuple[str, Weight]]],
+    head: Mapping[str, Tensor],
+    texts: Mapping[str, str],
+) -> None:
+    """Write the tensors of the head and of the backbone; the latter are assembled from `ours` one by one."""
+    sizes = {name: tensor.nbytes for name, tensor in head.items()}
     for name, rows in parts.items():
         sizes[name] = torch.Size(rows[0][1].shape).numel() * ours[rows[0][0]].element_size()
 
     def read(name: str) -> Tensor:
-        if name in tensors:
-            return tensors[name]
+        if name in head:
+            return head[name]
         rows = parts[name]
         tensor = torch.zeros(rows[0][1].shape, dtype=ours[rows[0][0]].dtype)
         for our_name, row in rows:
@@ -121,10 +132,10 @@ def save_classifier_folder(
 def load_classifier_folder(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[Classifier, tuple[str, ...], str]:
-    """(model in eval mode, the name of each score, problem_type) of a folder that transformers wrote.
+    """Load (model in eval mode, name of each logit, problem_type) from a folder that transformers wrote.
 
     Raises:
-        ValueError: one line: what `load_folder` refuses; another kind of model; a head that misfits.
+        ValueError: as `load_folder`; another kind of model; a head of other weights.
     """
     folder = Path(path)
     keys = read_json(folder / CONFIG)
@@ -133,7 +144,7 @@ def load_classifier_folder(
     form, wanted = FORMS.get(architecture, _DECODER), FAMILIES[architecture].sequence_class
     if keys.get("architectures") != [wanted]:
         raise ValueError(
-            f"{folder}: {CONFIG}: architectures={short(keys.get('architectures'))}: wants {wanted}"
+            f"{folder}: {CONFIG}: architectures must be [{wanted}], got {short(keys.get('architectures'))}"
         )
     try:
         labels, kind = _labels(keys)
@@ -148,43 +159,43 @@ def load_classifier_folder(
     for ours, theirs in names.items():
         shape, spec = tuple(state[ours].shape), shards.specs.get(theirs)
         if spec is None or spec.shape != shape:
-            got = f"has the shape {spec.shape}" if spec else "is missing"
-            raise ValueError(f"{folder}: {theirs} {got}; {CONFIG} wants {shape}")
+            got = spec.shape if spec else "no tensor"
+            raise ValueError(f"{folder}: {theirs} must have the shape {shape} by {CONFIG}, got {got}")
         if not spec.dtype.is_floating_point:
-            raise ValueError(f"{folder}: {theirs} is of {spec.dtype}; want floats")
+            raise ValueError(f"{folder}: {theirs} must be of floats, got {spec.dtype}")
     model.head.load_state_dict({ours: shards[theirs] for ours, theirs in names.items()})
     return model.eval(), labels, kind
 
 
 def _labels(keys: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
-    """The names of the scores, and the problem_type: where none is said, the one transformers infers."""
+    """Return the names of the logits and the problem_type, by default the one transformers infers."""
     named = keys.get("id2label")
     if named is None:
         count = keys.get("num_labels", 2)
         if not isinstance(count, int) or not 0 < count <= MAX_LABELS:
-            raise ValueError(f"num_labels={short(count)}: wants a whole number, 1 to {MAX_LABELS:,}")
+            raise ValueError(f"num_labels must be in 1 .. {MAX_LABELS:,}, got {short(count)}")
         named = {str(number): f"LABEL_{number}" for number in range(count)}
     elif not isinstance(named, dict) or named.keys() != {str(number) for number in range(len(named))}:
-        raise ValueError(f"id2label={short(named)}: wants a name for each of 0, 1, ...")
+        raise ValueError(f"id2label must have the keys 0, 1, ..., got {short(named)}")
     names = tuple(named[str(number)] for number in range(len(named)))
     if not names or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
-        raise ValueError(f"id2label={short(named)}: wants names, and no two the same")
+        raise ValueError(f"id2label must hold different names, got {short(named)}")
     inferred = "regression" if len(names) == 1 else "single_label_classification"
     return names, keys.get("problem_type") or inferred
 
 
 def _dropout(keys: Mapping[str, Any], form: Form) -> float:
-    """Before the scores; where none is said, what transformers takes: of decoders none."""
+    """Return the dropout of the head; the default is that of transformers, 0 for decoders."""
     found = keys.get(form.dropout)
     if found is None and form.dense is not None:
         found = 0.2 if form.dropout == "seq_classif_dropout" else keys.get("hidden_dropout_prob", 0.1)
     if not isinstance(found, int | float | None):
-        raise ValueError(f"{form.dropout}={short(found)}: want a probability in [0, 1)")
+        raise ValueError(f"{form.dropout} must be a probability in [0, 1), got {short(found)}")
     return float(found or 0.0)
 
 
 def _tokenizer_config(tokenizer: HFTokenizer, window: int, pad: int | None) -> str:
-    """By it AutoTokenizer takes tokenizer.json as it stands, and adds no tokens that the model_type knows."""
+    """Make AutoTokenizer use tokenizer.json unchanged, without the special tokens of the model_type."""
     keys: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": window,
@@ -196,7 +207,7 @@ def _tokenizer_config(tokenizer: HFTokenizer, window: int, pad: int | None) -> s
 
 
 def _parts(config: Any, architecture: str) -> dict[str, list[tuple[str, Weight]]]:
-    """Their name of each tensor of the backbone -> our names within it."""
+    """Map transformers' name of each backbone tensor to our names within it."""
     found: dict[str, list[tuple[str, Weight]]] = {}
     for name, row in weights(config, architecture).items():
         found.setdefault(TABLES[architecture].prefix + row.name, []).append((name, row))
@@ -219,4 +230,4 @@ def _check_form(model: Classifier, architecture: str, form: Form) -> None:
     has_bias = head.out_proj.bias is not None
     got = f"pooling={model.pooling!r}, transform={head.transform!r}, bias={has_bias}"
     if got != wanted:
-        raise ValueError(f"{architecture}: its classifier in transformers has {wanted}; this one has {got}")
+        raise ValueError(f"{architecture}: the classifier of transformers has {wanted}, this one has {got}")
