@@ -228,10 +228,10 @@ class Transformer(nn.Module):
         x = self.embedding(tokens, positions, token_types)
         rotary = None
         if c.position == "rotary" and positions is not None:
-            rotary = rotary_tables(positions, c.rope_channels, c.rope_base, c.rotary_scaling)
+            rotary = rotary_tables(positions, c.rotary_channels, c.rotary.theta, c.rotary_scaling)
         for i, block in enumerate(blocks):
-            turned = None if i in c.no_rope_layers else rotary
-            x = block(x, turned, mask, cache[i] if cache else None)
+            own = None if i in c.rotary.skip_layers else rotary
+            x = block(x, own, mask, cache[i] if cache else None)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

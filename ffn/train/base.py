@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 import warnings
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ import torch
 
 from ffn import disk as checkpoint
 from ffn.disk import Report
+from ffn.files.dataclass_toml import flatten
 from ffn.gpt.adapters import merge_adapters
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.hf.config import TRAINING
@@ -67,7 +67,7 @@ def check_base(base: Base, model: TransformerConfig, tokenizer: str) -> None:
 def check_kept(base: Base, kept: TransformerConfig, model: TransformerConfig, tokenizer: str) -> None:
     """Raise ValueError where a model asks for another shape than the kept one, or data.tokenizer for another
     than the base has, or none where it has none."""
-    there, here = dataclasses.asdict(kept), dataclasses.asdict(model)
+    there, here = flatten(kept), flatten(model)
     if other := [key for key in here if here[key] != there[key] and key not in TRAINING]:
         said = ", ".join(f"model.{key}={here[key]} where it has {there[key]}" for key in other)
         keys = ", ".join(f"model.{key}" for key in TRAINING)

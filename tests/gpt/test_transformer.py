@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ffn.gpt.config import RotaryConfig
 from ffn.gpt.transformer import Transformer, TransformerConfig, build_block
 from ffn.nn.attention import LayerCache
 from tests.models import F64, SMALL, VARIANTS, build, tokens_of, variants
@@ -263,7 +264,9 @@ def test_a_padding_token_has_no_position() -> None:
     assert not torch.allclose(model(tokens), model(tokens, positions=torch.arange(5)))
 
 
-@pytest.mark.parametrize(("options", "at"), [({"no_rope_layers": (0, 1)}, "none"), ({}, "rotary")])
+@pytest.mark.parametrize(
+    ("options", "at"), [({"rotary": RotaryConfig(skip_layers=(0, 1))}, "none"), ({}, "rotary")]
+)
 def test_layers_without_rotary(options: dict, at: str) -> None:
     model, tokens = build(**options), tokens_of(1, 6)
     other = Transformer(dataclasses.replace(SMALL, position=at), dtype=F64)

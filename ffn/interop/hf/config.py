@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ffn.gpt.config import TransformerConfig
+from ffn.files.dataclass_toml import flatten
+from ffn.gpt.config import RotaryConfig, TransformerConfig
 from ffn.interop.hf.decoders import DECODERS
 from ffn.interop.hf.encoders import ENCODERS
 from ffn.interop.hf.family import Family
@@ -98,7 +99,7 @@ def write_config(config: TransformerConfig, architecture: str) -> dict[str, Any]
             keys |= part.write(c)
         except ValueError as error:
             raise ValueError(f"{architecture}: {error}") from None
-    back, wanted = (dataclasses.asdict(spelled_out(x)) for x in (read_config(keys), config))
+    back, wanted = (flatten(spelled_out(x)) for x in (read_config(keys), config))
     lost = [name for name in wanted if name not in TRAINING and not _same(back[name], wanted[name])]
     if lost:
         said = ", ".join(f"{name}={wanted[name]!r} (it has {back[name]!r})" for name in lost)
@@ -107,36 +108,42 @@ def write_config(config: TransformerConfig, architecture: str) -> dict[str, Any]
 
 
 def spelled_out(config: TransformerConfig) -> TransformerConfig:
-    """The same model with every field that follows from others written out, and the unused ones usual."""
+    """Return the config of the same model with every derived field written out and every unread one reset."""
     c, usual = config, {field.name: field.default for field in dataclasses.fields(config)}
-    turned, stretched = c.position == "rotary", c.position == "rotary" and c.rope_type != "linear"
-    yarn = ("rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor")
-    unused = {
+    unread = {
         "full_attention_layers": c.sliding_window is None,
         "qk_norm_scope": not c.qk_norm,
         "head_activation": c.head != "mlm",
         "tie_embeddings": c.head == "none",
         "logit_softcap": c.head == "none",
-        "rope_original_seq_len": not stretched,
-        "rope_low_freq_factor": c.rope_type != "llama3",
-        "rope_high_freq_factor": c.rope_type != "llama3",
-        **dict.fromkeys(yarn, c.rope_type != "yarn"),
     }
-    if not turned:
-        unused |= dict.fromkeys([name for name in usual if name.startswith("rope_")], True)
-        unused["no_rope_layers"] = True
-    out: dict[str, Any] = {
+    derived: dict[str, Any] = {
         "num_kv_heads": c.kv_heads,
         "head_dim": c.head_channels,
         "hidden_dim": c.hidden_width,
         "attention_out_bias": c.out_bias,
         "attention_scale": c.attention_scale or c.head_channels**-0.5,
+        "rotary": _spelled_out_rotary(c) if c.position == "rotary" else RotaryConfig(),
     }
-    if stretched:
-        out["rope_original_seq_len"] = c.rope_original_seq_len or c.max_seq_len
-    if stretched and c.rope_type == "yarn":
-        out["rope_attention_factor"] = c.rotary_scaling.amplitude
-    return dataclasses.replace(c, **{name: usual[name] for name, is_so in unused.items() if is_so} | out)
+    return dataclasses.replace(c, **{name: usual[name] for name, is_so in unread.items() if is_so} | derived)
+
+
+def _spelled_out_rotary(c: TransformerConfig) -> RotaryConfig:
+    r = c.rotary
+    plain = RotaryConfig(r.theta, r.scaling, r.factor, r.fraction, r.skip_layers)
+    if r.scaling == "linear":
+        return plain
+    plain = dataclasses.replace(plain, original_seq_len=r.original_seq_len or c.max_seq_len)
+    if r.scaling == "llama3":
+        low, high = r.low_freq_factor, r.high_freq_factor
+        return dataclasses.replace(plain, low_freq_factor=low, high_freq_factor=high)
+    return dataclasses.replace(
+        plain,
+        beta_fast=r.beta_fast,
+        beta_slow=r.beta_slow,
+        truncate=r.truncate,
+        attention_factor=c.rotary_scaling.amplitude,
+    )
 
 
 def _same(one: Any, other: Any) -> bool:

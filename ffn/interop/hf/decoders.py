@@ -7,17 +7,15 @@ from ffn.interop.hf.keys import (
     ATTENTION_BIAS,
     EMBEDDING_SCALE,
     GATED,
-    NO_ROPE_LAYERS,
     NORM_EACH,
     PLAIN,
     QUERY_SCALAR,
     SCALE_SWITCH,
     activation,
     dropout,
-    turns,
     windows,
 )
-from ffn.interop.hf.rope import rope
+from ffn.interop.hf.rope import rope, turns
 
 
 def _decoder(name: str) -> dict[str, str]:
@@ -162,7 +160,7 @@ SMOLLM3 = Family(
     },
     fields=LLAMA.fields,
     parts=(
-        _SILU, rope(2_000_000.0), ATTENTION_BIAS, NO_ROPE_LAYERS,
+        _SILU, rope(2_000_000.0, skips=True), ATTENTION_BIAS,
         windows(lambda k, i: not turns(k)[i], "use_sliding_window"),
     ),
 )  # fmt: skip

@@ -103,24 +103,6 @@ def windows(slides: Callable[[Keys, int], bool] | None = None, switch: str | Non
     return Part(read, write)
 
 
-def turns(k: Keys) -> list[int]:
-    """SmolLM3's layers with rotary positions (1) and without (0): a list, or one without in so many."""
-    given, every, layers = k["no_rope_layers"], k["no_rope_layer_interval"], k["num_hidden_layers"]
-    if given is None:
-        if every < 1:
-            raise refuse("no_rope_layer_interval", every, "want a positive whole number")
-        return [int((i + 1) % every != 0) for i in range(layers)]
-    if not isinstance(given, list) or len(given) < layers or not all(turn in (0, 1) for turn in given):
-        raise refuse("no_rope_layers", given, f"want {layers} of 0 (no rotary positions) and 1")
-    return given[:layers]
-
-
-NO_ROPE_LAYERS = Part(
-    lambda k: {"no_rope_layers": tuple(i for i, turn in enumerate(turns(k)) if not turn)},
-    lambda c: {"no_rope_layers": [int(i not in c.no_rope_layers) for i in range(c.num_layers)]},
-)
-
-
 # --- smaller things
 
 

@@ -32,6 +32,7 @@ class Rope:
     kinds: tuple[str, ...]
     base_key: str
     fraction_key: str
+    skips: bool
 
     def read(self, k: Keys) -> dict[str, Any]:
         # transformers: rope_scaling before rope_parameters, what is inside before what stands beside
@@ -44,37 +45,43 @@ class Rope:
         if share != 1.0 and self.fraction is None:
             raise refuse("partial_rotary_factor", share, "this architecture turns all channels; want 1.0")
         read = {
-            "rope_base": _one_of(k, name, inside, "rope_theta", self.base_key, self.base),
-            "rope_fraction": share,
-            "rope_type": "linear" if kind == "default" else kind,
+            "theta": _one_of(k, name, inside, "rope_theta", self.base_key, self.base),
+            "fraction": share,
+            "scaling": "linear" if kind == "default" else kind,
         }
+        if self.skips:
+            read["skip_layers"] = tuple(i for i, turn in enumerate(turns(k)) if not turn)
         if kind == "linear":
-            read["rope_scaling"] = _number(name, inside, "factor")
+            read["factor"] = _number(name, inside, "factor")
         if kind in ("llama3", "yarn"):
             named = [table.get("original_max_position_embeddings") for table in (k, inside)]
             said = [length for length in (*named, k["max_position_embeddings"]) if length is not None]
-            read["rope_original_seq_len"] = said[0]
+            read["original_seq_len"] = said[0]
             read |= (_read_llama3 if kind == "llama3" else _read_yarn)(name, inside, k)
-        return read
+        return {"rotary": read}
 
     def write(self, c: TransformerConfig) -> dict[str, Any]:
         if c.position != "rotary":
             raise refuse("position", c.position, "its positions are rotary")
-        kind = "default" if c.rope_type == "linear" and c.rope_scaling == 1.0 else c.rope_type
-        inside = {"rope_type": kind, "rope_theta": c.rope_base}
+        r = c.rotary
+        kind = "default" if r.scaling == "linear" and r.factor == 1.0 else r.scaling
+        inside: dict[str, Any] = {"rope_type": kind, "rope_theta": r.theta}
         if self.fraction is not None:
-            inside["partial_rotary_factor"] = c.rope_fraction
+            inside["partial_rotary_factor"] = r.fraction
         if kind != "default":
-            inside["factor"] = c.rope_scaling
+            inside["factor"] = r.factor
         if kind in ("llama3", "yarn"):
-            inside["original_max_position_embeddings"] = c.rope_original_seq_len or c.max_seq_len
+            inside["original_max_position_embeddings"] = r.original_seq_len or c.max_seq_len
         if kind == "llama3":
-            inside["low_freq_factor"] = c.rope_low_freq_factor
-            inside["high_freq_factor"] = c.rope_high_freq_factor
+            inside["low_freq_factor"] = r.low_freq_factor
+            inside["high_freq_factor"] = r.high_freq_factor
         if kind == "yarn":
-            inside["beta_fast"], inside["beta_slow"] = c.rope_beta_fast, c.rope_beta_slow
-            inside["truncate"], inside["attention_factor"] = c.rope_truncate, c.rotary_scaling.amplitude
-        return {"rope_parameters": inside}
+            inside["beta_fast"], inside["beta_slow"] = r.beta_fast, r.beta_slow
+            inside["truncate"], inside["attention_factor"] = r.truncate, c.rotary_scaling.amplitude
+        keys = {"rope_parameters": inside}
+        if self.skips:
+            keys["no_rope_layers"] = [int(i not in r.skip_layers) for i in range(c.num_layers)]
+        return keys
 
 
 def rope(
@@ -84,10 +91,23 @@ def rope(
     kinds: tuple[str, ...] = tuple(ROPE_KEYS),
     base_key: str = "rope_theta",
     fraction_key: str = "partial_rotary_factor",
+    skips: bool = False,
 ) -> Part:
     """Rotary positions there and back; see Rope."""
-    found = Rope(base, fraction, kinds, base_key, fraction_key)
+    found = Rope(base, fraction, kinds, base_key, fraction_key, skips)
     return Part(found.read, found.write)
+
+
+def turns(k: Keys) -> list[int]:
+    """SmolLM3's layers with rotary positions (1) and without (0): a list, or one without in so many."""
+    given, every, layers = k["no_rope_layers"], k["no_rope_layer_interval"], k["num_hidden_layers"]
+    if given is None:
+        if every < 1:
+            raise refuse("no_rope_layer_interval", every, "want a positive whole number")
+        return [int((i + 1) % every != 0) for i in range(layers)]
+    if not isinstance(given, list) or len(given) < layers or not all(turn in (0, 1) for turn in given):
+        raise refuse("no_rope_layers", given, f"want {layers} of 0 (no rotary positions) and 1")
+    return given[:layers]
 
 
 def _kind(name: str, inside: Keys, kinds: tuple[str, ...]) -> str:
@@ -108,24 +128,22 @@ def _one_of(k: Keys, name: str, inside: Keys, key: str, beside: str, default: fl
     given = {other: k[other] for other in (beside, key) if k.get(other) is not None}
     if any(value != k[next(iter(given))] for value in given.values()):
         raise refuse(key, k[key], f"{beside}={given[beside]} says otherwise; leave one of them out")
-    return next(iter(given.values()), default)
+    return next((_checked(name, value) for name, value in given.items()), default)
 
 
 def _number(name: str, inside: Keys, key: str, default: float | None = None) -> float:
     value = inside.get(key)
-    value = default if value is None else value
+    return _checked(f"{name}.{key}", default if value is None else value)
+
+
+def _checked(key: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e38:
-        raise refuse(f"{name}.{key}", value, "want a number, 0 or more")
+        raise refuse(key, value, "want a number, 0 or more")
     return float(value)
 
 
 def _read_llama3(name: str, inside: Keys, k: Keys) -> dict[str, Any]:
-    names = {
-        "rope_scaling": "factor",
-        "rope_low_freq_factor": "low_freq_factor",
-        "rope_high_freq_factor": "high_freq_factor",
-    }
-    return {ours: _number(name, inside, theirs) for ours, theirs in names.items()}
+    return {key: _number(name, inside, key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
 
 
 def _read_yarn(name: str, inside: Keys, k: Keys) -> dict[str, Any]:
@@ -144,9 +162,9 @@ def _read_yarn(name: str, inside: Keys, k: Keys) -> dict[str, Any]:
         grown = math.log(factor) if factor > 1 else 0.0
         amplitude = (0.1 * above * grown + 1.0) / (0.1 * below * grown + 1.0)
     return {
-        "rope_scaling": factor,
-        "rope_beta_fast": _number(name, inside, "beta_fast", 32.0) or 32.0,
-        "rope_beta_slow": _number(name, inside, "beta_slow", 1.0) or 1.0,
-        "rope_truncate": inside.get("truncate") is not False,
-        "rope_attention_factor": amplitude,
+        "factor": factor,
+        "beta_fast": _number(name, inside, "beta_fast", 32.0) or 32.0,
+        "beta_slow": _number(name, inside, "beta_slow", 1.0) or 1.0,
+        "truncate": inside.get("truncate") is not False,
+        "attention_factor": amplitude,
     }

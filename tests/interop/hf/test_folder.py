@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ffn.gpt.config import RotaryConfig
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.hf.folder import fitting_architecture, load_folder, load_into, save_folder
 from ffn.interop.hf.tables import weights
@@ -124,7 +125,7 @@ def test_a_kill_while_saving_mixes_nothing(
 ) -> None:
     """Killed before the n-th file gets or loses its name, for every n, and then saved again."""
     old = Transformer(CONFIG)
-    new = Transformer(dataclasses.replace(CONFIG, rope_base=500.0))
+    new = Transformer(dataclasses.replace(CONFIG, rotary=RotaryConfig(theta=500.0)))
     whole, calls = [], 1
     while len(whole) < 2:
         folder, left = tmp_path / str(calls), calls
@@ -146,7 +147,7 @@ def test_a_kill_while_saving_mixes_nothing(
         if loaded is None:
             assert "No such file" in line or "neither model.safetensors nor" in line
         else:
-            model = next(model for model in (old, new) if model.config.rope_base == loaded.config.rope_base)
+            model = next(model for model in (old, new) if model.config.rotary == loaded.config.rotary)
             assert same(state(loaded), state(model))
             whole += [model] if model is new else []
         save_folder(folder, new, max_shard_bytes=after)
@@ -240,7 +241,7 @@ def test_another_config_is_refused(folder: Path) -> None:
 
 
 def test_a_model_of_another_config_is_left_alone(folder: Path) -> None:
-    model = Transformer(dataclasses.replace(CONFIG, rope_base=500.0, norm_eps=1e-5))
+    model = Transformer(dataclasses.replace(CONFIG, rotary=RotaryConfig(theta=500.0), norm_eps=1e-5))
     before = state(model)
     with pytest.raises(
         ValueError, match=r"has rope_base=500\.0 where it has 10000\.0, norm_eps=1e-05 where it has"
