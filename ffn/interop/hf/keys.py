@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ffn import activations
 from ffn.gpt.config import TransformerConfig
 
 Keys = Mapping[str, Any]
@@ -29,17 +30,14 @@ def refuse(key: str, value: Any, why: str) -> ValueError:
 
 # --- activations
 
-PLAIN = {  # theirs -> ours; of several for one, the first is written
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh", "gelu_python": "gelu", "quick_gelu": "quick_gelu", "relu": "relu",
-    "relu2": "relu2", "leaky_relu": "leaky_relu", "silu": "silu", "swish": "silu", "mish": "mish",
-    "sigmoid": "sigmoid", "tanh": "tanh", "linear": "identity",
-}  # fmt: skip
-GATED = {
-    "silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh",
-    "gelu_new": "geglu_tanh", "gelu_fast": "geglu_tanh", "gelu_accurate": "geglu_tanh",
-    "gelu_python": "geglu", "relu": "reglu", "sigmoid": "glu", "linear": "bilinear",
-}  # fmt: skip
+_NOT_THEIRS = ("gelu_tanh", "identity", "softplus")  # our rows that have no such name there
+_GATED = {gate: name for name, gate in activations.GATES.items()}
+PLAIN = {  # their name -> our activation; where several have one meaning, the first is written
+    theirs: activations.resolve(theirs).name
+    for theirs in (*(row.name for row in activations.PLAIN), *activations.ALIASES)
+    if theirs not in _NOT_THEIRS
+}
+GATED = {theirs: _GATED[ours] for theirs, ours in PLAIN.items() if ours in _GATED}
 
 
 def activation(key: str, table: Mapping[str, str], *, head: bool = False) -> Part:
