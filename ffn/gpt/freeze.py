@@ -74,15 +74,6 @@ def check_choice(what: str) -> int:
     raise ValueError(f"{what!r} is no choice of what trains; want {CHOICES}, with K of 1 or more")
 
 
-def frozen_prefix(model: nn.Module) -> int:
-    """How many blocks, from the first on, train nothing behind an embedding that trains nothing either.
-
-    What they give depends on the tokens alone (but for dropout, see `train_only`), so that it may be computed
-    once, without gradients, and kept.
-    """
-    return sum(name.startswith("blocks.") for name in _frozen_prefix(transformer_in(model)))
-
-
 def transformer_in(model: nn.Module) -> Transformer:
     """The one Transformer that a model is or holds; ValueError where there is none, or more than one."""
     found = [module for module in model.modules() if isinstance(module, Transformer)]

@@ -8,7 +8,6 @@ Tensors are views of their files: what loading allocates is the model.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor
 from ffn.files.shards import MAX_SHARD_BYTES, Shards, open_shards, read_json, write_shards
 from ffn.files.strict_json import one_line, short
 from ffn.gpt.transformer import Transformer, TransformerConfig
-from ffn.interop.hf.config import FAMILIES, TRAINING, read_config, spelled_out, write_config
+from ffn.interop.hf.config import FAMILIES, read_config, write_config
 from ffn.interop.hf.tables import Weight, match_names, tied_names, weights
 from ffn.text.tokenizer import HFTokenizer
 
@@ -57,25 +56,6 @@ def load_folder(
     _copy(model, parts, ((name, shards[name]) for name in shards if name in parts))
     model.origin = origin
     return model.eval()
-
-
-def load_into(model: Transformer, path: str | Path) -> None:
-    """Copy a folder's weights into a model of its own, in the model's dtype and on its device.
-
-    Raises:
-        ValueError: as `load_folder`, and where the model is of another config; it is left as it was.
-    """
-    config, origin = read_folder_config(path)
-    there, here = (dataclasses.asdict(spelled_out(c)) for c in (config, model.config))
-    if other := [key for key in here if here[key] != there[key] and key not in TRAINING]:
-        said = ", ".join(f"{key}={here[key]!r} where it has {there[key]!r}" for key in other)
-        raise ValueError(f"{path}: of another config than the model, which has {said}")
-    shards = open_shards(path)
-    parts = _plan(Path(path), config, origin["model_type"], shards)
-    _check_model(model, parts)
-    tensors = {name: shards[name] for name in parts}  # all at once: after this no file can be refused
-    _copy(model, parts, tensors.items())
-    model.origin = origin
 
 
 def save_folder(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ffn.gpt.config import RotaryConfig
 from ffn.gpt.transformer import Transformer, TransformerConfig
-from ffn.interop.hf.folder import fitting_architecture, load_folder, load_into, save_folder
+from ffn.interop.hf.folder import fitting_architecture, load_folder, save_folder
 from ffn.interop.hf.tables import weights
 from ffn.text.tokenizer import HFTokenizer
 from tests.interop.hf import mutants
@@ -89,8 +89,7 @@ def test_a_dtype_is_converted_in_place(folder: Path) -> None:
 def test_training_options_have_no_place_and_need_none(folder: Path, tmp_path: Path) -> None:
     options = {"dropout": 0.1, "ffn_dropout": 0.1, "save": "input", "chunk_tokens": 3, "init": "zero_out"}
     model = Transformer(dataclasses.replace(CONFIG, **options))
-    load_into(model, folder)
-    assert model.config.dropout == 0.1
+    model.load_state_dict(load_folder(folder).state_dict())
     save_folder(tmp_path / "n", model)
     assert (tmp_path / "n" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     assert (tmp_path / "n" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
@@ -112,10 +111,8 @@ def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert theirs.dtype == torch.float64
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=0, atol=1e-6)
-        again = Transformer(CONFIG, dtype=torch.float64)
         theirs.save_pretrained(tmp_path / "theirs")
-        load_into(again, tmp_path / "theirs")
-        assert same(state(again), state(model))
+        assert same(state(load_folder(tmp_path / "theirs")), state(model))
 
 
 @pytest.mark.parametrize("before", [10**9, 2500])
@@ -240,16 +237,6 @@ def test_another_config_is_refused(folder: Path) -> None:
         (folder / "config.json").write_text(text)
 
 
-def test_a_model_of_another_config_is_left_alone(folder: Path) -> None:
-    model = Transformer(dataclasses.replace(CONFIG, rotary=RotaryConfig(theta=500.0), norm_eps=1e-5))
-    before = state(model)
-    with pytest.raises(
-        ValueError, match=r"has rope_base=500\.0 where it has 10000\.0, norm_eps=1e-05 where it has"
-    ):
-        load_into(model, folder)
-    assert same(state(model), before)
-
-
 def test_a_pickle_is_loaded_by_its_own_name(folder: Path) -> None:
     wanted = state(load_folder(folder))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -295,9 +282,9 @@ def test_mutants_are_refused_in_one_line_or_are_what_their_files_say(what: str, 
     have taken the weights in is as it was after any refusal."""
     options, size = ORIGINALS[what]
     config = dataclasses.replace(CONFIG, **options)
-    original, model = Transformer(config), Transformer(config)
+    original = Transformer(config)
     save_folder(tmp_path / "original", original, what.split()[0], max_shard_bytes=size)
-    untouched, refused = state(model), 0
+    refused = 0
     part = list(ORIGINALS).index(what)
     for seed in range(175 * part, 175 * (part + 1)):
         folder = tmp_path / "mutant"
@@ -310,9 +297,6 @@ def test_mutants_are_refused_in_one_line_or_are_what_their_files_say(what: str, 
             assert len(line.splitlines()) == 1, how
             assert line.startswith(str(folder)), how
             assert len(line) < 2000, how
-            with pytest.raises(ValueError, match=r"."):
-                load_into(model, folder)
-            assert same(state(model), untouched), how
             continue
         assert same(state(loaded), read_plainly(folder, loaded)), how
         if "swap" not in how and "rewrite_entry" not in how and "rewrite_names" not in how:
