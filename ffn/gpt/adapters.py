@@ -12,7 +12,6 @@ them and lora_A, lora_B beside each weight. The model may be a Transformer or a 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 from collections.abc import Iterator
@@ -182,9 +181,8 @@ def fingerprint(model: nn.Module) -> str:
         if ".lora_" in name:
             continue
         wide = tensor.float() if tensor.dtype.itemsize < 4 else tensor
-        wide = wide.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(wide.shape)} ".encode())
-        digest.update((ctypes.c_ubyte * wide.nbytes).from_address(wide.data_ptr()))
+        digest.update(wide.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
