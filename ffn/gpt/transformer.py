@@ -206,21 +206,11 @@ class Transformer(nn.Module):
             ValueError: no (B, T), a window that is too long, a token outside the vocabulary, token types but
                 no table, or positions, a mask or a cache that do not fit. TypeError: a mask of floats.
         """
-        c, blocks = self.config, self.blocks
-        if cache is not None and len(cache) != len(blocks):
-            raise ValueError(f"cache wants one LayerCache a block, {len(blocks)} of them; got {len(cache)}")
-        start = cache[0].length if cache else 0
-        S = start + tokens.shape[-1] if tokens.ndim == 2 else 0
-        if tokens.ndim != 2 or c.max_seq_len < S:
-            held = f" after {start} cached" if start else ""
-            raise ValueError(
-                f"Transformer wants tokens (B, T) with T <= {c.max_seq_len}; got "
-                f"{tuple(tokens.shape)}{held}; cut the sequence or build with a larger max_seq_len"
-            )
-        mask = None
+        c, T = self.config, tokens.shape[-1] if tokens.ndim else 0
+        start, mask = self._start(tokens, cache), None
         if attention_mask is not None:
-            attention_mask = _real(attention_mask, (tokens.shape[0], S))
-            mask = padding_mask(attention_mask, S - start, c.causal)
+            attention_mask = _real(attention_mask, (tokens.shape[0], start + T))
+            mask = padding_mask(attention_mask, T, c.causal)
         if positions is not None:
             _check_positions(positions, tokens)
         elif c.position != "none":
@@ -229,7 +219,7 @@ class Transformer(nn.Module):
         rotary = None
         if c.position == "rotary" and positions is not None:
             rotary = rotary_tables(positions, c.rotary_channels, c.rotary.theta, c.rotary_scaling)
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(self.blocks):
             own = None if i in c.rotary.skip_layers else rotary
             x = block(x, own, mask, cache[i] if cache else None)
         return self.norm(x)
@@ -272,6 +262,20 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         """Every weight counted once, the tied ones too."""
         return sum(p.numel() for p in self.parameters())
+
+    def _start(self, tokens: Tensor, cache: Sequence[LayerCache] | None) -> int:
+        """The number of cached tokens, after checking that these fit behind them."""
+        if cache is not None and len(cache) != len(self.blocks):
+            raise ValueError(
+                f"cache must hold one LayerCache per block, {len(self.blocks)}; got {len(cache)}"
+            )
+        start, limit = cache[0].length if cache else 0, self.config.max_seq_len
+        if tokens.ndim != 2 or start + tokens.shape[1] > limit:
+            held = f" after {start} cached tokens" if start else ""
+            raise ValueError(
+                f"tokens must be (B, T) with T at most max_seq_len={limit}, got {tuple(tokens.shape)}{held}"
+            )
+        return start
 
     def _head(self) -> Head:
         if self.head is None:
