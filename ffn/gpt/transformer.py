@@ -1,4 +1,4 @@
-"""The sentence as code: tokens -> Embedding -> Block x L -> Norm -> Head -> loss; decoder or encoder."""
+"""Transformer, a decoder or encoder: tokens -> Embedding -> Block x L -> Norm -> Head -> loss."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +20,7 @@ from ffn.nn.rotary import rotary_tables
 
 
 def build_embedding(c: TransformerConfig, *, device=None, dtype=None) -> Embedding:
-    """The first part of a Transformer with this config."""
+    """Build the embedding of a Transformer."""
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     return Embedding(
         c.vocab_size,
@@ -36,7 +36,7 @@ def build_embedding(c: TransformerConfig, *, device=None, dtype=None) -> Embeddi
 
 
 def build_block(c: TransformerConfig, layer: int = 0, *, device=None, dtype=None) -> Block:
-    """One layer of a Transformer with this config."""
+    """Build one block of a Transformer; `layer` counts from 0."""
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     attention = Attention(
         c.dim,
@@ -79,7 +79,7 @@ def build_block(c: TransformerConfig, layer: int = 0, *, device=None, dtype=None
 
 
 def build_head(c: TransformerConfig, *, device=None, dtype=None) -> Head | None:
-    """The last part of a Transformer with this config; None where hidden states come out."""
+    """Build the head of a Transformer; None with head="none"."""
     if c.head == "none":
         return None
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -99,37 +99,42 @@ def build_head(c: TransformerConfig, *, device=None, dtype=None) -> Head | None:
 
 
 class Transformer(nn.Module):
-    """A decoder (causal) or an encoder: `embedding`, `blocks`, `norm` (absent with post-norm) and `head`
-    (None with head="none").
+    """A decoder (causal=True) or an encoder, made of `embedding`, `blocks`, `norm` and `head`.
 
-    Under bfloat16 autocast the products run in bfloat16, the norms and the residual stream in float32.
+    `norm` is the identity with norm_position="post"; `head` is None with head="none". Under bfloat16 autocast
+    the matmuls run in bfloat16, the norms and the residual stream in float32.
 
     Args:
-        config: see TransformerConfig.
-        device, dtype: of the weights. On "meta" nothing is allocated: follow with `to_empty(device=...)` and
+        config: the sizes and options; see TransformerConfig.
+        device, dtype: of the weights. On "meta" nothing is allocated: call `to_empty(device=...)`, then
             `init_weights()` or `load_state_dict(...)`.
 
     Raises:
-        TypeError: no TransformerConfig, which itself refuses values that do not fit.
+        TypeError: config is not a TransformerConfig.
 
     >>> config = TransformerConfig(vocab_size=65, dim=64, num_layers=2, num_heads=4)
     >>> Transformer(config)(torch.zeros(1, 7, dtype=torch.int64)).shape
     torch.Size([1, 7, 65])
     """
 
-    origin: dict[str, Any] | None = None  # of a model from elsewhere: its model_type, its special tokens
-    at_rest: tuple[str, ...] = ()  # names of parts that stay in eval mode; see ffn.gpt.freeze
+    origin: dict[str, Any] | None = None  # of a Hugging Face model: its model_type and special tokens
+    at_rest: tuple[str, ...] = ()  # submodules that stay in eval mode; see ffn.gpt.freeze
 
     def __init__(self, config: TransformerConfig, *, device=None, dtype=None):
         super().__init__()
         if not isinstance(config, TransformerConfig):
             got = type(config).__name__
-            raise TypeError(f"Transformer wants a TransformerConfig; got a {got}; from_dict reads a dict")
+            raise TypeError(
+                f"config must be a TransformerConfig, got {got}; from_dict builds one from a dict"
+            )
         self.config = config
-        meta: dict[str, Any] = {"device": "meta", "dtype": dtype}  # init_weights draws each weight once
+        meta: dict[str, Any] = {
+            "device": "meta",
+            "dtype": dtype,
+        }  # so that init_weights draws each weight once
         self.embedding = build_embedding(config, **meta)
         self.blocks = nn.ModuleList(build_block(config, i, **meta) for i in range(config.num_layers))
-        post = config.norm_position == "post"  # there each block ends in its own norm
+        post = config.norm_position == "post"  # each block ends in a norm
         self.norm = nn.Identity() if post else build_norm(config.norm, config.dim, config.norm_eps, **meta)
         self.head = build_head(config, **meta)
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -139,8 +144,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw every weight anew: the tables normal 0.02, the norms the identity, the Linears of the blocks
-        as `config.init` says (see `ffn.nn.init`); on the meta device nothing happens."""
+        """Draw every weight: embeddings normal with std 0.02, Linears of the blocks by `config.init`.
+
+        Norms become the identity. On the meta device this does nothing. See `ffn.nn.init` for the Linears.
+        """
         if self.embedding.weight.is_meta:
             return
         for module in self.modules():
@@ -161,7 +168,7 @@ class Transformer(nn.Module):
                     module.reset_parameters(**depth)
 
     def train(self, mode: bool = True) -> "Transformer":
-        """As of any module, but that the parts at rest stay in eval mode."""
+        """Set training mode, but keep the submodules of `at_rest` in eval mode."""
         super().train(mode)
         for name in self.at_rest:
             self.get_submodule(name).eval()
@@ -176,7 +183,10 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T), hidden states with head="none"; see `hidden` for the rest."""
+        """Return logits (B, T, V) of tokens (B, T), or hidden states with head="none".
+
+        See `hidden` for the arguments.
+        """
         hidden = self.hidden(
             tokens, cache=cache, positions=positions, attention_mask=attention_mask, token_types=token_types
         )
@@ -191,20 +201,21 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """The final hidden states (B, T, D), which `logits` and `loss` read.
+        """Return the final hidden states (B, T, D), the input of `logits` and `loss`.
 
         Args:
             tokens: (B, T), int64 or int32.
-            cache: one LayerCache a block; the tokens continue what it holds and are added to it.
-            positions: (T) or (B, T); left out, each token's place among the real ones: by attention_mask, or
-                with pad_token_id in the config by the tokens.
-            attention_mask: (B, S), bool or integers, False or 0 at padding, over all S positions: the cached
-                ones and these.
-            token_types: as tokens, with num_token_types in the config; left out, all 0.
+            cache: one LayerCache per block. The tokens continue the cached ones and are added to them.
+            positions: (T) or (B, T). By default a token's position counts the tokens before it that are not
+                padding, according to attention_mask, or to pad_token_id of the config.
+            attention_mask: (B, S), bool or integers, False or 0 at padding. S counts the cached tokens and
+                these.
+            token_types: same shape as tokens, with num_token_types in the config; by default all 0.
 
         Raises:
-            ValueError: no (B, T), a window that is too long, a token outside the vocabulary, token types but
-                no table, or positions, a mask or a cache that do not fit. TypeError: a mask of floats.
+            ValueError: a shape does not fit, a token is outside the vocabulary, there are more tokens than
+                max_seq_len, or token_types are given without a table for them.
+            TypeError: attention_mask has a floating dtype.
         """
         c, T = self.config, tokens.shape[-1] if tokens.ndim else 0
         start, mask = self._start(tokens, cache), None
@@ -225,7 +236,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) from final hidden states (..., D); ValueError with head="none"."""
+        """Return logits (..., V) of final hidden states (..., D); ValueError with head="none"."""
         return self._head()(hidden, self._table())
 
     def loss(
@@ -238,10 +249,15 @@ class Transformer(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """The mean cross entropy, in nats, of targets (B, T) given tokens (B, T); a scalar.
+        """Return the mean cross entropy, in nats, of targets (B, T) given tokens (B, T): a scalar.
 
-        The logits of a large vocabulary are never all stored; see `ffn.nn.loss`. attention_mask (B, T) hides
-        padding from the other tokens, see `hidden`; what is not to be learned wants ignore_index as target.
+        The logits of a large vocabulary are never stored all at once; see `ffn.nn.loss`.
+
+        Args:
+            attention_mask: hides padding from the other tokens; see `hidden`. Its targets still count: set
+                them to ignore_index.
+            ignore_index: targets with this value do not count.
+            label_smoothing: probability mass spread evenly over the vocabulary.
         """
         return self._head().loss(
             self.hidden(tokens, attention_mask=attention_mask, token_types=token_types),
@@ -260,11 +276,11 @@ class Transformer(nn.Module):
         checkpoint.save(path, self, format)
 
     def num_parameters(self) -> int:
-        """Every weight counted once, the tied ones too."""
+        """Return the number of parameters; tied ones count once."""
         return sum(p.numel() for p in self.parameters())
 
     def _start(self, tokens: Tensor, cache: Sequence[LayerCache] | None) -> int:
-        """The number of cached tokens, after checking that these fit behind them."""
+        """Return the number of cached tokens; raise ValueError unless the new ones fit behind them."""
         if cache is not None and len(cache) != len(self.blocks):
             raise ValueError(
                 f"cache must hold one LayerCache per block, {len(self.blocks)}; got {len(cache)}"
@@ -279,7 +295,7 @@ class Transformer(nn.Module):
 
     def _head(self) -> Head:
         if self.head is None:
-            raise ValueError("head='none': this Transformer gives hidden states alone; build it with a head")
+            raise ValueError("head must be 'logits' or 'mlm' for logits and loss, got 'none'")
         return self.head
 
     def _table(self) -> Tensor | None:
@@ -288,13 +304,15 @@ class Transformer(nn.Module):
 
 def _check_positions(positions: Tensor, tokens: Tensor) -> None:
     shapes = {1: (tokens.shape[1:],), 2: (tokens.shape, (1, tokens.shape[1]))}
-    if positions.shape not in shapes.get(positions.ndim, ()):  # only its own rank's: export guards the others
+    if positions.shape not in shapes.get(
+        positions.ndim, ()
+    ):  # the other rank would add a guard in torch.export
         like, got = tuple(tokens.shape), tuple(positions.shape)
-        raise ValueError(f"positions want (T) or (B, T) of the tokens, which are {like}; got {got}")
+        raise ValueError(f"positions must be (T) or (B, T) for tokens {like}, got {got}")
 
 
 def _positions(tokens: Tensor, start: int, real: Tensor | None, pad_token_id: int | None) -> Tensor:
-    """The place of each token behind `start` cached ones: (T), or (B, T) where not all of (B, S) are real."""
+    """Return each token's position behind `start` cached ones: (T), or (B, T) with padding."""
     if pad_token_id is not None:
         found = tokens != pad_token_id
         return torch.where(found, found.cumsum(-1) - 1, -1)
@@ -304,11 +322,11 @@ def _positions(tokens: Tensor, start: int, real: Tensor | None, pad_token_id: in
 
 
 def _real(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask as bool, once it is known to fit."""
+    """Return the mask as bool; raise unless its shape and dtype fit."""
     if attention_mask.shape != shape:
         got = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask wants (B, S) = {shape}, the cached positions and these; got {got}")
+        raise ValueError(f"attention_mask must be (B, S) = {shape} with the cached tokens, got {got}")
     if attention_mask.is_floating_point():
         got = str(attention_mask.dtype)[6:]
-        raise TypeError(f"attention_mask wants bool or 0 and 1, False at padding; got {got}")
+        raise TypeError(f"attention_mask must be bool or integers, 0 at padding; got {got}")
     return attention_mask.bool()
