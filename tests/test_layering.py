@@ -40,6 +40,7 @@ LAYERS = [
     ["ffn.packing.forwards"],
     ["ffn.nn"],
     ["ffn.gpt.config"],
+    ["ffn.gpt.build"],
     [
         "ffn.gpt.transformer",
         "ffn.packing.pack",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffn.gpt.config import RotaryConfig
-from ffn.gpt.transformer import Transformer, TransformerConfig, build_block
+from ffn.gpt.build import build_block
+from ffn.gpt.config import RotaryConfig, TransformerConfig
+from ffn.gpt.transformer import Transformer
 from ffn.nn.attention import LayerCache
 from tests.models import F64, SMALL, VARIANTS, build, tokens_of, variants
 
