@@ -163,8 +163,8 @@ def load_adapters(path: str | Path, model: nn.Module, *, check_base: bool = True
     found = {name: spec.shape for name, spec in shards.specs.items()}
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
-            has, wants = found.get(name, "absent"), wanted.get(name, "absent")
-            raise ValueError(f"{file}: saved for another base: {name} must be {wants} here, got {has}")
+            got, need = found.get(name, "absent"), wanted.get(name, "absent")
+            raise ValueError(f"{file}: saved for another base: {name} must be {need} here, got {got}")
     if check_base and base != (here := fingerprint(transformer)):
         raise ValueError(
             f"{file}: saved for a base with other weights: fingerprint {base[:12]}, here {here[:12]}"

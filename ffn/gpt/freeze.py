@@ -30,28 +30,28 @@ from ffn.text_table import columns
 CHOICES = "head, ffn, last:K, lora or all"
 
 
-def train_only(model: nn.Module, what: str, *, frozen_dropout: bool = False) -> None:
+def train_only(model: nn.Module, choice: str, *, frozen_dropout: bool = False) -> None:
     """Set requires_grad of every parameter so that only one part trains. Each call replaces the one before.
 
     The frozen prefix is the embedding and the blocks behind it, up to the first part that trains. It stays in
     eval mode even after `model.train()`: without dropout its outputs are the same in each epoch.
 
     Args:
-        what: "head", "ffn", "last:K", "lora" or "all"; see the top of this module.
+        choice: "head", "ffn", "last:K", "lora" or "all"; see the top of this module.
         frozen_dropout: apply dropout in the frozen prefix too while training.
 
     Raises:
-        ValueError: what is not a choice, K exceeds the number of layers, the model has no LoRA adapters or
+        ValueError: choice is none of these, K exceeds the number of layers, the model has no LoRA adapters or
             no head with weights of its own, or it does not hold exactly one Transformer.
     """
     transformer = transformer_in(model)
-    last = check_choice(what)
+    last = check_choice(choice)
     if last > len(transformer.blocks):
-        raise ValueError(f"last:K must be at most last:{len(transformer.blocks)} in this model, got {what}")
+        raise ValueError(f"last:K must be at most last:{len(transformer.blocks)} in this model, got {choice}")
     inside = {id(p) for p in transformer.parameters()}
     outside = {id(p) for p in model.parameters()} - inside
-    chosen = {id(p) for part in _chosen(transformer, what, last, not outside) for p in part.parameters()}
-    if what == "lora":
+    chosen = {id(p) for part in _chosen(transformer, choice, last, not outside) for p in part.parameters()}
+    if choice == "lora":
         chosen = {id(p) for name, p in transformer.named_parameters() if _part(name) == "adapters"}
         if not chosen:
             raise ValueError("lora requires adapters in the model; call add_adapters(model) first")
@@ -65,14 +65,14 @@ def train_only(model: nn.Module, what: str, *, frozen_dropout: bool = False) -> 
     model.train(training)
 
 
-def check_choice(what: str) -> int:
+def check_choice(choice: str) -> int:
     """Return K for "last:K" and 0 for the other choices of `train_only`; ValueError for anything else."""
-    kind, colon, number = what.partition(":")
+    kind, colon, number = choice.partition(":")
     if not colon and kind in ("head", "ffn", "lora", "all"):
         return 0
     if kind == "last" and number.isascii() and number.isdecimal() and int(number) > 0:
         return int(number)
-    raise ValueError(f"{what!r} must be {CHOICES}, with K of 1 or more")
+    raise ValueError(f"{choice!r} must be {CHOICES}, with K of 1 or more")
 
 
 def transformer_in(model: nn.Module) -> Transformer:
@@ -105,16 +105,16 @@ def render_trained(model: nn.Module) -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], note])
 
 
-def _chosen(transformer: Transformer, what: str, last: int, own_head: bool) -> Iterator[nn.Module]:
+def _chosen(transformer: Transformer, choice: str, last: int, own_head: bool) -> Iterator[nn.Module]:
     """Yield the modules of a Transformer that train."""
-    if what == "all":
+    if choice == "all":
         yield transformer
-    if what == "ffn":
+    if choice == "ffn":
         yield from (m for name, m in transformer.blocks.named_modules() if name.endswith(".feed_forward"))
     if last:
         yield transformer.blocks[-last:]
         yield transformer.norm
-    if (what == "head" or last) and own_head and transformer.head is not None:
+    if (choice == "head" or last) and own_head and transformer.head is not None:
         yield transformer.head
 
 

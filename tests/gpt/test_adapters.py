@@ -79,7 +79,7 @@ def test_new_adapters_change_no_output(targets: tuple[str, ...], leaves: set[str
 
 
 def test_outputs_and_gradients_follow_the_formula_in_float64() -> None:
-    """Against a copy whose weights are W + (alpha / rank) B A, by the chain rule of that sum."""
+    """Compare with a copy that has the weights W + (alpha / rank) B A, by the chain rule of that sum."""
     model = adapted(dtype=torch.float64)
     twin = copy.deepcopy(model)
     merge_adapters(twin)

@@ -46,31 +46,31 @@ PREFIX = {"head": 3, "ffn": 0, "last:1": 2, "last:2": 1, "last:3": 0, "all": 0}
 
 
 @pytest.mark.parametrize("kind", ["decoder", "classifier"])
-@pytest.mark.parametrize("what", CHOICES)
-def test_each_choice_trains_its_part(kind: str, what: str) -> None:
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_choice_trains_its_part(kind: str, choice: str) -> None:
     model = build(kind)
-    train_only(model, what)
-    last = check_choice(what)
+    train_only(model, choice)
+    last = check_choice(choice)
     for name, p in model.named_parameters():
-        trains = name.startswith("head.") if what != "ffn" or kind == "classifier" else False
-        trains |= what == "all" or (what == "ffn" and ".feed_forward." in name)
+        trains = name.startswith("head.") if choice != "ffn" or kind == "classifier" else False
+        trains |= choice == "all" or (choice == "ffn" and ".feed_forward." in name)
         inner = name.removeprefix("backbone.")
         trains |= bool(last) and (inner.startswith(tuple(f"blocks.{i}." for i in range(3 - last, 3))))
         trains |= bool(last) and inner.startswith("norm.")
         assert p.requires_grad == trains, name
-    assert sum(name.startswith("blocks.") for name in transformer_in(model).at_rest) == PREFIX[what]
+    assert sum(name.startswith("blocks.") for name in transformer_in(model).at_rest) == PREFIX[choice]
     train_only(model, "all")
     assert all(p.requires_grad for p in model.parameters()), "each choice replaces the one before"
 
 
 @pytest.mark.parametrize("kind", ["decoder", "classifier"])
-@pytest.mark.parametrize("what", CHOICES)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_frozen_weights_do_not_change(kind: str, what: str, optimizer) -> None:
+def test_frozen_weights_do_not_change(kind: str, choice: str, optimizer) -> None:
     """After steps with decay and L1 frozen weights are the same bit for bit; trained matrices have moved."""
     model = build(kind)
-    train_only(model, what)
-    if optimizer == "muon" and what == "head":
+    train_only(model, choice)
+    if optimizer == "muon" and choice == "head":
         with pytest.raises(ValueError, match=r"^Muon"):
             ScheduledOptimizer(model, optimizer)
         return
@@ -92,15 +92,15 @@ def test_frozen_weights_do_not_change(kind: str, what: str, optimizer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "classifier"])
-@pytest.mark.parametrize("what", CHOICES)
-def test_trained_parts_have_the_gradients_of_full_training(kind: str, what: str) -> None:
+@pytest.mark.parametrize("choice", CHOICES)
+def test_trained_parts_have_the_gradients_of_full_training(kind: str, choice: str) -> None:
     model = build(kind).double().eval()
     targets = TOKENS.roll(-1, 1)
     model.loss(TOKENS, targets).backward()
     full = {name: p.grad for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = None
-    train_only(model, what)
+    train_only(model, choice)
     assert not model.training
     model.loss(TOKENS, targets).backward()
     for name in names_of(model):
@@ -125,9 +125,9 @@ def kept(model: nn.Module) -> int:
 def test_nothing_in_the_frozen_prefix_is_saved_for_backward(kind: str) -> None:
     model = build(kind)
     sizes = {}
-    for what in CHOICES:
-        train_only(model, what)
-        sizes[what] = kept(model)
+    for choice in CHOICES:
+        train_only(model, choice)
+        sizes[choice] = kept(model)
     assert sizes["head"] == 0
     assert 0 < sizes["last:1"] < sizes["last:2"] < sizes["last:3"] <= sizes["all"]
     a_block = sizes["last:2"] - sizes["last:1"]
@@ -187,12 +187,12 @@ def test_a_tied_head_cannot_train_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["body", "last", "last:", "last:0", "last:-1", "ffn:2", "", "last:4", "lora"]
+    "choice", ["body", "last", "last:", "last:0", "last:-1", "ffn:2", "", "last:4", "lora"]
 )
-def test_a_wrong_choice_is_refused_and_changes_nothing(what: str) -> None:
+def test_a_wrong_choice_is_refused_and_changes_nothing(choice: str) -> None:
     model = build("classifier")
-    with pytest.raises(ValueError, match=what or "''"):
-        train_only(model, what)
+    with pytest.raises(ValueError, match=choice or "''"):
+        train_only(model, choice)
     assert all(p.requires_grad for p in model.parameters())
 
 

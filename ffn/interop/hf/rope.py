@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json, as transformers 5 (`rope_parameters`) and 4 spell them."""
+"""Rotary positions in a config.json: `rope_parameters` of transformers 5, `rope_scaling` of 4."""
 
 import math
 from collections.abc import Mapping
@@ -20,11 +20,13 @@ _ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 @dataclass(frozen=True)
 class Rope:
-    """What one architecture says of rotary positions.
+    """Rotary positions of one architecture.
 
-    base: where none is given. fraction: likewise; None where the architecture turns every channel.
-    kinds: of scaling that it knows.
-    base_key, fraction_key: the names beside `rope_scaling`.
+    Args:
+        base, fraction: the defaults. fraction is None for an architecture that rotates every channel.
+        kinds: the supported rope_type values.
+        base_key, fraction_key: their names outside the rotary table.
+        skips: True for an architecture with no_rope_layers.
     """
 
     base: float
@@ -35,34 +37,34 @@ class Rope:
     skips: bool
 
     def read(self, k: Keys) -> dict[str, Any]:
-        # transformers: rope_scaling before rope_parameters, what is inside before what stands beside
+        # as in transformers: rope_scaling wins over rope_parameters, keys inside the table over those outside
         name = "rope_scaling" if k.get("rope_scaling") else "rope_parameters"
         inside = k.get(name) or {}
         if not isinstance(inside, Mapping):
-            raise refuse(name, inside, "want a table of keys")
+            raise refuse(name, inside, "must be a table of keys")
         kind = _kind(name, inside, self.kinds)
         share = _one_of(k, name, inside, "partial_rotary_factor", self.fraction_key, self.fraction or 1.0)
         if share != 1.0 and self.fraction is None:
-            raise refuse("partial_rotary_factor", share, "this architecture turns all channels; want 1.0")
+            raise refuse("partial_rotary_factor", share, "must be 1.0 in this architecture")
         read = {
             "theta": _one_of(k, name, inside, "rope_theta", self.base_key, self.base),
             "fraction": share,
             "scaling": "linear" if kind == "default" else kind,
         }
         if self.skips:
-            read["skip_layers"] = tuple(i for i, turn in enumerate(turns(k)) if not turn)
+            read["skip_layers"] = tuple(i for i, rotates in enumerate(rotary_layers(k)) if not rotates)
         if kind == "linear":
             read["factor"] = _number(name, inside, "factor")
         if kind in ("llama3", "yarn"):
-            named = [table.get("original_max_position_embeddings") for table in (k, inside)]
-            said = [length for length in (*named, k["max_position_embeddings"]) if length is not None]
-            read["original_seq_len"] = said[0]
+            given = [table.get("original_max_position_embeddings") for table in (k, inside)]
+            lengths = [length for length in (*given, k["max_position_embeddings"]) if length is not None]
+            read["original_seq_len"] = lengths[0]
             read |= (_read_llama3 if kind == "llama3" else _read_yarn)(name, inside, k)
         return {"rotary": read}
 
     def write(self, c: TransformerConfig) -> dict[str, Any]:
         if c.position != "rotary":
-            raise refuse("position", c.position, "its positions are rotary")
+            raise refuse("position", c.position, "must be 'rotary'")
         r = c.rotary
         kind = "default" if r.scaling == "linear" and r.factor == 1.0 else r.scaling
         inside: dict[str, Any] = {"rope_type": kind, "rope_theta": r.theta}
@@ -93,41 +95,41 @@ def rope(
     fraction_key: str = "partial_rotary_factor",
     skips: bool = False,
 ) -> Part:
-    """Rotary positions there and back; see Rope."""
+    """Rotary positions, read and written; see Rope for the arguments."""
     found = Rope(base, fraction, kinds, base_key, fraction_key, skips)
     return Part(found.read, found.write)
 
 
-def turns(k: Keys) -> list[int]:
-    """SmolLM3's layers with rotary positions (1) and without (0): a list, or one without in so many."""
+def rotary_layers(k: Keys) -> list[int]:
+    """Return 1 for each SmolLM3 layer with rotary positions, 0 without: a list, or 0 at a fixed interval."""
     given, every, layers = k["no_rope_layers"], k["no_rope_layer_interval"], k["num_hidden_layers"]
     if given is None:
         if every < 1:
-            raise refuse("no_rope_layer_interval", every, "want a positive whole number")
+            raise refuse("no_rope_layer_interval", every, "must be a positive integer")
         return [int((i + 1) % every != 0) for i in range(layers)]
-    if not isinstance(given, list) or len(given) < layers or not all(turn in (0, 1) for turn in given):
-        raise refuse("no_rope_layers", given, f"want {layers} of 0 (no rotary positions) and 1")
+    if not isinstance(given, list) or len(given) < layers or not all(value in (0, 1) for value in given):
+        raise refuse("no_rope_layers", given, f"must be a list of {layers} 0 (no rotary positions) or 1")
     return given[:layers]
 
 
 def _kind(name: str, inside: Keys, kinds: tuple[str, ...]) -> str:
-    """The type of scaling, once every key beside it is one that the type reads."""
+    """Return the rope_type; raise unless every other key belongs to it."""
     kind = inside.get("rope_type", inside.get("type", "default"))
     if kind not in kinds:
-        raise refuse(f"{name}.rope_type", kind, f"not supported; ffn reads {', '.join(kinds)} here")
+        raise refuse(f"{name}.rope_type", kind, f"must be one of {', '.join(kinds)}")
     for key, value in inside.items():
         if value is not None and key not in _ALWAYS | ROPE_KEYS[kind]:
-            raise refuse(f"{name}.{key}", value, f"rope_type {kind!r} knows no such key; leave it out")
+            raise refuse(f"{name}.{key}", value, f"is not a key of rope_type {kind!r}", "leave it out")
     return kind
 
 
 def _one_of(k: Keys, name: str, inside: Keys, key: str, beside: str, default: float) -> float:
-    """A number inside the rotary table, or beside it under one of two names."""
+    """Return a number from inside the rotary table, or from outside under one of two names."""
     if inside.get(key) is not None:
         return _number(name, inside, key)
     given = {other: k[other] for other in (beside, key) if k.get(other) is not None}
     if any(value != k[next(iter(given))] for value in given.values()):
-        raise refuse(key, k[key], f"{beside}={given[beside]} says otherwise; leave one of them out")
+        raise refuse(key, k[key], f"must equal {beside}={given[beside]}", "leave one of them out")
     return next((_checked(name, value) for name, value in given.items()), default)
 
 
@@ -138,7 +140,7 @@ def _number(name: str, inside: Keys, key: str, default: float | None = None) -> 
 
 def _checked(key: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e38:
-        raise refuse(key, value, "want a number, 0 or more")
+        raise refuse(key, value, "must be a number, 0 or more")
     return float(value)
 
 
@@ -148,7 +150,7 @@ def _read_llama3(name: str, inside: Keys, k: Keys) -> dict[str, Any]:
 
 def _read_yarn(name: str, inside: Keys, k: Keys) -> dict[str, Any]:
     if inside.get("truncate") not in (None, True, False):
-        raise refuse(f"{name}.truncate", inside["truncate"], "want true or false")
+        raise refuse(f"{name}.truncate", inside["truncate"], "must be true or false")
     if inside.get("factor") is None:
         original = _number(name, inside, "original_max_position_embeddings", k["max_position_embeddings"])
         factor = k["max_position_embeddings"] / (original or math.inf)
