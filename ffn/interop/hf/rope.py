@@ -80,7 +80,7 @@ class Rope:
         if kind == "yarn":
             inside["beta_fast"], inside["beta_slow"] = r.beta_fast, r.beta_slow
             inside["truncate"], inside["attention_factor"] = r.truncate, c.rotary_scaling.amplitude
-        keys = {"rope_parameters": inside}
+        keys: dict[str, Any] = {"rope_parameters": inside}
         if self.skips:
             keys["no_rope_layers"] = [int(i not in r.skip_layers) for i in range(c.num_layers)]
         return keys
