@@ -87,10 +87,11 @@ class Yarn:
 
 
 Scaling = Interpolation | Llama3 | Yarn
+UNSCALED = Interpolation()
 
 
 def rotary_tables(
-    positions: Tensor, channels: int, base: float = 10_000.0, scaling: Scaling | float = 1.0
+    positions: Tensor, channels: int, base: float = 10_000.0, scaling: Scaling = UNSCALED
 ) -> tuple[Tensor, Tensor]:
     """Return cos and signed sin of position * base^(-2i/channels), for `ffn.nn.attention.rotate`.
 
@@ -102,7 +103,7 @@ def rotary_tables(
         channels: the number of channels of a head that rotate, even and at most C. Channel i is paired with
             channel i + channels/2, as in Llama's weights (the paper pairs neighbors).
         base: of the frequencies, a geometric sequence; a larger base rotates more slowly.
-        scaling: of the frequencies; a number is the factor of Interpolation.
+        scaling: of the frequencies; by default none.
 
     Returns:
         two float32 tables (..., T, 1, channels): [cos, cos] and [-sin, sin].
@@ -114,7 +115,6 @@ def rotary_tables(
     """
     if channels % 2:
         raise ValueError(f"channels must be even, since they rotate in pairs, got {channels}")
-    scaling = Interpolation(scaling) if isinstance(scaling, int | float) else scaling
     places = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device)
     frequencies = scaling.frequencies(base ** (places / channels), base)
     signed = torch.cat((-frequencies, frequencies))  # cos is even and sin odd: this signs only sin
