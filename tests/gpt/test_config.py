@@ -35,10 +35,10 @@ def test_keys_absent_from_toml_have_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"n_layer": 2}, r"^model\.n_layer: .*model\.num_layers"),
-        ({"position": "rotery"}, r"^model\.position: .*rotary\?$"),
+        ({"n_layer": 2}, r"^model\.n_layer\b.*model\.num_layers"),
+        ({"position": "rotery"}, r"^model\.position\b.*rotary\?$"),
         ({"dim": "wide"}, r"^model\.dim"),
-        ({"dim": 15}, "dim=15.*num_heads"),
+        ({"dim": 15}, r"\bdim\b.*num_heads"),
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"head_dim": 5}, r"^model\.head_dim"),
         ({"num_layers": 0}, r"^model\.num_layers"),
