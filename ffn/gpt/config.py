@@ -222,5 +222,6 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], prefix: str = "model") -> "TransformerConfig":
-        """Build from a mapping. An unknown key raises a ValueError that suggests the nearest one."""
+        """Build from a mapping; an unknown key is refused with the nearest one: `model.n_layer: no such key;
+        did you mean model.num_layers?`."""
         return from_dict(cls, mapping, prefix)

@@ -56,7 +56,10 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
         ({"sample_temperature": -1.0}, "^sample_temperature: wants 0 or more; got -1.0$"),
         ({"lr_floor": -3.0}, r"^lr_floor: wants a number in \[0, 1\]; got -3.0$"),
         ({"window": -1}, "^window: wants 0 or more; got -1$"),
-        ({"only": "tail"}, "^only: 'tail'"),
+        (
+            {"only": "tail"},
+            "^only: 'tail' is no choice of what trains; want head, ffn, last:K, lora or all, with",
+        ),
         ({"layer_decay": 0.0}, "^layer_decay: wants a number above 0, 1 at most; got 0.0$"),
         ({"momentum": 2.0}, r"^momentum: wants a number in \[0, 1\); got 2.0$"),
         ({"betas": (0.9,)}, r"^betas: wants two numbers in \[0, 1\); got \[0.9\]$"),
