@@ -45,7 +45,7 @@ def test_keys_absent_from_toml_have_their_defaults() -> None:
         ({"dropout": 1.0}, r"^model\.dropout"),
         ({"activation": "swigloo"}, r"^model\.activation"),
         ({"init": "orthogonal"}, r"^model\.init"),
-        ({"chunk_tokens": 5}, r"^model\.chunk_tokens"),
+        ({"chunk_tokens": 5}, r"\bchunk_tokens\b"),
         ({"save": "input", "chunk_tokens": 0}, r"^model\.chunk_tokens"),
         ({"sliding_window": 0}, r"^model\.sliding_window"),
         ({"sliding_window": 3, "causal": False}, r"^model\.sliding_window"),
