@@ -71,7 +71,7 @@ def test_frozen_weights_do_not_change(kind: str, choice: str, optimizer) -> None
     model = build(kind)
     train_only(model, choice)
     if optimizer == "muon" and choice == "head":
-        with pytest.raises(ValueError, match="(?i)muon"):
+        with pytest.raises(ValueError, match=r"(?i)muon"):
             ScheduledOptimizer(model, optimizer)
         return
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
