@@ -151,7 +151,7 @@ TABLE |= {name: replace(TABLE[gate], name=name, gated=True) for name, gate in GA
 
 # Other libraries' spellings, where they mean exactly one row: Hugging Face's, torch's functions.
 ALIASES = {"swish": "silu", "linear": "identity", "gelu_python": "gelu"}
-ALIASES |= dict.fromkeys(["gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"], "gelu_tanh")
+ALIASES |= dict.fromkeys(["gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"], "gelu_tanh")
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.leaky_relu: "leaky_relu", F.gelu: "gelu", F.silu: "silu",
              F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", F.tanh: "tanh", torch.tanh: "tanh",
              F.mish: "mish", F.softplus: "softplus"}  # fmt: skip

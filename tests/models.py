@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ffn.gpt.config import RotaryConfig
 from ffn.gpt.transformer import Transformer, TransformerConfig
 
 F64 = torch.float64
@@ -16,15 +17,15 @@ VARIANTS = {
              "attention_bias": True},
     "post": {"norm_position": "post", "norm": "layernorm", "tie_embeddings": False},
     "parallel": {"parallel": True, "head_dim": 6},
-    "qk_norm": {"qk_norm": True, "rope_base": 500.0, "rope_scaling": 2.0},
+    "qk_norm": {"qk_norm": True, "rotary": RotaryConfig(theta=500.0, factor=2.0)},
     "encoder": {"causal": False, "position": "none"},
     "gemma2": {"norm": "rmsnorm1p", "norm_position": "sandwich", "num_kv_heads": 2, "embedding_scale": 4.0,
                "attention_scale": 0.3, "attention_softcap": 5.0, "logit_softcap": 3.0, "sliding_window": 3,
                "full_attention_layers": (0,)},
-    "neox": {"parallel": True, "shared_norm": False, "norm": "layernorm", "rope_fraction": 0.5,
-             "activation": "gelu", "bias": True, "attention_out_bias": False, "sliding_window": 5},
+    "neox": {"parallel": True, "shared_norm": False, "norm": "layernorm", "activation": "gelu", "bias": True,
+             "rotary": RotaryConfig(fraction=0.5), "attention_out_bias": False, "sliding_window": 5},
     "olmo2": {"norm_position": "output", "qk_norm": True, "qk_norm_scope": "all", "num_kv_heads": 2,
-              "rope_type": "yarn", "rope_scaling": 4.0, "rope_original_seq_len": 4, "no_rope_layers": (0,)},
+              "rotary": RotaryConfig(scaling="yarn", factor=4.0, original_seq_len=4, skip_layers=(0,))},
     "bert": {"causal": False, "norm": "layernorm", "norm_position": "post", "activation": "gelu",
              "bias": True, "attention_bias": True, "position": "learned", "position_offset": 2,
              "num_token_types": 3,

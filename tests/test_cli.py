@@ -195,7 +195,7 @@ def test_a_model_of_hugging_face(run: Path, tmp_path: Path, capsys, monkeypatch)
     config.write_text('{"model_type": "nose"}')
     assert main(["info", str(folder)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"ffn: {config}: model_type='nose'")
+    assert err.startswith(f"ffn: {config}: model_type must be")
     assert err.count("\n") == 1
 
 

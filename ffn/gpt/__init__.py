@@ -1,1 +1,1 @@
-"""A GPT assembled from the block: configuration, model, generation, cost, freezing, adapters."""
+"""A GPT assembled from the block: configuration, model, generation, cost, freezing, LoRA adapters."""

@@ -1,18 +1,20 @@
-"""Adapters of low rank (LoRA): put on a Transformer, trained alone, saved alone, merged, taken off.
+"""LoRA adapters: add them to a Transformer, train them alone, save, load, merge and remove them.
 
     add_adapters(model, AdapterConfig(rank=8))
-    train_only(model, "lora")                        # ffn.gpt.freeze; then train as ever
+    train_only(model, "lora")                        # of ffn.gpt.freeze; then train as usual
     save_adapters("adapter.safetensors", model)
-    load_adapters("adapter.safetensors", base)       # the same base: the same outputs
-    merge_adapters(base)                             # plain Linears again, with W + (alpha / rank) B A
+    load_adapters("adapter.safetensors", base)       # the same base gives the same outputs
+    merge_adapters(base)                             # plain Linears with W + (alpha / rank) B A
 
-The Linears keep their names and weights: the state dict of a model with adapters is that of the model without
-them and lora_A, lora_B beside each weight. The model may be a Transformer or a module that holds one.
+Here an adapter is always a LoRA adapter: two matrices A and B of low rank beside the weight of a Linear. The
+Linears keep their names and weights: adapters only add lora_A and lora_B beside each weight in the state
+dict. The model is a Transformer or a module that holds one.
+
+Source: Hu et al. 2021.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 from collections.abc import Iterator
@@ -39,54 +41,54 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Of what rank adapters are, how strong, and where; checked when built.
+    """Rank, strength and targets of LoRA adapters; checked when built.
 
     Raises:
-        ValueError: a rank below 1, an alpha that is not positive, a dropout outside [0, 1), no such target.
+        ValueError: rank is below 1, alpha is not positive, dropout is outside [0, 1), or a target is unknown.
     """
 
     rank: int = 8
-    alpha: float = 16.0  # what B A gives is multiplied by alpha / rank
-    dropout: float = 0.0  # of what A reads, while training
-    targets: tuple[str, ...] = ("ffn",)  # ffn, attention, or Linears of these by their names: up_proj, ...
+    alpha: float = 16.0  # B A is multiplied by alpha / rank
+    dropout: float = 0.0  # of the input of A, while training
+    targets: tuple[str, ...] = ("ffn",)  # ffn, attention, or names of their Linears: up_proj, ...
 
     def __post_init__(self) -> None:
         settle(self)
         if self.rank < 1:
-            raise ValueError(f"rank: wants 1 or more; got {self.rank}")
+            raise ValueError(f"rank must be 1 or more, got {self.rank}")
         if not self.alpha > 0:
-            raise ValueError(f"alpha: wants a number above 0; got {self.alpha}")
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: wants a probability in [0, 1); got {self.dropout}")
+            raise ValueError(f"dropout must be a probability in [0, 1), got {self.dropout}")
         known = [*TARGETS, *(name for names in TARGETS.values() for name in names)]
         wrong = [target for target in self.targets if target not in known]
         if wrong or not self.targets:
-            raise ValueError(f"targets: wants some of {', '.join(known)}; got {', '.join(wrong) or 'none'}")
+            raise ValueError(f"targets must be among {', '.join(known)}; got {', '.join(wrong) or 'none'}")
 
 
 def add_adapters(model: nn.Module, config: AdapterConfig | None = None) -> list[str]:
-    """Put an adapter on each of the chosen Linears; returns their names. No output changes by this.
+    """Add an adapter to each target Linear and return the names of the Linears. Outputs do not change yet.
 
-    `ffn.gpt.freeze.train_only(model, "lora")` makes them all that trains; then the feed-forward blocks keep
-    no more for backward than without them.
+    Call `ffn.gpt.freeze.train_only(model, "lora")` to train the adapters alone. The feed-forward blocks then
+    save no more for backward than without adapters.
 
     Raises:
-        ValueError: there are adapters already, or a chosen Linear is hooked, replaced or parametrized.
+        ValueError: the model has adapters already, or a target Linear is hooked, replaced or parametrized.
     """
     transformer, config = transformer_in(model), config or AdapterConfig()
     if adapter_config(model) is not None:
-        raise ValueError("the model has adapters already; merge_adapters or remove_adapters comes first")
+        raise ValueError("model has adapters already; call merge_adapters or remove_adapters first")
     linears = dict(_chosen(transformer, config))
     for name, linear in linears.items():
         if plain_parameters(linear) is None:
-            raise ValueError(f"{name}: wants a plain nn.Linear without hooks; got {type(linear).__name__}")
+            raise ValueError(f"{name} must be a plain nn.Linear without hooks, got {type(linear).__name__}")
     for name, linear in linears.items():
         _put(transformer, name, LoRALinear(linear, config.rank, config.alpha, config.dropout))
     return list(linears)
 
 
 def adapter_config(model: nn.Module) -> AdapterConfig | None:
-    """What the adapters of a model are, with the names of the Linears as targets; None without any."""
+    """Return the config of the adapters, with names of Linears as targets; None without adapters."""
     adapted = dict(_adapted(transformer_in(model)))
     if not adapted:
         return None
@@ -96,31 +98,32 @@ def adapter_config(model: nn.Module) -> AdapterConfig | None:
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Take the adapters off: plain Linears with the weights they had, bit for bit."""
+    """Replace adapted Linears by plain ones with their unchanged weights, bit for bit."""
     transformer = transformer_in(model)
     for name, linear in list(_adapted(transformer)):
         _put(transformer, name, linear.plain())
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Add the adapters to the weights and take them off: plain Linears, the same outputs up to rounding."""
+    """Add the adapters to the weights and remove them: plain Linears, the same outputs up to rounding."""
     for _, linear in _adapted(transformer_in(model)):
         linear.merge()
     remove_adapters(model)
 
 
 def save_adapters(path: str | Path, model: nn.Module) -> Path:
-    """Write the adapters alone, atomically; returns the file.
+    """Write the adapters without their base, atomically, and return the file.
 
     Args:
-        path: a file ending in .safetensors, or a folder, which then holds adapter.safetensors.
+        path: a file ending in .safetensors, or a folder for adapter.safetensors.
 
     Raises:
-        ValueError: there are none. OSError leaves what was there.
+        ValueError: the model has no adapters.
+        OSError: the file could not be written; a file that was there stays as it was.
     """
     transformer, config, file = transformer_in(model), adapter_config(model), _file(path)
     if config is None:
-        raise ValueError("the model has no adapters to save; see add_adapters")
+        raise ValueError("model has no adapters to save; see add_adapters")
     facts = {**asdict(config), "base": fingerprint(transformer)}
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
@@ -130,15 +133,15 @@ def save_adapters(path: str | Path, model: nn.Module) -> Path:
 
 @torch.no_grad()
 def load_adapters(path: str | Path, model: nn.Module, *, check_base: bool = True) -> None:
-    """Put saved adapters on their base.
+    """Add saved adapters to their base.
 
     Args:
-        path: what `save_adapters` was given.
-        check_base: False takes any base of the same names and shapes, its weights unseen.
+        path: as in `save_adapters`.
+        check_base: if False, only the names and shapes of the base have to match, not its weights.
 
     Raises:
-        ValueError: no adapters in the file, another base, or adapters on the model already; it is left as it
-            was.
+        ValueError: the file holds no adapters, the base is another one, or the model has adapters already.
+            The model then stays as it was.
     """
     transformer, file = transformer_in(model), _file(path)
     shards = open_shards(file)
@@ -147,7 +150,7 @@ def load_adapters(path: str | Path, model: nn.Module, *, check_base: bool = True
         base = facts.pop("base")
         config = from_dict(AdapterConfig, facts)
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise ValueError(f"{file}: holds no adapters that ffn saved") from None
+        raise ValueError(f"{file}: not adapters saved by ffn") from None
     wanted = {}
     for name, linear in _chosen(transformer, config):
         wanted[f"{name}.lora_A"] = (config.rank, linear.in_features)
@@ -155,11 +158,11 @@ def load_adapters(path: str | Path, model: nn.Module, *, check_base: bool = True
     found = {name: spec.shape for name, spec in shards.specs.items()}
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
-            has, wants = found.get(name, "absent"), wanted.get(name, "none")
-            raise ValueError(f"{file}: made for another base: {name} is {has}, this model wants {wants}")
+            got, need = found.get(name, "absent"), wanted.get(name, "absent")
+            raise ValueError(f"{file}: saved for another base: {name} must be {need} here, got {got}")
     if check_base and base != (here := fingerprint(transformer)):
         raise ValueError(
-            f"{file}: made for a base of other weights: their fingerprint is {base[:12]}, here {here[:12]}"
+            f"{file}: saved for a base with other weights: fingerprint {base[:12]}, here {here[:12]}"
         )
     tensors = dict(shards)
     add_adapters(transformer, config)
@@ -168,23 +171,22 @@ def load_adapters(path: str | Path, model: nn.Module, *, check_base: bool = True
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The SHA-256 of a Transformer's names, shapes and weights, adapters left out.
+    """Return the SHA-256 of a Transformer's names, shapes and weights, without its adapters.
 
-    Half precision counts as the float32 it stands for, so that a widened copy has the same one.
+    Half precision is hashed as float32, so a model and its float32 copy have the same fingerprint.
     """
     digest = hashlib.sha256()
     for name, tensor in transformer_in(model).state_dict().items():
         if ".lora_" in name:
             continue
         wide = tensor.float() if tensor.dtype.itemsize < 4 else tensor
-        wide = wide.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(wide.shape)} ".encode())
-        digest.update((ctypes.c_ubyte * wide.nbytes).from_address(wide.data_ptr()))
+        digest.update(wide.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def _chosen(transformer: Transformer, config: AdapterConfig) -> Iterator[tuple[str, nn.Linear]]:
-    """The Linears that the targets name, adapted or not."""
+    """Yield the target Linears by name, adapted or not."""
     names = {name for target in config.targets for name in TARGETS.get(target, (target,))}
     for name, module in transformer.blocks.named_modules():
         if name.rpartition(".")[2] in names:

@@ -1,5 +1,4 @@
-"""What a model costs before it is built: parameters and floating-point operations part by part, and what
-training keeps of the feed-forward blocks."""
+"""Cost of a model before it is built: parameters, FLOPs, and bytes saved for backward by the feed-forward."""
 
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ from ffn.text_table import columns
 
 
 class Part(NamedTuple):
-    """One part of a model, all layers together. flops: of one token forward, two a multiply-add."""
+    """One part of a model, summed over its layers. flops: per token forward, two per multiply-add."""
 
     name: str
     parameters: int
@@ -17,14 +16,14 @@ class Part(NamedTuple):
 
 
 def parameter_table(config: TransformerConfig, seq_len: int | None = None) -> list[Part]:
-    """The parts in the order tokens meet them; their parameters add up to the built model's, exactly.
+    """Return the parts in forward order. Their parameters add up to those of the built model.
 
-    Operations are those of the matrix products, counted over a whole sequence and divided by its length: a
-    causal token looks at (seq_len + 1) / 2 keys on average, with a sliding window at fewer, any other at
-    seq_len. Norms, activations, rotations, biases and the softmax are left out.
+    FLOPs are those of the matmuls over a whole sequence, divided by its length. A causal token attends to
+    (seq_len + 1) / 2 keys on average, to fewer with a sliding window; without causal it attends to seq_len.
+    Norms, activations, rotations, biases and the softmax are not counted.
 
     Args:
-        seq_len: tokens in the sequence; config.max_seq_len if left out.
+        seq_len: tokens in the sequence; default config.max_seq_len.
     """
     c, T = config, _length(config, seq_len)
     D, H, V, L = c.dim, c.hidden_width, c.vocab_size, c.num_layers
@@ -36,7 +35,7 @@ def parameter_table(config: TransformerConfig, seq_len: int | None = None) -> li
     normed = queries + keys if c.qk_norm_scope == "all" else 2 * c.head_channels
     a_block = {"sandwich": 4}.get(c.norm_position, 1 if c.parallel and c.shared_norm else 2)
     norms = L * a_block + (c.norm_position != "post") + c.embedding_norm + (c.head == "mlm")
-    looked_at = sum(_keys(c, layer, T) for layer in range(L))
+    attended = sum(_keys(c, layer, T) for layer in range(L))
     matrix = V * D if c.head != "none" else 0
     transform = D * D if c.head == "mlm" else 0
     return [
@@ -45,7 +44,7 @@ def parameter_table(config: TransformerConfig, seq_len: int | None = None) -> li
         Part("token types", c.num_token_types * D, 0),
         Part("q, k, v", L * (qkv + c.attention_bias * (queries + 2 * keys)), 2 * L * qkv),
         Part("q/k norm", L * normed * c.qk_norm, 0),
-        Part("attention", 0, 4 * queries * looked_at // T),  # q k^T and the weighted sum of v
+        Part("attention", 0, 4 * queries * attended // T),  # q k^T and the weighted sum of v
         Part("attention output", L * (queries * D + c.out_bias * D), 2 * L * queries * D),
         Part("feed-forward", L * (products * D * H + c.bias * ffn_bias), 2 * L * products * D * H),
         Part("norms", norms * norm, 0),
@@ -55,7 +54,7 @@ def parameter_table(config: TransformerConfig, seq_len: int | None = None) -> li
 
 
 def _keys(c: TransformerConfig, layer: int, T: int) -> int:
-    """How many keys the tokens of a sequence look at in a layer, all together."""
+    """Return how many keys the tokens of a sequence attend to in a layer, summed over the tokens."""
     if not c.causal:
         return T * T
     W = min(c.window(layer) or T, T)
@@ -63,19 +62,19 @@ def _keys(c: TransformerConfig, layer: int, T: int) -> int:
 
 
 def flops_per_token(config: TransformerConfig, seq_len: int | None = None, *, training: bool = False) -> int:
-    """Operations a token, forward; training adds twice as many for the two gradients of each product.
+    """Return forward FLOPs per token; training adds twice as many for the two gradients of each matmul.
 
-    Counted as in `parameter_table`; recomputing (save="input") is not counted.
+    They are counted as in `parameter_table`. Recomputation with save="input" is not counted.
     """
     forward = sum(part.flops for part in parameter_table(config, seq_len))
     return 3 * forward if training else forward
 
 
 def render_table(config: TransformerConfig, seq_len: int | None = None) -> str:
-    """The parts that are there as plain text, with totals, for reading in a terminal."""
+    """Return the non-empty parts and their totals as text for a terminal."""
     parts = [part for part in parameter_table(config, seq_len) if part.parameters or part.flops]
     total = Part("total", sum(part.parameters for part in parts), sum(part.flops for part in parts))
-    rows = [("part", "parameters", "", "FLOPs a token", "")]
+    rows = [("part", "parameters", "", "FLOPs per token", "")]
     for part in [*parts, total]:
         shares = part.parameters / total.parameters, part.flops / total.flops
         numbers = f"{part.parameters:,}", f"{shares[0]:.1%}", f"{part.flops:,}", f"{shares[1]:.1%}"
@@ -87,19 +86,20 @@ def render_table(config: TransformerConfig, seq_len: int | None = None) -> str:
 
 
 def kept_elements(config: TransformerConfig, save: str) -> int:
-    """Elements that the feed-forward blocks, all layers together, keep for backward, a token.
+    """Return elements per token that all feed-forward blocks together save for backward.
 
-    save: "preact" keeps the input and the preactivations of each block, "input" the input alone. Dropout
-    keeps nothing more.
+    Args:
+        save: "preact" saves each block's input and preactivations, "input" the input alone. Dropout saves
+            nothing more.
     """
     widths = 2 if activations.resolve(config.activation).gated else 1
     return config.num_layers * (config.dim + (widths * config.hidden_width if save == "preact" else 0))
 
 
 def render_kept(config: TransformerConfig) -> str:
-    """What training keeps for the feed-forward blocks in each save mode and dtype, as plain text."""
+    """Return the bytes saved for backward by the feed-forward blocks, per save mode and dtype, as text."""
     T = config.max_seq_len
-    rows = [("kept for the feed-forward", "", "a token", f"a sequence of {T:,}")]
+    rows = [("saved for backward by feed-forward", "", "per token", f"per sequence of {T:,}")]
     for save in ("preact", "input"):
         elements = kept_elements(config, save)
         for name, size in (("float32", 4), ("bfloat16", 2)):

@@ -1,19 +1,21 @@
-"""What trains of a model: its head, the feed-forward blocks, the last layers, adapters, or everything.
+"""Train a part of a model and freeze the rest.
 
     train_only(model, "last:2")
     print(render_trained(model))
 
-The model is a Transformer or a module that holds one beside a head for its own task, as a classifier does.
-That head is new and always trains; without one, "head" is the Transformer's own.
+The choices:
 
-    head       the head alone
+    head       the head
     ffn        the feed-forward blocks of every layer
-    last:K     the last K blocks and what comes behind them
-    lora       the adapters that `ffn.gpt.adapters.add_adapters` put there
+    last:K     the last K blocks, the final norm and the head
+    lora       the LoRA adapters of `ffn.gpt.adapters.add_adapters`
     all        everything
 
-What does not train requires no gradient: `ffn.train.optim` gives it no state and no decay, and backward ends
-at the first part that trains, so that nothing is kept for what lies before.
+The model is a Transformer, or a module that holds one beside a head for its own task, as a classifier does.
+Such a task head always trains, and then "head" means the task head.
+
+Frozen parameters require no gradient. `ffn.train.optim` keeps no state for them and does not decay them.
+Backward ends at the first part that trains, and nothing before it is saved for backward.
 """
 
 from __future__ import annotations
@@ -28,35 +30,34 @@ from ffn.text_table import columns
 CHOICES = "head, ffn, last:K, lora or all"
 
 
-def train_only(model: nn.Module, what: str, *, frozen_dropout: bool = False) -> None:
-    """Let only a part of the model train: sets requires_grad of every parameter, anew each time.
+def train_only(model: nn.Module, choice: str, *, frozen_dropout: bool = False) -> None:
+    """Set requires_grad of every parameter so that only one part trains. Each call replaces the one before.
 
-    The frozen prefix (the embedding, if frozen, and the frozen blocks from the first on) stays in eval mode
-    whatever `model.train()` says: nothing learns there, and without dropout its features are the same in
-    each epoch. Norms have no state and are the same in both modes.
+    The frozen prefix is the embedding and the blocks behind it, up to the first part that trains. It stays in
+    eval mode even after `model.train()`: without dropout its outputs are the same in each epoch.
 
     Args:
-        what: "head", "ffn", "last:K", "lora" or "all"; see the top of this page.
-        frozen_dropout: let the frozen prefix drop values while training, as the rest does.
+        choice: "head", "ffn", "last:K", "lora" or "all"; see the top of this module.
+        frozen_dropout: apply dropout in the frozen prefix too while training.
 
     Raises:
-        ValueError: no such choice, more layers than there are, adapters that are not there, a head that is
-            tied to the embedding and has no weights of its own, or not exactly one Transformer in the model.
+        ValueError: choice is none of these, K exceeds the number of layers, the model has no LoRA adapters or
+            no head with weights of its own, or it does not hold exactly one Transformer.
     """
     transformer = transformer_in(model)
-    last = check_choice(what)
+    last = check_choice(choice)
     if last > len(transformer.blocks):
-        raise ValueError(f"{what}: the model has {len(transformer.blocks)} layers; want at most so many")
+        raise ValueError(f"last:K must be at most last:{len(transformer.blocks)} in this model, got {choice}")
     inside = {id(p) for p in transformer.parameters()}
     outside = {id(p) for p in model.parameters()} - inside
-    chosen = {id(p) for part in _chosen(transformer, what, last, not outside) for p in part.parameters()}
-    if what == "lora":
+    chosen = {id(p) for part in _chosen(transformer, choice, last, not outside) for p in part.parameters()}
+    if choice == "lora":
         chosen = {id(p) for name, p in transformer.named_parameters() if _part(name) == "adapters"}
         if not chosen:
-            raise ValueError("lora: the model has no adapters; call add_adapters(model) first")
+            raise ValueError("lora requires adapters in the model; call add_adapters(model) first")
     if not chosen and not outside:
-        why = "is tied to the embedding, with no weights of its own" if transformer.head else "is absent"
-        raise ValueError(f"head: the head of this Transformer {why}; want last:1, for example")
+        got = "a head tied to the embedding" if transformer.head else "no head"
+        raise ValueError(f"head requires a head with weights of its own, got {got}; try last:1")
     for p in model.parameters():
         p.requires_grad_(id(p) in chosen or id(p) in outside)
     training = model.training
@@ -64,35 +65,28 @@ def train_only(model: nn.Module, what: str, *, frozen_dropout: bool = False) -> 
     model.train(training)
 
 
-def check_choice(what: str) -> int:
-    """Raise ValueError unless `what` is a choice of `train_only`; returns K of last:K, else 0."""
-    kind, colon, number = what.partition(":")
+def check_choice(choice: str) -> int:
+    """Return K for "last:K" and 0 for the other choices of `train_only`; ValueError for anything else."""
+    kind, colon, number = choice.partition(":")
     if not colon and kind in ("head", "ffn", "lora", "all"):
         return 0
     if kind == "last" and number.isascii() and number.isdecimal() and int(number) > 0:
         return int(number)
-    raise ValueError(f"{what!r} is no choice of what trains; want {CHOICES}, with K of 1 or more")
-
-
-def frozen_prefix(model: nn.Module) -> int:
-    """How many blocks, from the first on, train nothing behind an embedding that trains nothing either.
-
-    What they give depends on the tokens alone (but for dropout, see `train_only`), so that it may be computed
-    once, without gradients, and kept.
-    """
-    return sum(name.startswith("blocks.") for name in _frozen_prefix(transformer_in(model)))
+    raise ValueError(f"{choice!r} must be {CHOICES}, with K of 1 or more")
 
 
 def transformer_in(model: nn.Module) -> Transformer:
-    """The one Transformer that a model is or holds; ValueError where there is none, or more than one."""
+    """Return the one Transformer that a model is or holds; ValueError if there is not exactly one."""
     found = [module for module in model.modules() if isinstance(module, Transformer)]
     if len(found) != 1:
-        raise ValueError(f"{type(model).__name__} holds {len(found)} Transformers; want exactly one")
+        raise ValueError(
+            f"model must hold exactly one Transformer, got {len(found)} in {type(model).__name__}"
+        )
     return found[0]
 
 
 def render_trained(model: nn.Module) -> str:
-    """How many parameters train and how many are frozen, part by part, as plain text."""
+    """Return the numbers of trained and frozen parameters of each part as text."""
     transformer = transformer_in(model)
     names = {id(p): name for name, p in transformer.named_parameters()}
     counts: dict[str, list[int]] = {}
@@ -107,25 +101,25 @@ def render_trained(model: nn.Module) -> str:
     rule = "-" * len(lines[0])
     parts = _frozen_prefix(transformer)
     blocks = f" and {len(parts) - 1} of {len(transformer.blocks)} blocks" if len(parts) > 1 else ""
-    note = f"backward ends before the embedding{blocks}" if parts else "backward goes through everything"
+    note = f"backward ends before the embedding{blocks}" if parts else "backward goes through the whole model"
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], note])
 
 
-def _chosen(transformer: Transformer, what: str, last: int, own_head: bool) -> Iterator[nn.Module]:
-    """The parts of a Transformer that train."""
-    if what == "all":
+def _chosen(transformer: Transformer, choice: str, last: int, own_head: bool) -> Iterator[nn.Module]:
+    """Yield the modules of a Transformer that train."""
+    if choice == "all":
         yield transformer
-    if what == "ffn":
+    if choice == "ffn":
         yield from (m for name, m in transformer.blocks.named_modules() if name.endswith(".feed_forward"))
     if last:
         yield transformer.blocks[-last:]
         yield transformer.norm
-    if (what == "head" or last) and own_head and transformer.head is not None:
+    if (choice == "head" or last) and own_head and transformer.head is not None:
         yield transformer.head
 
 
 def _frozen_prefix(transformer: Transformer) -> list[str]:
-    """The names of the parts, from the first on, none of whose parameters requires a gradient."""
+    """Return the names of the parts before the first one that has a parameter to train."""
     names = ["embedding", *(f"blocks.{i}" for i in range(len(transformer.blocks)))]
     for count, name in enumerate(names):
         if any(p.requires_grad for p in transformer.get_submodule(name).parameters()):
@@ -134,7 +128,7 @@ def _frozen_prefix(transformer: Transformer) -> list[str]:
 
 
 def _part(name: str) -> str:
-    """What a parameter of a Transformer belongs to, by its name."""
+    """Return the part that a parameter of a Transformer belongs to, by the parameter's name."""
     words = name.split(".")
     if words[-1].startswith("lora_"):
         return "adapters"

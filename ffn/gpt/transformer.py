@@ -1,134 +1,58 @@
-"""The sentence as code: tokens -> Embedding -> Block x L -> Norm -> Head -> loss; decoder or encoder."""
+"""Transformer, a decoder or encoder: tokens -> Embedding -> Block x L -> Norm -> Head -> loss."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffn.gpt.build import build_block, build_embedding, build_head
 from ffn.gpt.config import TransformerConfig
 from ffn.nn.attention import Attention, LayerCache, padding_mask
-from ffn.nn.block import Block
-from ffn.nn.embedding import Embedding
 from ffn.nn.feed_forward import FeedForward
-from ffn.nn.head import Head, HeadTransform
+from ffn.nn.head import Head
 from ffn.nn.init import init_linear
 from ffn.nn.norm import build_norm
 from ffn.nn.rotary import rotary_tables
 
 
-def build_embedding(c: TransformerConfig, *, device=None, dtype=None) -> Embedding:
-    """The first part of a Transformer with this config."""
-    factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    return Embedding(
-        c.vocab_size,
-        c.dim,
-        c.max_seq_len if c.position == "learned" else None,
-        dropout=c.dropout,
-        position_offset=c.position_offset,
-        num_token_types=c.num_token_types,
-        scale=c.embedding_scale,
-        norm=partial(build_norm, c.norm, c.dim, c.norm_eps, **factory) if c.embedding_norm else None,
-        **factory,
-    )
-
-
-def build_block(c: TransformerConfig, layer: int = 0, *, device=None, dtype=None) -> Block:
-    """One layer of a Transformer with this config."""
-    factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    attention = Attention(
-        c.dim,
-        c.num_heads,
-        c.num_kv_heads,
-        c.head_dim,
-        causal=c.causal,
-        dropout=c.attention_dropout,
-        out_dropout=c.dropout,
-        qkv_bias=c.attention_bias,
-        out_bias=c.out_bias,
-        qk_norm=partial(build_norm, "rmsnorm", eps=c.norm_eps, **factory) if c.qk_norm else None,
-        qk_norm_scope=c.qk_norm_scope,
-        window=c.window(layer),
-        scale=c.attention_scale,
-        softcap=c.attention_softcap,
-        **factory,
-    )
-    feed_forward = FeedForward(
-        c.dim,
-        c.hidden_width,
-        c.ffn_dropout,
-        activation=c.activation,
-        bias=c.bias,
-        out_dropout=c.dropout,
-        save=c.save,
-        chunk_tokens=c.chunk_tokens,
-        init=c.init,
-        **factory,
-    )
-    norm = partial(build_norm, c.norm, c.dim, c.norm_eps, **factory)
-    return Block(
-        attention,
-        feed_forward,
-        norm,
-        norm_position=c.norm_position,
-        parallel=c.parallel,
-        shared_norm=c.shared_norm,
-    )
-
-
-def build_head(c: TransformerConfig, *, device=None, dtype=None) -> Head | None:
-    """The last part of a Transformer with this config; None where hidden states come out."""
-    if c.head == "none":
-        return None
-    factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    transform, masked = None, c.head == "mlm"
-    if masked:
-        norm = build_norm(c.norm, c.dim, c.norm_eps, **factory)
-        transform = HeadTransform(c.dim, c.head_activation, norm, **factory)
-    return Head(
-        c.dim,
-        c.vocab_size,
-        tied=c.tie_embeddings,
-        bias=masked,
-        softcap=c.logit_softcap,
-        transform=transform,
-        **factory,
-    )
-
-
 class Transformer(nn.Module):
-    """A decoder (causal) or an encoder: `embedding`, `blocks`, `norm` (absent with post-norm) and `head`
-    (None with head="none").
+    """A decoder (causal=True) or an encoder, made of `embedding`, `blocks`, `norm` and `head`.
 
-    Under bfloat16 autocast the products run in bfloat16, the norms and the residual stream in float32.
+    `norm` is the identity with norm_position="post"; `head` is None with head="none". Under bfloat16 autocast
+    the matmuls run in bfloat16, the norms and the residual stream in float32.
 
     Args:
-        config: see TransformerConfig.
-        device, dtype: of the weights. On "meta" nothing is allocated: follow with `to_empty(device=...)` and
+        config: the sizes and options; see TransformerConfig.
+        device, dtype: of the weights. On "meta" nothing is allocated: call `to_empty(device=...)`, then
             `init_weights()` or `load_state_dict(...)`.
 
     Raises:
-        TypeError: no TransformerConfig, which itself refuses values that do not fit.
+        TypeError: config is not a TransformerConfig.
 
     >>> config = TransformerConfig(vocab_size=65, dim=64, num_layers=2, num_heads=4)
     >>> Transformer(config)(torch.zeros(1, 7, dtype=torch.int64)).shape
     torch.Size([1, 7, 65])
     """
 
-    origin: dict[str, Any] | None = None  # of a model from elsewhere: its model_type, its special tokens
-    at_rest: tuple[str, ...] = ()  # names of parts that stay in eval mode; see ffn.gpt.freeze
+    origin: dict[str, Any] | None = None  # of a Hugging Face model: its model_type and special tokens
+    at_rest: tuple[str, ...] = ()  # submodules that stay in eval mode; see ffn.gpt.freeze
 
     def __init__(self, config: TransformerConfig, *, device=None, dtype=None):
         super().__init__()
         if not isinstance(config, TransformerConfig):
             got = type(config).__name__
-            raise TypeError(f"Transformer wants a TransformerConfig; got a {got}; from_dict reads a dict")
+            raise TypeError(
+                f"config must be a TransformerConfig, got {got}; from_dict builds one from a dict"
+            )
         self.config = config
-        meta: dict[str, Any] = {"device": "meta", "dtype": dtype}  # init_weights draws each weight once
+        meta: dict[str, Any] = {
+            "device": "meta",
+            "dtype": dtype,
+        }  # so that init_weights draws each weight once
         self.embedding = build_embedding(config, **meta)
         self.blocks = nn.ModuleList(build_block(config, i, **meta) for i in range(config.num_layers))
-        post = config.norm_position == "post"  # there each block ends in its own norm
+        post = config.norm_position == "post"  # each block ends in a norm
         self.norm = nn.Identity() if post else build_norm(config.norm, config.dim, config.norm_eps, **meta)
         self.head = build_head(config, **meta)
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -138,8 +62,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw every weight anew: the tables normal 0.02, the norms the identity, the Linears of the blocks
-        as `config.init` says (see `ffn.nn.init`); on the meta device nothing happens."""
+        """Draw every weight: embeddings normal with std 0.02, Linears of the blocks by `config.init`.
+
+        Norms become the identity. On the meta device this does nothing. See `ffn.nn.init` for the Linears.
+        """
         if self.embedding.weight.is_meta:
             return
         for module in self.modules():
@@ -160,7 +86,7 @@ class Transformer(nn.Module):
                     module.reset_parameters(**depth)
 
     def train(self, mode: bool = True) -> "Transformer":
-        """As of any module, but that the parts at rest stay in eval mode."""
+        """Set training mode, but keep the submodules of `at_rest` in eval mode."""
         super().train(mode)
         for name in self.at_rest:
             self.get_submodule(name).eval()
@@ -175,7 +101,10 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T), hidden states with head="none"; see `hidden` for the rest."""
+        """Return logits (B, T, V) of tokens (B, T), or hidden states with head="none".
+
+        See `hidden` for the arguments.
+        """
         hidden = self.hidden(
             tokens, cache=cache, positions=positions, attention_mask=attention_mask, token_types=token_types
         )
@@ -190,36 +119,27 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """The final hidden states (B, T, D), which `logits` and `loss` read.
+        """Return the final hidden states (B, T, D), the input of `logits` and `loss`.
 
         Args:
             tokens: (B, T), int64 or int32.
-            cache: one LayerCache a block; the tokens continue what it holds and are added to it.
-            positions: (T) or (B, T); left out, each token's place among the real ones: by attention_mask, or
-                with pad_token_id in the config by the tokens.
-            attention_mask: (B, S), bool or integers, False or 0 at padding, over all S positions: the cached
-                ones and these.
-            token_types: as tokens, with num_token_types in the config; left out, all 0.
+            cache: one LayerCache per block. The tokens continue the cached ones and are added to them.
+            positions: (T) or (B, T). By default a token's position counts the tokens before it that are not
+                padding, according to attention_mask, or to pad_token_id of the config.
+            attention_mask: (B, S), bool or integers, False or 0 at padding. S counts the cached tokens and
+                these.
+            token_types: same shape as tokens, with num_token_types in the config; by default all 0.
 
         Raises:
-            ValueError: no (B, T), a window that is too long, a token outside the vocabulary, token types but
-                no table, or positions, a mask or a cache that do not fit. TypeError: a mask of floats.
+            ValueError: a shape does not fit, a token is outside the vocabulary, there are more tokens than
+                max_seq_len, or token_types are given without a table for them.
+            TypeError: attention_mask has a floating dtype.
         """
-        c, blocks = self.config, self.blocks
-        if cache is not None and len(cache) != len(blocks):
-            raise ValueError(f"cache wants one LayerCache a block, {len(blocks)} of them; got {len(cache)}")
-        start = cache[0].length if cache else 0
-        S = start + tokens.shape[-1] if tokens.ndim == 2 else 0
-        if tokens.ndim != 2 or c.max_seq_len < S:
-            held = f" after {start} cached" if start else ""
-            raise ValueError(
-                f"Transformer wants tokens (B, T) with T <= {c.max_seq_len}; got "
-                f"{tuple(tokens.shape)}{held}; cut the sequence or build with a larger max_seq_len"
-            )
-        mask = None
+        c, T = self.config, tokens.shape[-1] if tokens.ndim else 0
+        start, mask = self._start(tokens, cache), None
         if attention_mask is not None:
-            attention_mask = _real(attention_mask, (tokens.shape[0], S))
-            mask = padding_mask(attention_mask, S - start, c.causal)
+            attention_mask = _real(attention_mask, (tokens.shape[0], start + T))
+            mask = padding_mask(attention_mask, T, c.causal)
         if positions is not None:
             _check_positions(positions, tokens)
         elif c.position != "none":
@@ -227,14 +147,14 @@ class Transformer(nn.Module):
         x = self.embedding(tokens, positions, token_types)
         rotary = None
         if c.position == "rotary" and positions is not None:
-            rotary = rotary_tables(positions, c.rope_channels, c.rope_base, c.rotary_scaling)
-        for i, block in enumerate(blocks):
-            turned = None if i in c.no_rope_layers else rotary
-            x = block(x, turned, mask, cache[i] if cache else None)
+            rotary = rotary_tables(positions, c.rotary_channels, c.rotary.theta, c.rotary_scaling)
+        for i, block in enumerate(self.blocks):
+            own = None if i in c.rotary.skip_layers else rotary
+            x = block(x, own, mask, cache[i] if cache else None)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) from final hidden states (..., D); ValueError with head="none"."""
+        """Return logits (..., V) of final hidden states (..., D); ValueError with head="none"."""
         return self._head()(hidden, self._table())
 
     def loss(
@@ -247,10 +167,15 @@ class Transformer(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """The mean cross entropy, in nats, of targets (B, T) given tokens (B, T); a scalar.
+        """Return the mean cross entropy, in nats, of targets (B, T) given tokens (B, T): a scalar.
 
-        The logits of a large vocabulary are never all stored; see `ffn.nn.loss`. attention_mask (B, T) hides
-        padding from the other tokens, see `hidden`; what is not to be learned wants ignore_index as target.
+        The logits of a large vocabulary are never stored all at once; see `ffn.nn.loss`.
+
+        Args:
+            attention_mask: hides padding from the other tokens; see `hidden`. Its targets still count: set
+                them to ignore_index.
+            ignore_index: targets with this value do not count.
+            label_smoothing: probability mass spread evenly over the vocabulary.
         """
         return self._head().loss(
             self.hidden(tokens, attention_mask=attention_mask, token_types=token_types),
@@ -261,12 +186,26 @@ class Transformer(nn.Module):
         )
 
     def num_parameters(self) -> int:
-        """Every weight counted once, the tied ones too."""
+        """Return the number of parameters; tied ones count once."""
         return sum(p.numel() for p in self.parameters())
+
+    def _start(self, tokens: Tensor, cache: Sequence[LayerCache] | None) -> int:
+        """Return the number of cached tokens; raise ValueError unless the new ones fit behind them."""
+        if cache is not None and len(cache) != len(self.blocks):
+            raise ValueError(
+                f"cache must hold one LayerCache per block, {len(self.blocks)}; got {len(cache)}"
+            )
+        start, limit = cache[0].length if cache else 0, self.config.max_seq_len
+        if tokens.ndim != 2 or start + tokens.shape[1] > limit:
+            held = f" after {start} cached tokens" if start else ""
+            raise ValueError(
+                f"tokens must be (B, T) with T at most max_seq_len={limit}, got {tuple(tokens.shape)}{held}"
+            )
+        return start
 
     def _head(self) -> Head:
         if self.head is None:
-            raise ValueError("head='none': this Transformer gives hidden states alone; build it with a head")
+            raise ValueError("head must be 'logits' or 'mlm' for logits and loss, got 'none'")
         return self.head
 
     def _table(self) -> Tensor | None:
@@ -275,13 +214,15 @@ class Transformer(nn.Module):
 
 def _check_positions(positions: Tensor, tokens: Tensor) -> None:
     shapes = {1: (tokens.shape[1:],), 2: (tokens.shape, (1, tokens.shape[1]))}
-    if positions.shape not in shapes.get(positions.ndim, ()):  # only its own rank's: export guards the others
+    if positions.shape not in shapes.get(
+        positions.ndim, ()
+    ):  # the other rank would add a guard in torch.export
         like, got = tuple(tokens.shape), tuple(positions.shape)
-        raise ValueError(f"positions want (T) or (B, T) of the tokens, which are {like}; got {got}")
+        raise ValueError(f"positions must be (T) or (B, T) for tokens {like}, got {got}")
 
 
 def _positions(tokens: Tensor, start: int, real: Tensor | None, pad_token_id: int | None) -> Tensor:
-    """The place of each token behind `start` cached ones: (T), or (B, T) where not all of (B, S) are real."""
+    """Return each token's position behind `start` cached ones: (T), or (B, T) with padding."""
     if pad_token_id is not None:
         found = tokens != pad_token_id
         return torch.where(found, found.cumsum(-1) - 1, -1)
@@ -291,11 +232,11 @@ def _positions(tokens: Tensor, start: int, real: Tensor | None, pad_token_id: in
 
 
 def _real(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask as bool, once it is known to fit."""
+    """Return the mask as bool; raise unless its shape and dtype fit."""
     if attention_mask.shape != shape:
         got = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask wants (B, S) = {shape}, the cached positions and these; got {got}")
+        raise ValueError(f"attention_mask must be (B, S) = {shape} with the cached tokens, got {got}")
     if attention_mask.is_floating_point():
         got = str(attention_mask.dtype)[6:]
-        raise TypeError(f"attention_mask wants bool or 0 and 1, False at padding; got {got}")
+        raise TypeError(f"attention_mask must be bool or integers, 0 at padding; got {got}")
     return attention_mask.bool()

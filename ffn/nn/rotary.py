@@ -1,4 +1,4 @@
-"""Rotary positions: the angles by which attention turns queries and keys, for long windows stretched."""
+"""Rotary positions: the cos and sin tables that rotate queries and keys, with scaling for longer windows."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Every position divided by `factor`, for a window that many times longer; rope_type "linear" in configs.
+    """Divide every position by `factor`, for a window `factor` times as long; scaling="linear" in configs.
 
     Source: Chen et al. 2023.
     """
@@ -23,10 +23,13 @@ class Interpolation:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Slow turns divided by `factor`, fast ones kept, those between interpolated.
+    """Divide low frequencies by `factor`, keep high ones, and interpolate in between.
 
-    original: the window of pretraining. low, high: a channel that turns less than `low` times in it is slow,
-        one that turns more than `high` times is fast.
+    Args:
+        factor: divides low frequencies.
+        original: the window of pretraining.
+        low: a channel that rotates fewer times in that window has a low frequency.
+        high: a channel that rotates more times in that window has a high frequency.
 
     Source: Llama Team 2024 (Llama 3.1).
     """
@@ -48,10 +51,14 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """As Llama3, with a ramp over the channels' numbers, and cosines and sines times `amplitude`.
+    """As Llama3, with a ramp over the channel index, and cos and sin scaled by `amplitude`.
 
-    original: the window of pretraining. fast, slow: turns in it at which the ramp begins and ends.
-    amplitude: 0.1 ln(factor) + 1 in the paper. whole: whether the ramp begins and ends at whole channels.
+    Args:
+        factor: divides low frequencies.
+        original: the window of pretraining.
+        amplitude: 0.1 ln(factor) + 1 in the paper.
+        fast, slow: rotations in the original window at which the ramp begins and ends.
+        whole: True if the ramp begins and ends at whole channels.
 
     Source: Peng et al. 2023.
     """
@@ -75,41 +82,39 @@ class Yarn:
         return 1.0 / (self.factor * periods) * (1 - kept) + 1.0 / periods * kept
 
     def _channel(self, turns: float, pairs: int, base: float) -> float:
-        """The pair of channels, counted with a fraction, that turns so often in the original window."""
+        """Return the index, with a fraction, of the channel pair that rotates so often in that window."""
         return 2 * pairs * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
 Scaling = Interpolation | Llama3 | Yarn
+UNSCALED = Interpolation()
 
 
 def rotary_tables(
-    positions: Tensor, channels: int, base: float = 10_000.0, scaling: Scaling | float = 1.0
+    positions: Tensor, channels: int, base: float = 10_000.0, scaling: Scaling = UNSCALED
 ) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of position * base^(-2i/C), as `ffn.nn.attention.rotate` wants them.
+    """Return cos and signed sin of position * base^(-2i/channels), for `ffn.nn.attention.rotate`.
 
-    They are recomputed in each forward, for all layers at once, and never stored: a buffer would be rounded
-    by `.to(dtype)` and left empty by `to_empty`.
+    The tables are recomputed in each forward, once for all layers. They are no buffers, since `.to(dtype)`
+    would round those and `to_empty` would leave them empty.
 
     Args:
         positions: (T) or (B, T), integers.
-        channels: of a head that turn, even; C, or fewer of them. Channel i is paired with channel
-            i + channels/2, as Llama's weights are (the paper pairs neighbours).
-        base: of the geometric row of frequencies; larger turns slower.
-        scaling: how the frequencies are stretched; a number is Interpolation's factor.
+        channels: the number of channels of a head that rotate, even and at most C. Channel i is paired with
+            channel i + channels/2, as in Llama's weights (the paper pairs neighbors).
+        base: of the frequencies, a geometric sequence; a larger base rotates more slowly.
+        scaling: of the frequencies; by default none.
 
     Returns:
-        two of (..., T, 1, channels), float32 in any model: [cos, cos] and [-sin, sin].
+        two float32 tables (..., T, 1, channels): [cos, cos] and [-sin, sin].
 
     Raises:
-        ValueError: an odd number of channels.
+        ValueError: channels is odd.
 
     Source: Su et al. 2021.
     """
     if channels % 2:
-        raise ValueError(
-            f"rotary positions turn pairs of channels; head_dim={channels} is odd; choose an even one"
-        )
-    scaling = Interpolation(scaling) if isinstance(scaling, int | float) else scaling
+        raise ValueError(f"channels must be even, since they rotate in pairs, got {channels}")
     places = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device)
     frequencies = scaling.frequencies(base ** (places / channels), base)
     signed = torch.cat((-frequencies, frequencies))  # cos is even and sin odd: this signs only sin

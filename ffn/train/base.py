@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from ffn import disk
+from ffn.files.dataclass_toml import flatten
 from ffn.gpt.adapters import add_adapters, fingerprint, merge_adapters
 from ffn.gpt.freeze import render_trained, train_only
 from ffn.gpt.transformer import Transformer, TransformerConfig
@@ -97,7 +97,7 @@ def check_kept(base: Base, kept: TransformerConfig, model: TransformerConfig, to
 
     Where the base has no tokenizer, data.tokenizer must name one.
     """
-    there, here = dataclasses.asdict(kept), dataclasses.asdict(model)
+    there, here = flatten(kept), flatten(model)
     if other := [key for key in here if here[key] != there[key] and key not in TRAINING]:
         wanted = ", ".join(f"model.{key} must be {there[key]}, got {here[key]}" for key in other)
         keys = ", ".join(f"model.{key}" for key in TRAINING)

@@ -1,4 +1,4 @@
-"""Adapters on whole models: nothing changes until they learn, and they alone learn, save, load and merge."""
+"""LoRA adapters on whole models: they start as the identity, train alone, and save, load and merge."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from ffn.gpt.adapters import (
     remove_adapters,
     save_adapters,
 )
-from ffn.gpt.freeze import frozen_prefix, render_trained, train_only
+from ffn.gpt.freeze import render_trained, train_only
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.nn.lora import LoRALinear
 from ffn.train.optim import ScheduledOptimizer
@@ -38,7 +38,7 @@ def a_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
 
 
 def adapted(config: AdapterConfig = EVERYWHERE, dtype: torch.dtype = torch.float32) -> Transformer:
-    """With adapters that have learned something, ready to learn more."""
+    """Return a model with nonzero adapters that train alone."""
     model = a_model(dtype)
     add_adapters(model, config)
     for name, p in model.named_parameters():
@@ -61,7 +61,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
         (("q_proj", "ffn", "up_proj"), {"q_proj", "gate_proj", "up_proj", "down_proj"}),
     ],
 )
-def test_nothing_changes_until_they_learn(targets: tuple[str, ...], leaves: set[str]) -> None:
+def test_new_adapters_change_no_output(targets: tuple[str, ...], leaves: set[str]) -> None:
     model, base = a_model(), a_model()
     config = AdapterConfig(rank=3, targets=targets)
     names = add_adapters(model, config)
@@ -79,7 +79,7 @@ def test_nothing_changes_until_they_learn(targets: tuple[str, ...], leaves: set[
 
 
 def test_outputs_and_gradients_follow_the_formula_in_float64() -> None:
-    """Against a copy whose weights are W + (alpha / rank) B A, by the chain rule of that sum."""
+    """Compare with a copy that has the weights W + (alpha / rank) B A, by the chain rule of that sum."""
     model = adapted(dtype=torch.float64)
     twin = copy.deepcopy(model)
     merge_adapters(twin)
@@ -95,8 +95,8 @@ def test_outputs_and_gradients_follow_the_formula_in_float64() -> None:
             torch.testing.assert_close(b.grad, 2.0 * dense @ a.T, rtol=1e-9, atol=1e-12)
 
 
-def test_it_is_pefts() -> None:
-    """The same factors in PEFT's own layers: the same output and gradients."""
+def test_one_layer_equals_pefts() -> None:
+    """The same factors in a PEFT layer give the same output and gradients."""
     peft = pytest.importorskip("peft")
     linear = nn.Linear(6, 10, dtype=torch.float64)
     ours = LoRALinear(linear, 3, 6.0)
@@ -117,11 +117,11 @@ def test_it_is_pefts() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_they_alone_learn(optimizer) -> None:
+def test_only_adapters_train(optimizer) -> None:
     model = a_model().train()
     add_adapters(model, AdapterConfig(rank=2, dropout=0.2))
     train_only(model, "lora")
-    assert frozen_prefix(model) == 0
+    assert model.at_rest == ("embedding",)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     steps = ScheduledOptimizer(model, optimizer, lr=0.1, weight_decay=0.1, l1=0.01)
     for _ in range(2):
@@ -136,7 +136,7 @@ def test_they_alone_learn(optimizer) -> None:
     assert row.split()[1:] == [f"{adapters:,}", "-"]
 
 
-def test_merged_they_are_plain_and_the_base_keeps_its_names() -> None:
+def test_merged_adapters_leave_plain_linears_with_the_same_outputs() -> None:
     model = adapted()
     base, expected = a_model(), model(TOKENS)
     merge_adapters(model)
@@ -149,12 +149,12 @@ def test_merged_they_are_plain_and_the_base_keeps_its_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["deep/er", "mine.safetensors"])
-def test_saved_and_loaded_they_are_the_same(name: str, tmp_path) -> None:
+def test_saved_adapters_load_as_they_were(name: str, tmp_path) -> None:
     model = adapted(AdapterConfig(rank=3, alpha=5.0, dropout=0.25, targets=("up_proj", "attention")))
     file = save_adapters(tmp_path / name, model)
     assert file == (tmp_path / name if "." in name else tmp_path / name / FILE)
-    assert [path.name for path in file.parent.iterdir()] == [file.name], "nothing half-written is left"
-    assert all(".lora_" in key for key in load_file(file)), "the base is not in it"
+    assert [path.name for path in file.parent.iterdir()] == [file.name], "no partial file is left"
+    assert all(".lora_" in key for key in load_file(file)), "the file holds no base weights"
     other = a_model()
     load_adapters(tmp_path / name, other)
     assert same(other, model)
@@ -165,7 +165,7 @@ def test_saved_and_loaded_they_are_the_same(name: str, tmp_path) -> None:
     assert again.read_bytes() == file.read_bytes()
 
 
-def test_a_classifier_shares_its_adapters_with_the_bare_model(tmp_path) -> None:
+def test_adapters_of_a_classifier_load_into_its_backbone(tmp_path) -> None:
     torch.manual_seed(3)
     model = Sorter().eval()
     add_adapters(model)
@@ -179,52 +179,48 @@ def test_a_classifier_shares_its_adapters_with_the_bare_model(tmp_path) -> None:
     assert torch.equal(model.backbone(TOKENS), expected)
 
 
-def test_half_precision_has_the_fingerprint_of_its_widened_copy() -> None:
+def test_a_float32_copy_has_the_fingerprint_of_the_half_precision_model() -> None:
     half = a_model(torch.bfloat16)
     assert fingerprint(half) == fingerprint(copy.deepcopy(half).float())
     assert fingerprint(half) != fingerprint(a_model())
     assert fingerprint(adapted()) == fingerprint(a_model())
 
 
-def test_another_base_is_refused_and_left_as_it_was(tmp_path) -> None:
+def test_another_base_is_refused_and_unchanged(tmp_path) -> None:
     file = save_adapters(tmp_path, adapted())
     other = a_model(seed=1)
     before = copy.deepcopy(other)
-    message = (
-        r"adapter\.safetensors: made for a base of other weights: their fingerprint is \w{12}, here \w{12}"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"adapter\.safetensors: .*fingerprint \w{12}, here \w{12}"):
         load_adapters(file, other)
     assert same(other, before)
     wider = Transformer(TransformerConfig(**{**CONFIG.__dict__, "hidden_dim": 16}))
-    message = r"made for another base: blocks\.0\..*\.lora_\w is \(.*\), this model wants \(.*\)$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"blocks\.0\..*\.lora_\w .*\(.*\).*\(.*\)$"):
         load_adapters(file, wider)
     deeper = Transformer(TransformerConfig(**{**CONFIG.__dict__, "num_layers": 3}))
-    with pytest.raises(ValueError, match=r"blocks\.2\..*\.lora_A is absent, this model wants \(3, 8\)$"):
+    with pytest.raises(ValueError, match=r"blocks\.2\..*\.lora_A .*\(3, 8\).*absent$"):
         load_adapters(file, deeper)
     shallow = Transformer(TransformerConfig(**{**CONFIG.__dict__, "num_layers": 1}))
-    with pytest.raises(ValueError, match=r"blocks\.1\..*\.lora_A is \(3, 8\), this model wants none$"):
+    with pytest.raises(ValueError, match=r"blocks\.1\..*\.lora_A .*absent.*\(3, 8\)$"):
         load_adapters(file, shallow)
     load_adapters(file, other, check_base=False)
-    with pytest.raises(ValueError, match=r"^the model has adapters already; merge_adapters or remove"):
+    with pytest.raises(ValueError, match=r"^model .*merge_adapters"):
         load_adapters(file, other, check_base=False)
 
 
-def test_files_that_hold_no_adapters(tmp_path) -> None:
+def test_files_without_adapters_are_refused(tmp_path) -> None:
     model = a_model()
     disk.save_model(tmp_path, model)
-    with pytest.raises(ValueError, match=r"model\.safetensors: holds no adapters that ffn saved$"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: "):
         load_adapters(tmp_path / "model.safetensors", model)
     for facts in ("[1]", "{", json.dumps({"rank": 0, "base": "x"}), json.dumps({"base": "x", "size": 1})):
         save_file({"a": torch.zeros(1)}, tmp_path / FILE, {"adapter": facts})
-        with pytest.raises(ValueError, match=r"adapter\.safetensors: holds no adapters that ffn saved$"):
+        with pytest.raises(ValueError, match=r"adapter\.safetensors: "):
             load_adapters(tmp_path, model)
-    with pytest.raises(ValueError, match=r"^the model has no adapters to save"):
+    with pytest.raises(ValueError, match=r"^model .*add_adapters"):
         save_adapters(tmp_path, model)
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = save_adapters(tmp_path, adapted())
     before = file.read_bytes()
 
@@ -232,36 +228,30 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space left on device"):
         save_adapters(tmp_path, adapted(AdapterConfig(rank=1)))
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"rank": 0}, r"^rank: wants 1 or more; got 0$"),
-        ({"alpha": 0.0}, r"^alpha: wants a number above 0; got 0.0$"),
-        ({"dropout": 1.0}, r"^dropout: wants a probability in \[0, 1\); got 1.0$"),
-        ({"targets": ()}, r"^targets: wants some of ffn, attention, gate_proj, .*; got none$"),
-        ({"targets": ("mlp",)}, r"^targets: wants some of ffn, .*; got mlp$"),
-    ],
+    ("name", "value"),
+    [("rank", 0), ("alpha", 0.0), ("dropout", 1.0), ("targets", ()), ("targets", ("mlp",))],
 )
-def test_bad_values_are_one_line(values: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdapterConfig(**values)
+def test_a_wrong_value_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        AdapterConfig(**{name: value})
 
 
-def test_what_is_not_plain_is_refused() -> None:
+def test_a_hooked_linear_is_refused_and_none_is_adapted() -> None:
     model = a_model()
     model.blocks[1].feed_forward.up_proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"^blocks\.1\.feed_forward\.up_proj: wants a plain nn\.Linear"):
+    with pytest.raises(ValueError, match=r"^blocks\.1\.feed_forward\.up_proj\b"):
         add_adapters(model)
     assert adapter_config(model) is None, "all or none"
 
 
-def test_a_model_with_adapters_is_saved_and_loaded_whole(tmp_path) -> None:
+def test_a_model_saved_with_its_adapters_loads_with_them(tmp_path) -> None:
     model = adapted()
     disk.save_model(tmp_path, model)
     loaded = disk.load(tmp_path)

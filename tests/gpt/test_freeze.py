@@ -1,4 +1,4 @@
-"""What trains, and that nothing else does: no gradient, no state, no change, nothing kept for backward."""
+"""Only the chosen part trains: the rest has no gradient, no state, no change, nothing saved for backward."""
 
 import copy
 import pickle
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ffn.gpt.freeze import check_choice, frozen_prefix, render_trained, train_only, transformer_in
+from ffn.gpt.freeze import check_choice, render_trained, train_only, transformer_in
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.train.optim import ScheduledOptimizer
 from ffn.train.steps import evaluating
@@ -22,7 +22,7 @@ TOKENS = torch.tensor([[1, 5, 12, 0, 7, 7], [3, 3, 2, 9, 11, 4]])
 
 
 class Sorter(nn.Module):
-    """A head of its own over the mean of an encoder's states."""
+    """A task head over the mean of an encoder's hidden states."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,32 +46,32 @@ PREFIX = {"head": 3, "ffn": 0, "last:1": 2, "last:2": 1, "last:3": 0, "all": 0}
 
 
 @pytest.mark.parametrize("kind", ["decoder", "classifier"])
-@pytest.mark.parametrize("what", CHOICES)
-def test_the_choices(kind: str, what: str) -> None:
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_choice_trains_its_part(kind: str, choice: str) -> None:
     model = build(kind)
-    train_only(model, what)
-    last = check_choice(what)
+    train_only(model, choice)
+    last = check_choice(choice)
     for name, p in model.named_parameters():
-        trains = name.startswith("head.") if what != "ffn" or kind == "classifier" else False
-        trains |= what == "all" or (what == "ffn" and ".feed_forward." in name)
+        trains = name.startswith("head.") if choice != "ffn" or kind == "classifier" else False
+        trains |= choice == "all" or (choice == "ffn" and ".feed_forward." in name)
         inner = name.removeprefix("backbone.")
         trains |= bool(last) and (inner.startswith(tuple(f"blocks.{i}." for i in range(3 - last, 3))))
         trains |= bool(last) and inner.startswith("norm.")
         assert p.requires_grad == trains, name
-    assert frozen_prefix(model) == PREFIX[what]
+    assert sum(name.startswith("blocks.") for name in transformer_in(model).at_rest) == PREFIX[choice]
     train_only(model, "all")
-    assert all(p.requires_grad for p in model.parameters()), "a choice undoes the one before"
+    assert all(p.requires_grad for p in model.parameters()), "each choice replaces the one before"
 
 
 @pytest.mark.parametrize("kind", ["decoder", "classifier"])
-@pytest.mark.parametrize("what", CHOICES)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_frozen_is_frozen(kind: str, what: str, optimizer) -> None:
-    """After steps with decay and L1: bit for bit as before, without state; and all that trains has moved."""
+def test_frozen_weights_do_not_change(kind: str, choice: str, optimizer) -> None:
+    """After steps with decay and L1 frozen weights are the same bit for bit; trained matrices have moved."""
     model = build(kind)
-    train_only(model, what)
-    if optimizer == "muon" and what == "head":
-        with pytest.raises(ValueError, match=r"^Muon wants matrices inside model\.blocks"):
+    train_only(model, choice)
+    if optimizer == "muon" and choice == "head":
+        with pytest.raises(ValueError, match=r"(?i)muon"):
             ScheduledOptimizer(model, optimizer)
         return
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -92,15 +92,15 @@ def test_frozen_is_frozen(kind: str, what: str, optimizer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "classifier"])
-@pytest.mark.parametrize("what", CHOICES)
-def test_gradients_of_what_trains_are_those_of_full_training(kind: str, what: str) -> None:
+@pytest.mark.parametrize("choice", CHOICES)
+def test_trained_parts_have_the_gradients_of_full_training(kind: str, choice: str) -> None:
     model = build(kind).double().eval()
     targets = TOKENS.roll(-1, 1)
     model.loss(TOKENS, targets).backward()
     full = {name: p.grad for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = None
-    train_only(model, what)
+    train_only(model, choice)
     assert not model.training
     model.loss(TOKENS, targets).backward()
     for name in names_of(model):
@@ -108,7 +108,7 @@ def test_gradients_of_what_trains_are_those_of_full_training(kind: str, what: st
 
 
 def kept(model: nn.Module) -> int:
-    """Bytes of what a forward pass saves for backward, without parameters."""
+    """Bytes that a forward pass saves for backward, without parameters."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, Tensor] = {}
 
@@ -122,20 +122,20 @@ def kept(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "classifier"])
-def test_nothing_is_kept_below_the_frozen_prefix(kind: str) -> None:
+def test_nothing_in_the_frozen_prefix_is_saved_for_backward(kind: str) -> None:
     model = build(kind)
     sizes = {}
-    for what in CHOICES:
-        train_only(model, what)
-        sizes[what] = kept(model)
+    for choice in CHOICES:
+        train_only(model, choice)
+        sizes[choice] = kept(model)
     assert sizes["head"] == 0
     assert 0 < sizes["last:1"] < sizes["last:2"] < sizes["last:3"] <= sizes["all"]
     a_block = sizes["last:2"] - sizes["last:1"]
-    assert sizes["last:3"] - sizes["last:2"] == a_block, "each block more keeps as much again"
+    assert sizes["last:3"] - sizes["last:2"] == a_block, "each further block saves as much again"
     assert sizes["ffn"] < sizes["last:3"] <= sizes["ffn"] + 3 * a_block
 
 
-def test_the_backward_pass_ends_at_the_prefix() -> None:
+def test_backward_ends_at_the_frozen_prefix() -> None:
     model = build("decoder")
     train_only(model, "last:1")
     seen: list[bool] = []
@@ -164,7 +164,7 @@ def test_the_frozen_prefix_stays_in_eval_mode(kind: str) -> None:
     if kind == "decoder":
         assert modes(pickle.loads(pickle.dumps(model)).train()) == expected
     x = transformer.blocks[0](transformer.embedding(TOKENS))
-    assert torch.equal(x, transformer.blocks[0](transformer.embedding(TOKENS))), "features to be kept"
+    assert torch.equal(x, transformer.blocks[0](transformer.embedding(TOKENS))), "features that can be cached"
     train_only(model, "last:1", frozen_dropout=True)
     assert all(modes(model))
     x = transformer.blocks[0](transformer.embedding(TOKENS))
@@ -175,14 +175,11 @@ def test_the_frozen_prefix_stays_in_eval_mode(kind: str) -> None:
     assert all(modes(model.train()))
 
 
-def test_a_tied_head() -> None:
+def test_a_tied_head_cannot_train_alone() -> None:
     model = Transformer(TransformerConfig(**SIZES))
-    message = (
-        r"^head: the head of this Transformer is tied to the embedding, with no weights of its own; want"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"^head\b.*tied"):
         train_only(model, "head")
-    assert all(p.requires_grad for p in model.parameters()), "what is refused changes nothing"
+    assert all(p.requires_grad for p in model.parameters()), "a refused call changes nothing"
     train_only(model, "last:1")
     assert not model.embedding.weight.requires_grad
     assert names_of(model) == {n for n, _ in model.named_parameters() if n.startswith(("blocks.2.", "norm."))}
@@ -190,35 +187,21 @@ def test_a_tied_head() -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        (
-            "body",
-            r"^'body' is no choice of what trains; want head, ffn, last:K, lora or all, with K of 1 or more$",
-        ),
-        ("last", "^'last' is no choice of what trains"),
-        ("last:", "^'last:' is no choice"),
-        ("last:0", "^'last:0' is no choice"),
-        ("last:-1", "^'last:-1' is no choice"),
-        ("ffn:2", "^'ffn:2' is no choice"),
-        ("", "^'' is no choice"),
-        ("last:4", "^last:4: the model has 3 layers; want at most so many$"),
-        ("lora", r"^lora: the model has no adapters; call add_adapters\(model\) first$"),
-    ],
+    "choice", ["body", "last", "last:", "last:0", "last:-1", "ffn:2", "", "last:4", "lora"]
 )
-def test_bad_values_are_one_line(what: str, message: str) -> None:
+def test_a_wrong_choice_is_refused_and_changes_nothing(choice: str) -> None:
     model = build("classifier")
-    with pytest.raises(ValueError, match=message):
-        train_only(model, what)
+    with pytest.raises(ValueError, match=choice or "''"):
+        train_only(model, choice)
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_where_there_is_not_one_transformer() -> None:
-    with pytest.raises(ValueError, match=r"^Linear holds 0 Transformers; want exactly one$"):
+def test_models_without_exactly_one_transformer_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^model\b.*Linear"):
         train_only(nn.Linear(2, 2), "all")
-    with pytest.raises(ValueError, match=r"^ModuleList holds 2 Transformers; want exactly one$"):
+    with pytest.raises(ValueError, match=r"^model\b.*ModuleList"):
         transformer_in(nn.ModuleList([Transformer(ENCODER), Transformer(ENCODER)]))
-    with pytest.raises(ValueError, match=r"^head: the head of this Transformer is absent; want last:1"):
+    with pytest.raises(ValueError, match=r"^head\b"):
         train_only(Transformer(ENCODER), "head")
 
 

@@ -1,4 +1,4 @@
-"""The model's weights: tied, drawn, by name, and loaded into a model on meta."""
+"""The weights: tying, initialization, names, and loading into a model on the meta device."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ from ffn.nn.init import INITS
 from tests.models import F64, SMALL, VARIANTS, build, tokens_of, variants
 
 
-def test_tied_weights_are_one() -> None:
+def test_tied_embeddings_share_one_weight() -> None:
     tied, untied = build(), build(tie_embeddings=False)
     assert "head.weight" not in tied.state_dict()
     assert untied.state_dict()["head.weight"].shape == (13, 16)
@@ -28,7 +28,7 @@ def test_tied_weights_are_one() -> None:
 
 
 @variants
-def test_meta_then_loaded_is_the_same_model(options: dict) -> None:
+def test_a_meta_model_loads_a_state_dict(options: dict) -> None:
     model, tokens = build(**options), tokens_of(2, 6)
     for assign in (False, True):
         empty = Transformer(model.config, device="meta", dtype=F64)
@@ -39,13 +39,13 @@ def test_meta_then_loaded_is_the_same_model(options: dict) -> None:
         assert torch.equal(empty(tokens), model(tokens))
 
 
-def test_meta_forward_allocates_nothing() -> None:
+def test_a_meta_model_runs_forward() -> None:
     model = Transformer(SMALL, device="meta")
     assert model(tokens_of(2, 5).to("meta")).shape == (2, 5, 13)
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_init_weights(init: str) -> None:
+def test_init_weights_draws_by_the_generator_and_config(init: str) -> None:
     config = dataclasses.replace(SMALL, dim=128, hidden_dim=256, num_layers=2, init=init, vocab_size=999)
     model = Transformer(config)
     copies = []
@@ -65,13 +65,13 @@ def test_init_weights(init: str) -> None:
     assert (model.norm.weight == 1).all()
 
 
-def test_init_weights_leaves_the_global_generator_alone() -> None:
+def test_init_weights_does_not_use_the_global_generator() -> None:
     model, state = build(torch.float32), torch.get_rng_state()
     model.init_weights(torch.Generator().manual_seed(1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_zero_out_starts_as_the_identity() -> None:
+def test_zero_out_blocks_start_as_the_identity() -> None:
     model = Transformer(dataclasses.replace(SMALL, init="zero_out", qk_norm=True), dtype=F64)
     tokens = tokens_of(2, 5)
     torch.testing.assert_close(model(tokens), model.logits(model.norm(model.embedding(tokens))))

@@ -1,17 +1,18 @@
-"""Hugging Face's config.json as TransformerConfig, and back; what we cannot do is refused by its name."""
+"""Read Hugging Face's config.json as a TransformerConfig and write it back; unsupported options raise."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from ffn.gpt.config import TransformerConfig
+from ffn.files.dataclass_toml import flatten
+from ffn.gpt.config import RotaryConfig, TransformerConfig
 from ffn.interop.hf.decoders import DECODERS
 from ffn.interop.hf.encoders import ENCODERS
 from ffn.interop.hf.family import Family
 from ffn.interop.hf.keys import Keys, refuse
 
-# Keys that change no number a model gives: names, numbers of tokens, training, how text is generated.
+# Keys that do not change a model's outputs: names, token ids, training, text generation.
 _HARMLESS = """
     model_type architectures transformers_version torch_dtype dtype auto_map use_cache return_dict torchscript
     output_attentions output_hidden_states gradient_checkpointing chunk_size_feed_forward initializer_range
@@ -30,10 +31,10 @@ _HARMLESS = """
     pooler_type
 """
 HARMLESS = frozenset(_HARMLESS.split())
-NEVER = {  # keys of any model and the only values that are read
+NEVER = {  # keys of any model and the only values that are accepted
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
-    "is_decoder": (False, True),  # of decoders; encoders narrow it
+    "is_decoder": (False, True),  # for decoders; encoders accept False only
     "pruned_heads": ({},),
     "use_bidirectional_attention": (False,),
 }
@@ -42,15 +43,14 @@ TRAINING = ("dropout", "ffn_dropout", "attention_dropout", "save", "chunk_tokens
 
 
 def read_config(keys: Mapping[str, Any]) -> TransformerConfig:
-    """The config of a model, from the mapping that its config.json holds.
+    """Return the config of a model from the contents of its config.json.
 
-    A key that is absent has the value that transformers gives it in that architecture. What dropout,
-    activation memory and initialisation are to be is not in there: those fields have our defaults, but for
-    the probabilities of dropout.
+    Absent keys have the default that transformers gives them in that architecture. Fields that config.json
+    has no key for (ffn_dropout, save, chunk_tokens, init) have our defaults.
 
     Raises:
-        ValueError: an architecture, or a key whose value changes the numbers, that is not supported; a value
-            that makes no model.
+        ValueError: the architecture is not supported, or a key that changes the outputs is not, or a value
+            does not fit.
     """
     family = _family(keys)
     head = _head(keys.get("architectures"), family)
@@ -59,7 +59,7 @@ def read_config(keys: Mapping[str, Any]) -> TransformerConfig:
         if ours in given:
             value = given.pop(ours)
             if given.setdefault(theirs, value) != value:
-                raise refuse(ours, value, f"{theirs}={given[theirs]} says otherwise; leave one of them out")
+                raise refuse(ours, value, f"must equal {theirs}={given[theirs]}", "leave one of them out")
     _check_known(given, family)
     k = {**family.defaults, **given}
     for key, default in family.defaults.items():
@@ -73,23 +73,26 @@ def read_config(keys: Mapping[str, Any]) -> TransformerConfig:
 
 
 def write_config(config: TransformerConfig, architecture: str) -> dict[str, Any]:
-    """The mapping to write as config.json, which transformers' from_pretrained reads.
+    """Return the contents of a config.json that transformers' from_pretrained reads.
 
-    Dropout after the activation, activation memory and initialisation have no key there and are left out.
+    config.json has no keys for ffn_dropout, save, chunk_tokens and init; they are left out.
 
     Args:
-        architecture: their model_type, as "llama".
+        architecture: their model_type, such as "llama".
 
     Raises:
-        ValueError: no such architecture, or the config says what its config.json cannot.
+        ValueError: the architecture is unknown, or its config.json cannot express the config.
     """
     family = _family({"model_type": architecture})
     if config.head not in family.classes:
-        raise refuse("head", config.head, f"{architecture} has {' or '.join(family.classes)}")
+        raise refuse("head", config.head, f"must be {' or '.join(family.classes)} for {architecture}")
     if family.divides and config.dim % config.num_heads:
-        raise refuse("dim", config.dim, f"{architecture} wants a multiple of num_heads={config.num_heads}")
+        rule = f"must be a multiple of num_heads={config.num_heads} for {architecture}"
+        raise refuse("dim", config.dim, rule)
     keys: dict[str, Any] = {"model_type": architecture, "architectures": [family.classes[config.head]]}
-    keys |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # defaults may be no tokens here
+    keys |= dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id")
+    )  # else the class's defaults, which may be no tokens here
     c = spelled_out(config)
     for ours, theirs in family.fields.items():
         keys[theirs] = getattr(c, ours)
@@ -98,45 +101,51 @@ def write_config(config: TransformerConfig, architecture: str) -> dict[str, Any]
             keys |= part.write(c)
         except ValueError as error:
             raise ValueError(f"{architecture}: {error}") from None
-    back, wanted = (dataclasses.asdict(spelled_out(x)) for x in (read_config(keys), config))
+    back, wanted = (flatten(spelled_out(x)) for x in (read_config(keys), config))
     lost = [name for name in wanted if name not in TRAINING and not _same(back[name], wanted[name])]
     if lost:
-        said = ", ".join(f"{name}={wanted[name]!r} (it has {back[name]!r})" for name in lost)
-        raise ValueError(f"{architecture}: its config.json cannot say {said}")
+        said = ", ".join(f"{name}={wanted[name]!r} (reads back as {back[name]!r})" for name in lost)
+        raise ValueError(f"{architecture}: config.json cannot express {said}")
     return keys
 
 
 def spelled_out(config: TransformerConfig) -> TransformerConfig:
-    """The same model with every field that follows from others written out, and the unused ones usual."""
+    """Return the config of the same model with every derived field written out and every unread one reset."""
     c, usual = config, {field.name: field.default for field in dataclasses.fields(config)}
-    turned, stretched = c.position == "rotary", c.position == "rotary" and c.rope_type != "linear"
-    yarn = ("rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor")
-    unused = {
+    unread = {
         "full_attention_layers": c.sliding_window is None,
         "qk_norm_scope": not c.qk_norm,
         "head_activation": c.head != "mlm",
         "tie_embeddings": c.head == "none",
         "logit_softcap": c.head == "none",
-        "rope_original_seq_len": not stretched,
-        "rope_low_freq_factor": c.rope_type != "llama3",
-        "rope_high_freq_factor": c.rope_type != "llama3",
-        **dict.fromkeys(yarn, c.rope_type != "yarn"),
     }
-    if not turned:
-        unused |= dict.fromkeys([name for name in usual if name.startswith("rope_")], True)
-        unused["no_rope_layers"] = True
-    out: dict[str, Any] = {
+    derived: dict[str, Any] = {
         "num_kv_heads": c.kv_heads,
         "head_dim": c.head_channels,
         "hidden_dim": c.hidden_width,
         "attention_out_bias": c.out_bias,
         "attention_scale": c.attention_scale or c.head_channels**-0.5,
+        "rotary": _spelled_out_rotary(c) if c.position == "rotary" else RotaryConfig(),
     }
-    if stretched:
-        out["rope_original_seq_len"] = c.rope_original_seq_len or c.max_seq_len
-    if stretched and c.rope_type == "yarn":
-        out["rope_attention_factor"] = c.rotary_scaling.amplitude
-    return dataclasses.replace(c, **{name: usual[name] for name, is_so in unused.items() if is_so} | out)
+    return dataclasses.replace(c, **{name: usual[name] for name, is_so in unread.items() if is_so} | derived)
+
+
+def _spelled_out_rotary(c: TransformerConfig) -> RotaryConfig:
+    r = c.rotary
+    plain = RotaryConfig(r.theta, r.scaling, r.factor, r.fraction, r.skip_layers)
+    if r.scaling == "linear":
+        return plain
+    plain = dataclasses.replace(plain, original_seq_len=r.original_seq_len or c.max_seq_len)
+    if r.scaling == "llama3":
+        low, high = r.low_freq_factor, r.high_freq_factor
+        return dataclasses.replace(plain, low_freq_factor=low, high_freq_factor=high)
+    return dataclasses.replace(
+        plain,
+        beta_fast=r.beta_fast,
+        beta_slow=r.beta_slow,
+        truncate=r.truncate,
+        attention_factor=c.rotary_scaling.amplitude,
+    )
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -148,19 +157,19 @@ def _same(one: Any, other: Any) -> bool:
 def _family(keys: Keys) -> Family:
     name = keys.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise refuse("model_type", name, f"no such architecture here; ffn reads {', '.join(FAMILIES)}")
+        raise refuse("model_type", name, f"must be one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 def _head(architectures: Any, family: Family) -> str:
-    """Our head, from the class that was saved."""
+    """Return our head for the class that was saved."""
     heads = {name: head for head, name in family.classes.items()} | dict(family.other_classes)
     heads[family.sequence_class] = "none"
     if not architectures:
         return next(iter(family.classes))
     known = isinstance(architectures, list) and len(architectures) == 1 and isinstance(architectures[0], str)
     if not known or architectures[0] not in heads:
-        raise refuse("architectures", architectures, f"no such model here; want one of {', '.join(heads)}")
+        raise refuse("architectures", architectures, f"must be one of {', '.join(heads)}")
     return heads[architectures[0]]
 
 
@@ -170,20 +179,21 @@ def _check_known(given: Keys, family: Family) -> None:
         if value is None or key in family.defaults or (key in HARMLESS and key not in family.only):
             continue
         if key not in only:
-            raise refuse(key, value, "unknown key; if it changes no numbers, delete it from config.json")
+            remedy = "delete it from config.json if it does not change the outputs"
+            raise refuse(key, value, "is not a known key", remedy)
         if value not in only[key]:
-            raise refuse(key, value, f"not supported; want {' or '.join(map(repr, only[key]))}")
+            raise refuse(key, value, f"must be {' or '.join(map(repr, only[key]))}")
 
 
 def _check_type(key: str, value: Any, default: Any, family: Family) -> None:
-    """The kind that the architecture's default has; null where that may be."""
+    """Raise unless a value has the type of the architecture's default, or is null where that is allowed."""
     if value is None and (default is None or key in family.nullable):
         return
     kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(default))
     if kinds is None:
         return
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
-        raise refuse(key, value, f"want {wanted[type(default)]}")
+        wanted = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+        raise refuse(key, value, f"must be {wanted[type(default)]}")
     if isinstance(value, int | float) and not 0 <= value < 1e18:
-        raise refuse(key, value, "want a number, 0 or more")
+        raise refuse(key, value, "must be a number, 0 or more")

@@ -1,4 +1,4 @@
-"""The decoders whose config.json is read. Numbers are transformers' defaults: what an absent key means."""
+"""The supported decoders, with the defaults that transformers gives to absent keys."""
 
 from dataclasses import replace
 
@@ -7,17 +7,15 @@ from ffn.interop.hf.keys import (
     ATTENTION_BIAS,
     EMBEDDING_SCALE,
     GATED,
-    NO_ROPE_LAYERS,
     NORM_EACH,
     PLAIN,
     QUERY_SCALAR,
     SCALE_SWITCH,
     activation,
     dropout,
-    turns,
     windows,
 )
-from ffn.interop.hf.rope import rope
+from ffn.interop.hf.rope import rope, rotary_layers
 
 
 def _decoder(name: str) -> dict[str, str]:
@@ -108,7 +106,7 @@ PHI3 = Family(
     parts=(_SILU, rope(fraction=1.0, kinds=("default",)), windows(), dropout("resid_pdrop", "embd_pdrop")),
 )  # fmt: skip
 
-# "gelu" in the first files meant its approximation, and transformers reads it so
+# "gelu" meant the tanh approximation in Gemma's first files, and transformers still reads it so
 _GEMMA_ACTIVATIONS = {name: ours for name, ours in GATED.items() if name != "gelu"} | {"gelu": "geglu_tanh"}
 GEMMA = Family(
     classes=_decoder("Gemma"),
@@ -162,8 +160,8 @@ SMOLLM3 = Family(
     },
     fields=LLAMA.fields,
     parts=(
-        _SILU, rope(2_000_000.0), ATTENTION_BIAS, NO_ROPE_LAYERS,
-        windows(lambda k, i: not turns(k)[i], "use_sliding_window"),
+        _SILU, rope(2_000_000.0, skips=True), ATTENTION_BIAS,
+        windows(lambda k, i: not rotary_layers(k)[i], "use_sliding_window"),
     ),
 )  # fmt: skip
 

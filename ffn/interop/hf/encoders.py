@@ -1,4 +1,4 @@
-"""The encoders whose config.json is read. Numbers are transformers' defaults: what an absent key means."""
+"""The supported encoders, with the defaults that transformers gives to absent keys."""
 
 from ffn.gpt.config import TransformerConfig
 from ffn.interop.hf.family import Family
@@ -11,7 +11,7 @@ def _encoder(name: str) -> dict[str, str]:
 
 def _has_types(c: TransformerConfig) -> dict[str, int]:
     if not c.num_token_types:
-        raise refuse("num_token_types", 0, "every token has a type there; want 1 or more")
+        raise refuse("num_token_types", 0, "must be 1 or more")
     return {}
 
 
@@ -56,7 +56,7 @@ DISTILBERT = Family(
     defaults={
         "vocab_size": 30522, "dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 4 * 768,
         "activation": "gelu", "max_position_embeddings": 512, "dropout": 0.1, "attention_dropout": 0.1,
-        "tie_word_embeddings": True, "sinusoidal_pos_embds": False,  # which only initialises the table
+        "tie_word_embeddings": True, "sinusoidal_pos_embds": False,  # which only initializes the table
     },
     fields={
         "vocab_size": "vocab_size", "dim": "dim", "num_layers": "n_layers", "num_heads": "n_heads",

@@ -1,4 +1,4 @@
-"""What one architecture's config.json says, and what is meant where it says nothing."""
+"""Family: the keys of one architecture's config.json and their defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,16 +11,17 @@ from ffn.interop.hf.keys import Part
 class Family:
     """One model_type.
 
-    classes: our head -> their class; the first is meant where none is named. other_classes: further classes
-        that are read -> our head.
-    defaults: the keys that say something -> what they are where absent.
-    nullable: those of them that may be null though their default is not.
-    fields: our field -> the key that says the same.
-    parts: what takes more than that.
-    constants: our fields that are always so.
-    only: keys that are read with these values alone.
-    synonyms: other names of keys.
-    divides: whether hidden_size has to be a multiple of the number of heads, even with a head_dim.
+    Args:
+        classes: our head -> their class. The first is the default where config.json names no class.
+        defaults: their key -> its value where absent.
+        fields: our field -> the key with the same value.
+        parts: readers and writers of everything that takes more than one key.
+        constants: our fields that have one value in this architecture.
+        only: their key -> the only values that are accepted.
+        synonyms: another name of a key -> the key.
+        other_classes: further classes that are read -> our head.
+        nullable: keys that may be null although their default is not.
+        divides: True if hidden_size has to be a multiple of the number of heads, even with a head_dim.
     """
 
     classes: Mapping[str, str]
@@ -36,5 +37,5 @@ class Family:
 
     @property
     def sequence_class(self) -> str:
-        """Their class that gives scores of a text; what stands on its hidden states is `classifier`'s."""
+        """Their class for sequence classification; `ffn.interop.hf.classifier` reads its head."""
         return self.classes["none"].removesuffix("Model") + "ForSequenceClassification"

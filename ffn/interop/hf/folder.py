@@ -1,14 +1,13 @@
-"""A folder of Hugging Face as a Transformer, and back: config.json, safetensors, tokenizer.json.
+"""Load a Transformer from a Hugging Face folder and save it: config.json, safetensors, tokenizer.json.
 
-    model = load_folder(FOLDER)          # checked whole before anything is allocated, then copied into place
-    save_folder(FOLDER, model)           # transformers' from_pretrained(FOLDER) gives the same numbers
+    model = load_folder(FOLDER)          # checks everything, then allocates the model and copies the weights
+    save_folder(FOLDER, model)           # transformers' from_pretrained(FOLDER) gives the same outputs
 
-Tensors are views of their files: what loading allocates is the model.
+Tensors are views of their files: loading allocates nothing but the model.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -21,18 +20,18 @@ from torch import Tensor
 from ffn.files.shards import MAX_SHARD_BYTES, Shards, open_shards, read_json, write_shards
 from ffn.files.strict_json import one_line, short
 from ffn.gpt.transformer import Transformer, TransformerConfig
-from ffn.interop.hf.config import FAMILIES, TRAINING, read_config, spelled_out, write_config
+from ffn.interop.hf.config import FAMILIES, read_config, write_config
 from ffn.interop.hf.tables import Weight, match_names, tied_names, weights
 from ffn.text.tokenizer import HFTokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id")
 MAX_LAYERS = 10_000
-Parts = dict[str, list[tuple[str, Weight]]]  # the name of one of their tensors -> ours within it
+Parts = dict[str, list[tuple[str, Weight]]]  # name of one of their tensors -> our tensors within it
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a path is a folder of Hugging Face, or a file of weights in one: config.json tells."""
+    """Return True for a Hugging Face folder, or a weights file in one: one with a config.json."""
     path = Path(path)
     return ((path if path.is_dir() else path.parent) / CONFIG).is_file()
 
@@ -40,14 +39,15 @@ def is_folder(path: str | Path) -> bool:
 def load_folder(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The model of a folder, or of one file of weights with config.json beside it; in eval mode.
+    """Return the model of a folder, or of one weights file beside a config.json, in eval mode.
 
     Args:
-        dtype: of the model; left out, that of the tensors, which then have to agree on one.
+        path: the folder or the file. A pickle is read only if path names the file.
+        device: of the model.
+        dtype: of the model; by default the dtype of the tensors, if they all have the same.
 
     Raises:
-        ValueError: one line: what is absent, damaged, misfits or is not supported. A pickle is read only by
-            its own path.
+        ValueError: something is absent, damaged, inconsistent or not supported. The message is one line.
     """
     config, origin = read_folder_config(path)
     shards = open_shards(path)
@@ -59,25 +59,6 @@ def load_folder(
     return model.eval()
 
 
-def load_into(model: Transformer, path: str | Path) -> None:
-    """Copy a folder's weights into a model of its own, in the model's dtype and on its device.
-
-    Raises:
-        ValueError: as `load_folder`, and where the model is of another config; it is left as it was.
-    """
-    config, origin = read_folder_config(path)
-    there, here = (dataclasses.asdict(spelled_out(c)) for c in (config, model.config))
-    if other := [key for key in here if here[key] != there[key] and key not in TRAINING]:
-        said = ", ".join(f"{key}={here[key]!r} where it has {there[key]!r}" for key in other)
-        raise ValueError(f"{path}: of another config than the model, which has {said}")
-    shards = open_shards(path)
-    parts = _plan(Path(path), config, origin["model_type"], shards)
-    _check_model(model, parts)
-    tensors = {name: shards[name] for name in parts}  # all at once: after this no file can be refused
-    _copy(model, parts, tensors.items())
-    model.origin = origin
-
-
 def save_folder(
     path: str | Path,
     model: Transformer,
@@ -86,14 +67,17 @@ def save_folder(
     tokenizer: HFTokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write config.json, the weights in their dtype and, if given, tokenizer.json; nothing else is touched.
+    """Write config.json, the weights in their dtype and, if given, tokenizer.json. Other files stay.
 
     Args:
-        architecture: transformers' model_type, as "llama"; left out, the one the model was loaded from, else
-            the first that can say what the model's config says.
+        architecture: transformers' model_type, such as "llama". The default is the one that the model was
+            loaded from, else the first that can express the model's config.
+        tokenizer: written as tokenizer.json.
+        max_shard_bytes: the weights are split into files of at most this size.
 
     Raises:
-        ValueError: an option of the model has no place there. OSError leaves what was there.
+        ValueError: the architecture cannot express an option of the model.
+        OSError: a file could not be written; files that were there stay as they were.
     """
     if architecture is None:
         architecture = str(model.origin["model_type"]) if model.origin else fitting_architecture(model.config)
@@ -117,30 +101,34 @@ def save_folder(
 
 
 def read_folder_config(path: str | Path) -> tuple[TransformerConfig, dict[str, Any]]:
-    """The config of a folder (or of its config.json, or of a file beside it), without a look at the weights.
+    """Return the config of a folder, with its model_type and special tokens, without reading the weights.
 
-    Also what a Transformer's config has no place for: the model_type and the numbers of the special tokens.
+    Args:
+        path: the folder, its config.json, or a file beside it.
+
+    Raises:
+        ValueError: config.json is absent, damaged or not supported.
     """
     path = Path(path)
     file = path if path.name == CONFIG else (path if path.is_dir() else path.parent) / CONFIG
     keys = read_json(file)
-    for key in ("num_hidden_layers", "n_layer", "n_layers"):  # so many that even their list would not fit
+    for key in ("num_hidden_layers", "n_layer", "n_layers"):  # a list of more layers would exhaust memory
         if isinstance(keys.get(key), int) and keys[key] > MAX_LAYERS:
-            raise ValueError(f"{file}: {key}={short(keys[key])}: want {MAX_LAYERS:,} at most")
+            raise ValueError(f"{file}: {key} must be at most {MAX_LAYERS:,}, got {short(keys[key])}")
     try:
         config = read_config(keys)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     pad = keys.get("pad_token_id")
     if pad is not None and type(pad) is not int:
-        raise ValueError(f"{file}: pad_token_id={short(pad)}: want a token's number, or null")
-    if pad is not None and not 0 <= pad < config.vocab_size:  # as -1, which some write for none
+        raise ValueError(f"{file}: pad_token_id must be an integer or null, got {short(pad)}")
+    if pad is not None and not 0 <= pad < config.vocab_size:  # such as -1, which some write for none
         del keys["pad_token_id"]
     return config, {key: keys[key] for key in ("model_type", *TOKENS) if key in keys}
 
 
 def fitting_architecture(config: TransformerConfig) -> str:
-    """The first model_type whose config.json can say what this config does; ValueError says why none can."""
+    """Return the first model_type that can express this config; ValueError with a reason if none can."""
     reasons = []
     for architecture, family in FAMILIES.items():
         if config.head not in family.classes:
@@ -151,8 +139,10 @@ def fitting_architecture(config: TransformerConfig) -> str:
             reasons.append(str(error))
         else:
             return architecture
-    nearest = min(reasons, key=lambda reason: ("cannot say" not in reason, len(reason)))  # the fewest options
-    raise ValueError(f"no architecture of Hugging Face fits this model; the nearest, {nearest}")
+    nearest = min(
+        reasons, key=lambda reason: ("cannot express" not in reason, len(reason))
+    )  # the fewest options
+    raise ValueError(f"config fits no Hugging Face architecture; the nearest is {nearest}")
 
 
 def _keys(model: Transformer, architecture: str) -> dict[str, Any]:
@@ -162,13 +152,15 @@ def _keys(model: Transformer, architecture: str) -> dict[str, Any]:
 
 
 def _plan(path: Path, config: TransformerConfig, architecture: str, shards: Shards) -> Parts:
-    """Which of our tensors lie in which of the files' tensors; ValueError where the sets do not match."""
-    if config.num_layers > len(shards):  # said before so many layers are built, if only without memory
-        raise ValueError(f"{path}: {CONFIG} asks for {config.num_layers} layers of {len(shards)} tensors")
+    """Return which of our tensors lie in which of the files' tensors; ValueError unless all of them match."""
+    if config.num_layers > len(shards):  # before so many layers are built, even on meta
+        raise ValueError(
+            f"{path}: {CONFIG} has {config.num_layers} layers, the files only {len(shards)} tensors"
+        )
     try:
         rows = weights(config, architecture)
-    except (RuntimeError, TypeError) as error:  # of torch, for sizes beyond 64 bits
-        raise ValueError(f"{path}: {CONFIG} asks for impossible sizes: {one_line(error)}") from None
+    except (RuntimeError, TypeError) as error:  # from torch, for sizes beyond 64 bits
+        raise ValueError(f"{path}: {CONFIG} has impossible sizes: {one_line(error)}") from None
     wanted = _by_theirs(rows)
     found: dict[str, str] = {}
     wrong = []
@@ -176,7 +168,7 @@ def _plan(path: Path, config: TransformerConfig, architecture: str, shards: Shar
         if theirs not in wanted:
             wrong.append(f"unexpected {name!a}")
         elif theirs in found:
-            wrong.append(f"{name!a} and {found[theirs]!a} are one")
+            wrong.append(f"{name!a} and {found[theirs]!a} for one tensor")
         else:
             found[theirs] = name
     wrong += [f"missing {name}" for name in wanted if name not in found]
@@ -184,28 +176,28 @@ def _plan(path: Path, config: TransformerConfig, architecture: str, shards: Shar
         spec, shape = shards.specs[name], wanted[theirs][0][1].shape
         if spec.shape != tuple(shape) or not spec.dtype.is_floating_point:
             got = f"{spec.shape} {str(spec.dtype).removeprefix('torch.')}"
-            wrong.append(f"{name} is {got}, the config wants {tuple(shape)} of floats")
+            wrong.append(f"{name} must be {tuple(shape)} of floats, got {got}")
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"{path}: other weights than {CONFIG} asks for: {'; '.join(wrong[:8])}{more}")
+        raise ValueError(f"{path}: the weights do not match {CONFIG}: {'; '.join(wrong[:8])}{more}")
     _check_copies(path, shards, tied_names(shards, config, architecture))
     return {name: wanted[theirs] for theirs, name in found.items()}
 
 
 def _check_copies(path: Path, shards: Shards, copies: Mapping[str, str]) -> None:
-    """A tied tensor is often stored twice; where the two differ, they were not tied."""
+    """Raise ValueError if a tied tensor is stored twice and the two differ."""
     for copy, source in copies.items():
         one, other = shards.specs[copy], shards.specs[source]
         if one[1:] != other[1:] or not shards[copy].equal(shards[source]):
-            raise ValueError(
-                f"{path}: {copy!a} is another than {source}, and {CONFIG} says that they are tied"
-            )
+            raise ValueError(f"{path}: {copy!a} must equal {source}: {CONFIG} says that they are tied")
 
 
 def _dtype_of(path: Path, shards: Shards, parts: Parts) -> torch.dtype:
     dtypes = sorted({str(shards.specs[name].dtype).removeprefix("torch.") for name in parts})
     if len(dtypes) != 1:
-        raise ValueError(f"{path}: holds tensors of {' and '.join(dtypes)}; choose one for all with dtype=")
+        raise ValueError(
+            f"{path}: the tensors have the dtypes {' and '.join(dtypes)}; choose one with dtype="
+        )
     return getattr(torch, dtypes[0])
 
 
@@ -219,7 +211,7 @@ def _by_theirs(rows: Mapping[str, Weight]) -> Parts:
 def _check_model(model: Transformer, parts: Parts) -> None:
     names = {ours for rows in parts.values() for ours, _ in rows}
     if other := sorted(names ^ model.state_dict().keys()):
-        raise ValueError(f"the model has other weights than its config's: {', '.join(other[:8])}")
+        raise ValueError(f"model must have the weights of its config; these differ: {', '.join(other[:8])}")
 
 
 @torch.no_grad()

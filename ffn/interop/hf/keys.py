@@ -1,60 +1,59 @@
-"""What takes several keys of a config.json, or a rule, to say: each a pair of functions, there and back.
+"""Parts of a config.json that take several keys or a rule: pairs of functions that read and write them.
 
-`read` makes fields of TransformerConfig from the keys, where those that are absent have their architecture's
-default; `write` makes keys from a TransformerConfig. What only a part of the fields can be written is no
-concern here: `write_config` reads back what it wrote.
+`read` turns keys into fields of TransformerConfig; absent keys have their architecture's default. `write`
+turns a TransformerConfig into keys. It does not check that they express every field: `write_config` reads
+back its own output.
 """
 
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ffn import activations
+from ffn.files.strict_json import short
 from ffn.gpt.config import TransformerConfig
 
 Keys = Mapping[str, Any]
 
 
 class Part(NamedTuple):
-    """read: their keys -> our fields. write: our config -> their keys."""
+    """A pair of functions. read: their keys -> our fields. write: our config -> their keys."""
 
     read: Callable[[Keys], dict[str, Any]]
     write: Callable[[TransformerConfig], dict[str, Any]]
 
 
-def refuse(key: str, value: Any, why: str) -> ValueError:
-    """The error for a key, in one line however the value is written."""
-    shown = repr(value)
-    return ValueError(f"{key}={shown if len(shown) < 80 else shown[:77] + '...'}: {why}")
+def refuse(key: str, value: Any, rule: str, remedy: str = "") -> ValueError:
+    """Return the error for a key: one line, whatever the value."""
+    return ValueError(f"{key} {rule}, got {short(value)}{remedy and f'; {remedy}'}")
 
 
 # --- activations
 
-PLAIN = {  # theirs -> ours; of several for one, the first is written
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh", "gelu_python": "gelu", "quick_gelu": "quick_gelu", "relu": "relu",
-    "relu2": "relu2", "leaky_relu": "leaky_relu", "silu": "silu", "swish": "silu", "mish": "mish",
-    "sigmoid": "sigmoid", "tanh": "tanh", "linear": "identity",
-}  # fmt: skip
-GATED = {
-    "silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh",
-    "gelu_new": "geglu_tanh", "gelu_fast": "geglu_tanh", "gelu_accurate": "geglu_tanh",
-    "gelu_python": "geglu", "relu": "reglu", "sigmoid": "glu", "linear": "bilinear",
-}  # fmt: skip
+_NOT_THEIRS = ("gelu_tanh", "identity", "softplus")  # our names that transformers does not have
+_GATED = {gate: name for name, gate in activations.GATES.items()}
+PLAIN = {  # their name -> our activation; of several names for one, the first is written
+    theirs: activations.resolve(theirs).name
+    for theirs in (*(row.name for row in activations.PLAIN), *activations.ALIASES)
+    if theirs not in _NOT_THEIRS
+}
+GATED = {theirs: _GATED[ours] for theirs, ours in PLAIN.items() if ours in _GATED}
 
 
 def activation(key: str, table: Mapping[str, str], *, head: bool = False) -> Part:
-    """The feed-forward's activation under `key`; with head, the masked-language head has it too."""
+    """The feed-forward activation under `key`; with head, also that of the masked-language head."""
 
     def read(k: Keys) -> dict[str, Any]:
         if k[key] not in table:
-            raise refuse(key, k[key], f"no such activation here; there are {', '.join(table)}")
+            raise refuse(key, k[key], f"must be one of {', '.join(table)}")
         ours = table[k[key]]
         return {"activation": ours, "head_activation": ours} if head else {"activation": ours}
 
     def write(c: TransformerConfig) -> dict[str, Any]:
         theirs = [name for name, ours in table.items() if ours == c.activation]
         if not theirs:
-            raise refuse("activation", c.activation, f"{key} has no name for it")
+            known = ", ".join(dict.fromkeys(table.values()))
+            raise refuse("activation", c.activation, f"must be one of {known} to be written as {key}")
         return {key: theirs[0]}
 
     return Part(read, write)
@@ -66,12 +65,12 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def windows(slides: Callable[[Keys, int], bool] | None = None, switch: str | None = None) -> Part:
-    """`sliding_window` in the layers that `layer_types` names, or where the architecture has it otherwise.
+    """`sliding_window`, and `layer_types` for the layers that have it.
 
     Args:
-        slides: whether a layer has the window where `layer_types` is absent; None for an architecture that
-            has it in all layers and knows no `layer_types`.
-        switch: the key without which there is no window.
+        slides: returns True if a layer has the window when `layer_types` is absent. None for an architecture
+            without `layer_types`: all its layers have the window.
+        switch: the key that has to be true for there to be a window.
     """
 
     def read(k: Keys) -> dict[str, Any]:
@@ -84,9 +83,9 @@ def windows(slides: Callable[[Keys, int], bool] | None = None, switch: str | Non
             or len(types) != len(usual)
             or any(t not in (FULL, SLIDING) for t in types)
         ):
-            raise refuse("layer_types", types, f"want {len(usual)} of {FULL} and {SLIDING}")
+            raise refuse("layer_types", types, f"must be a list of {len(usual)} {FULL} or {SLIDING}")
         if types != usual and (slides is None or not on):
-            raise refuse("layer_types", types, f"with sliding_window={window} here all layers are {usual[0]}")
+            raise refuse("layer_types", types, f"must be all {usual[0]} with sliding_window={window}")
         if SLIDING not in types:
             return {}
         full = tuple(i for i in layers if types[i] == FULL)
@@ -103,37 +102,19 @@ def windows(slides: Callable[[Keys, int], bool] | None = None, switch: str | Non
     return Part(read, write)
 
 
-def turns(k: Keys) -> list[int]:
-    """SmolLM3's layers with rotary positions (1) and without (0): a list, or one without in so many."""
-    given, every, layers = k["no_rope_layers"], k["no_rope_layer_interval"], k["num_hidden_layers"]
-    if given is None:
-        if every < 1:
-            raise refuse("no_rope_layer_interval", every, "want a positive whole number")
-        return [int((i + 1) % every != 0) for i in range(layers)]
-    if not isinstance(given, list) or len(given) < layers or not all(turn in (0, 1) for turn in given):
-        raise refuse("no_rope_layers", given, f"want {layers} of 0 (no rotary positions) and 1")
-    return given[:layers]
-
-
-NO_ROPE_LAYERS = Part(
-    lambda k: {"no_rope_layers": tuple(i for i, turn in enumerate(turns(k)) if not turn)},
-    lambda c: {"no_rope_layers": [int(i not in c.no_rope_layers) for i in range(c.num_layers)]},
-)
-
-
-# --- smaller things
+# --- single values
 
 
 def _read_scalar(k: Keys) -> dict[str, Any]:
     scalar = k["query_pre_attn_scalar"]
     if not scalar:
-        raise refuse("query_pre_attn_scalar", scalar, "want a positive number")
+        raise refuse("query_pre_attn_scalar", scalar, "must be a positive number")
     return {"attention_scale": scalar**-0.5}
 
 
 def _write_scalar(c: TransformerConfig) -> dict[str, Any]:
     scale = c.attention_scale or c.head_channels**-0.5
-    return {"query_pre_attn_scalar": max(round(max(scale, 1e-8) ** -2), 1)}  # whole numbers there
+    return {"query_pre_attn_scalar": max(round(max(scale, 1e-8) ** -2), 1)}  # an integer in config.json
 
 
 QUERY_SCALAR = Part(_read_scalar, _write_scalar)
@@ -142,7 +123,7 @@ ATTENTION_BIAS = Part(
     lambda k: {"attention_bias": k["attention_bias"], "attention_out_bias": k["attention_bias"]},
     lambda c: {"attention_bias": c.attention_bias},
 )
-EMBEDDING_SCALE = Part(  # kept in float32 there, whatever the model's dtype
+EMBEDDING_SCALE = Part(  # transformers keeps it in float32, whatever the model's dtype
     lambda k: {"embedding_scale": struct.unpack("f", struct.pack("f", k["hidden_size"] ** 0.5))[0]},
     lambda c: {},
 )
@@ -170,15 +151,13 @@ POSITIONS_AFTER_PAD = Part(
 
 
 def dropout(*keys: str) -> Part:
-    """One probability under several keys, which ours does not tell apart."""
+    """One probability for several keys."""
 
     def read(k: Keys) -> dict[str, Any]:
         values = {key: k[key] for key in keys}
         if len(set(values.values())) > 1:
-            said = ", ".join(f"{key}={value}" for key, value in values.items())
-            raise ValueError(
-                f"{said}: ffn has one dropout for them; make them equal (it acts in training only)"
-            )
+            given = ", ".join(map(str, values.values()))
+            raise ValueError(f"{' and '.join(keys)} must be equal, got {given}; ffn has one dropout for them")
         return {"dropout": values[keys[0]]}
 
     return Part(read, lambda c: dict.fromkeys(keys, c.dropout))

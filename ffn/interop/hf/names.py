@@ -1,4 +1,4 @@
-"""The names of weights, architecture by architecture: rows `ours: theirs`, where * is the layer's number."""
+"""Tables of weight names, one per architecture: rows `ours: theirs`, with * for the layer's number."""
 
 import re
 from collections.abc import Mapping
@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Row:
-    """Where one of our modules lies in theirs.
+    """The place of one of our modules in theirs.
 
-    name: of their module. tied_bias: of their bias in a model whose head is tied, where it is another.
-    members: our modules that share their tensor, in the order of its rows. index: which of them this is.
-    packing: "rows", one member behind the other; "heads", the members of one head together.
-    transposed: whether their weight is (in, out).
+    Args:
+        name: of their module.
+        tied_bias: of their bias in a model with a tied head, if it differs.
+        members: our modules that share their tensor, in the order of its rows.
+        index: of this module among the members.
+        packing: "rows" for one member after the other, "heads" for the members of each head together.
+        transposed: True if their weight is (in, out).
     """
 
     name: str
@@ -27,10 +30,12 @@ class Row:
 class Table:
     """The names of one architecture.
 
-    prefix: what a base model's names lack.
-    tied: of a model whose head is tied, the names of copies -> the name of what they copy.
-    ignored: names of tensors that say nothing to us.
-    old_endings: how files of long ago end a name -> how it ends now.
+    Args:
+        prefix: of every name, absent in the files of a base model.
+        rows: our module -> its place in theirs.
+        tied: with a tied head, the name of a copy -> the name of its source.
+        ignored: names of tensors that are not needed.
+        old_endings: the ending of a name in old files -> its ending now.
     """
 
     prefix: str
@@ -154,7 +159,7 @@ _BERT_BODY = {
     "blocks.*.feed_forward.down_proj": "encoder.layer.*.output.dense",
     "blocks.*.feed_forward_norm": "encoder.layer.*.output.LayerNorm",
 }
-_TF = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names TensorFlow gave
+_TF = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names from TensorFlow
 
 
 def _bert_like(prefix: str, head: Mapping[str, Row], tied: Mapping[str, str], ignored: str) -> Table:

@@ -1,4 +1,4 @@
-"""Whose weight is whose: our parameters by name, each as a view of one of Hugging Face's tensors."""
+"""Map each of our parameters to a view of one of Hugging Face's tensors."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Weight:
-    """One of our parameters, within one of theirs.
+    """The place of one of our parameters in one of their tensors.
 
-    name, shape: of their tensor.
-    view: the part of their tensor that is ours, as a view, with our elements in our order. Its dimensions may
-        be split finer than ours, since a view of an interleaved packing cannot join them: use `load` and
-        `store`.
+    Args:
+        name, shape: of their tensor.
+        view: returns our part of their tensor as a view, with our elements in our order. It may have more
+            dimensions than ours, since a view of an interleaved packing cannot join them: use `load` and
+            `store`.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Weight:
     view: Callable[[Tensor], Tensor]
 
     def load(self, ours: Tensor, theirs: Tensor) -> None:
-        """Copy from their tensor into our parameter, which is contiguous."""
+        """Copy from their tensor into our contiguous parameter."""
         part = self.view(theirs)
         ours.view(part.shape).copy_(part)
 
@@ -40,13 +41,13 @@ class Weight:
 
 
 def weights(config: TransformerConfig, architecture: str) -> dict[str, Weight]:
-    """Our parameter's name -> its place in their tensors; several of ours may lie in one of theirs.
+    """Return the place of each of our parameters, by name. Several may lie in one of their tensors.
 
     Args:
-        architecture: their model_type, as "llama".
+        architecture: their model_type, such as "llama".
 
     Raises:
-        ValueError: no such architecture, or a parameter that it has no place for.
+        ValueError: the architecture is unknown, or has no place for a parameter.
     """
     table, found = _table(architecture), {}
     state = Transformer(config, device="meta").state_dict()
@@ -54,7 +55,7 @@ def weights(config: TransformerConfig, architecture: str) -> dict[str, Weight]:
     for ours, shape in shapes.items():
         pattern, layer, kind = _split(ours)
         if pattern not in table.rows:
-            raise ValueError(f"{architecture}: its models have nothing such as {ours}")
+            raise ValueError(f"{architecture}: no place for the parameter {ours}")
         row = table.rows[pattern]
         theirs = row.tied_bias if row.tied_bias and kind == "bias" and config.tie_embeddings else ""
         theirs = (theirs or f"{row.name}.{kind}").replace("*", layer)
@@ -67,11 +68,11 @@ def weights(config: TransformerConfig, architecture: str) -> dict[str, Weight]:
 
 
 def match_names(names: Iterable[str], config: TransformerConfig, architecture: str) -> dict[str, str]:
-    """A file's names -> those of `weights`; what a model of ours has no use for is left out.
+    """Return the names in a file -> the names of `weights`, without tensors that our models do not need.
 
-    That is masks and tables that follow from the config, heads we do not have, and of a tied tensor that is
-    there under two names the copy: `tied_names` says which has to equal which. A base model's names come with
-    and without their prefix. What nobody knows stays as it is.
+    Left out are masks and tables that follow from the config, heads that we do not have, and the copy of a
+    tied tensor that is stored twice (see `tied_names`). A base model's names may have their prefix or not.
+    Unknown names stay as they are.
     """
     names, table = list(names), _table(architecture)
     wanted = {row.name for row in weights(config, architecture).values()}
@@ -90,9 +91,9 @@ def match_names(names: Iterable[str], config: TransformerConfig, architecture: s
 
 
 def tied_names(names: Iterable[str], config: TransformerConfig, architecture: str) -> dict[str, str]:
-    """Those of a file's names that `match_names` leaves out -> the name in the file that they have to equal.
+    """Return the names in a file of copies of tied tensors -> the names in the file of their sources.
 
-    Where they differ, the weights are not tied, whatever the config says.
+    If the two tensors differ, the weights are not tied, whatever the config says.
     """
     table = _table(architecture)
     wanted = {row.name for row in weights(config, architecture).values()}
@@ -103,13 +104,12 @@ def tied_names(names: Iterable[str], config: TransformerConfig, architecture: st
 
 def _table(architecture: str) -> Table:
     if architecture not in TABLES:
-        known = ", ".join(TABLES)
-        raise ValueError(f"architecture={architecture!r}: no table of weights for it; there are {known}")
+        raise ValueError(f"architecture must be one of {', '.join(TABLES)}, got {architecture!r}")
     return TABLES[architecture]
 
 
 def _split(ours: str) -> tuple[str, str, str]:
-    """blocks.3.attention.q_proj.weight -> blocks.*.attention.q_proj, 3, weight."""
+    """Split blocks.3.attention.q_proj.weight into blocks.*.attention.q_proj, 3 and weight."""
     stem, _, kind = ours.rpartition(".")
     if not stem.startswith("blocks."):
         return stem, "", kind
@@ -122,7 +122,7 @@ def _join(pattern: str, layer: str, kind: str) -> str:
 
 
 def _prefixed(name: str, wanted: set[str], table: Table) -> str:
-    """The name as `weights` has it, be it given with the prefix or without."""
+    """Return the name as in `weights`, whether given with the prefix or without."""
     for old, new in table.old_endings.items():
         name = name.removesuffix(old) + new if name.endswith(old) else name
     other = name.removeprefix(table.prefix) if name.startswith(table.prefix) else table.prefix + name
@@ -130,13 +130,13 @@ def _prefixed(name: str, wanted: set[str], table: Table) -> str:
 
 
 def _copies(config: TransformerConfig, table: Table) -> dict[str, str]:
-    """Names that a tied head's tensors may have besides -> the one that `weights` has."""
+    """Return further names of a tied head's tensors -> the names in `weights`."""
     return dict(table.tied) if config.tie_embeddings and config.head != "none" else {}
 
 
 def _place(row: Row, ours: Shape, members: list[Shape], c: TransformerConfig, kind: str) -> tuple:
-    """The shape of their tensor, and the view of it."""
-    if row.packing == "heads":  # a head's queries, keys and values stand together: (Q, 3, C, ...)
+    """Return the shape of their tensor and the function that views our part of it."""
+    if row.packing == "heads":  # queries, keys and values of each head together: (Q, 3, C, ...)
         heads, index = c.num_heads, row.index
         whole = (3 * ours[0], *ours[1:])
         return whole, partial(_of_heads, heads=heads, index=index)

@@ -1,7 +1,7 @@
-"""Damaged and lying copies of a folder of Hugging Face: bytes flipped, sizes altered, JSON rewritten.
+"""Damage copies of a Hugging Face folder: flip bytes, change sizes, rewrite JSON.
 
-`mutate` changes one file of a folder; the bytes of the tensors it leaves alone. `stored` reads a folder's
-tensors with nothing but `struct` and `json`: what the files say, whoever reads them.
+`mutate` changes one file of a folder but not the bytes of the tensors. `stored` reads a folder's tensors with
+`struct` and `json` alone, independent of the code under test.
 """
 
 import json
@@ -77,7 +77,7 @@ def swap_offsets(path: Path, rng: random.Random) -> None:
 
 
 def rewrite_entry(path: Path, rng: random.Random) -> None:
-    """One tensor's offsets, dtype or shape made another, or any value at all."""
+    """Change the offsets, dtype or shape of one tensor, also to values of a wrong type."""
     header, payload = split(path)
     entry = header[rng.choice([name for name in header if name != "__metadata__"])]
     begin, end = entry["data_offsets"]
@@ -103,7 +103,7 @@ def rewrite_entry(path: Path, rng: random.Random) -> None:
 
 
 def rewrite_names(path: Path, rng: random.Random) -> None:
-    """A tensor left out, added, renamed or named twice."""
+    """Remove, add, rename or duplicate a tensor."""
     header, payload = split(path)
     names = [name for name in header if name != "__metadata__"]
     name, other = rng.sample(names, 2)
@@ -135,7 +135,7 @@ def flip_text(path: Path, rng: random.Random) -> None:
 
 
 def rewrite_text(path: Path, rng: random.Random) -> None:
-    """Text that is no such JSON."""
+    """Replace the text by invalid or unexpected JSON."""
     text = path.read_text()
     texts = [b"", b"[]", b"null", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000]
     texts += [text.encode("utf-16"), b"\xef\xbb\xbf" + text.encode(), text[: len(text) // 2].encode()]
@@ -192,7 +192,7 @@ CONFIG = [flip_text, rewrite_text, rewrite_config, rewrite_config]
 
 
 def mutate(folder: Path, seed: int) -> str:
-    """Change one file of a folder; says how."""
+    """Change one file of a folder and return how."""
     rng = random.Random(seed)
     index = folder / "model.safetensors.index.json"
     kinds = [(WEIGHTS, rng.choice(sorted(folder.glob("*.safetensors"))))] * 3 + [

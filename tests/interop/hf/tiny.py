@@ -1,8 +1,8 @@
-"""Tiny models of transformers in float64, of unusual sizes and with what options there are, as the oracle.
+"""The oracle: tiny transformers models in float64, of unusual sizes, with every supported option.
 
-transformers computes some things in float32 even in a float64 model: its RMSNorms and, in eager attention,
-the softmax. There the oracle is made exact, `in_float64`, rather than the tolerance loose. Rotary tables are
-float32 in theirs and in ours, and equal to the bit.
+transformers computes its RMSNorms and the softmax of eager attention in float32 even in a float64 model.
+`in_float64` makes the oracle exact there, so that the tolerance stays tight. Rotary tables are float32 in
+theirs and in ours, and equal bit for bit.
 """
 
 from collections.abc import Iterator
@@ -108,7 +108,7 @@ decoders = pytest.mark.parametrize("name", DECODERS)
 
 
 def build_theirs(name: str) -> Any:
-    """The oracle, with weights large enough that nothing hides."""
+    """Build the oracle, with weights large enough to show every difference."""
     cls, options = CASES[name]
     model_class = getattr(transformers, cls)
     attention = "eager" if cls.startswith("Gemma2") else "sdpa"
@@ -124,7 +124,7 @@ def randomize(model: Any) -> Any:
 
 
 def output_of(model: Any, tokens: Tensor, **rest: Any) -> Tensor:
-    """Logits, or the hidden states of a base model."""
+    """Return logits, or the hidden states of a base model."""
     with in_float64(model), torch.no_grad():
         out = model(tokens, **rest)
     return out.logits if "logits" in out else out.last_hidden_state
@@ -132,7 +132,7 @@ def output_of(model: Any, tokens: Tensor, **rest: Any) -> Tensor:
 
 @contextmanager
 def in_float64(model: nn.Module) -> Iterator[None]:
-    """Without the oracle's detours through float32."""
+    """Let the oracle compute its norms and softmax in float64."""
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     for norm in norms:
         norm.forward = lambda x, norm=norm: _norm(norm, x)
