@@ -34,7 +34,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("options", REFUSED, ids=str)
+@pytest.mark.parametrize("options", REFUSED, ids="-".join)
 def test_options_are_refused_when_the_block_is_built(options: dict) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(options))}"):
         FeedForward(**{"dim": 6, "hidden_dim": 10} | options)
