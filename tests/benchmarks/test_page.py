@@ -135,7 +135,7 @@ def probed(text: str, folder: Path) -> tuple[list[int], str]:
         "--dump-dom",
         wrapped.as_uri(),
     ]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     widths, asked = (re.search(rf'<body[^>]* data-{name}="([^"]*)"', dom)[1] for name in ("widths", "asked"))
     return [int(width) for width in widths.split()], asked
 

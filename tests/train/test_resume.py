@@ -81,7 +81,6 @@ def run_and_kill(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
