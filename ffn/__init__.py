@@ -27,6 +27,7 @@ from ffn.interop.swap.in_place import swap, unswap
 from ffn.nn import FeedForward, gated_hidden_dim
 from ffn.ops import feed_forward
 from ffn.packing.pack import pack, packing_error, unpack
+from ffn.version import __version__ as __version__
 
 __all__ = [
     "FeedForward",
@@ -43,3 +44,8 @@ __all__ = [
     "unpack",
     "unswap",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the public names; the submodules would hide them."""
+    return sorted([*__all__, "__doc__", "__version__"])

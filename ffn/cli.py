@@ -32,7 +32,10 @@ from ffn.train.device import choose_device, choose_precision, keep_freed_memory
 from ffn.train.loop import train
 from ffn.train.report import printable
 from ffn.train.steps import evaluate
+from ffn.version import __version__
 
+DISTRIBUTION = "torch-ffn"
+REMEDY = "run `pip uninstall ffn`, then `pip install --force-reinstall --no-deps .` in a clone"
 MODEL_FILES = {".safetensors", ".json", *PICKLES}
 ALLOCATOR = "DefaultCPUAllocator"  # on the CPU torch says so, and raises a plain RuntimeError
 
@@ -82,8 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ffn", description="Train a Transformer on text and use it.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"ffn {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=lambda _: parser.print_help() or 0, key="")
+    commands = parser.add_subparsers(metavar="COMMAND")
     command = partial(_add_command, commands)
 
     usual = "Without a config and keys, a small model of Python's standard library goes into runs/stdlib. "
@@ -260,9 +265,11 @@ def _sizes(shards: Shards) -> str:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    versions = ["ffn", "torch", "einops", "safetensors", "tokenizers", "tqdm", "matplotlib", "triton"]
     print(f"python       {platform.python_version()} on {platform.platform()}")
-    for name in versions:
+    print(f"ffn          {__version__}, the distribution {DISTRIBUTION} (`ffn` on PyPI is a finance library)")
+    if others := sorted({*metadata.packages_distributions().get("ffn", [])} - {DISTRIBUTION}):
+        print(f"conflict     {', '.join(others)} also installs a package named ffn; {REMEDY}")
+    for name in ("torch", "einops", "numpy", "safetensors", "tokenizers", "tqdm", "matplotlib", "triton"):
         try:
             print(f"{name:12} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ffn
 from ffn.cli import main
 from ffn.disk import load, load_tokenizer
 from ffn.files.dataclass_toml import flatten
@@ -187,7 +188,36 @@ def test_a_model_of_hugging_face(run: Path, tmp_path: Path, capsys, monkeypatch)
 def test_doctor_names_versions_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     heads = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert {"python", "torch", "device", "precision", "feed-forward", "kernels"} <= set(heads)
+    assert {"python", "ffn", "torch", "device", "precision", "feed-forward", "kernels"} <= set(heads)
+
+
+def test_doctor_reports_another_distribution_of_the_same_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, conflict in (("torch-ffn", False), ("ffn", True)):
+        info = tmp_path / f"{name.replace('-', '_')}-9.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9\n")
+        (info / "top_level.txt").write_text("ffn\n")
+        assert main(["doctor"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("conflict")]
+        assert bool(lines) == conflict
+        assert all("ffn also installs" in line and "pip uninstall ffn" in line for line in lines)
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"ffn {ffn.__version__}\n"
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: ffn ")
+    assert err == ""
 
 
 @pytest.mark.parametrize(
@@ -305,14 +335,12 @@ def test_the_command_from_start_through_ctrl_c_to_the_end(tmp_path: Path) -> Non
         if line.startswith("step 10/"):
             process.send_signal(signal.SIGINT)
             break
-    rest, err = process.communicate(timeout=120)
+    rest, err = process.communicate()
     text = "".join(lines) + rest
     assert (process.returncode, err) == (130, "\nstopping after this step; once more stops at once\n")
     assert rest.endswith("go on        with the same command\n")
     assert all(character.isprintable() or character == "\n" for character in text)
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "going on" in done.stdout
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 
+import ffn
 from tests.conftest import ROOT
 
 OPTIONAL = ["triton", "tqdm", "matplotlib", "tokenizers", "transformers"]
 
 
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run_python(code: str, *options: str) -> str:
+    done = subprocess.run([sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -47,3 +48,13 @@ import ffn
 print(*sorted((set(sys.modules) - before) & set({heavy!r})))
 """
     assert run_python(code).split() == []
+
+
+def test_import_warns_of_nothing() -> None:
+    run_python("import ffn", "-W", "error")
+
+
+def test_dir_lists_the_public_names_and_no_submodules() -> None:
+    names = {name for name in dir(ffn) if not name.startswith("__")}
+    assert names == set(ffn.__all__)
+    assert all(hasattr(ffn, name) for name in dir(ffn))

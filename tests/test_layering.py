@@ -19,6 +19,7 @@ LAYERS = [
         "ffn.files.dataclass_toml",
         "ffn.files.atomic",
         "ffn.text_table",
+        "ffn.version",
         "ffn.train.device",
         "ffn.ops.library",
     ],

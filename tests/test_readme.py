@@ -74,8 +74,6 @@ def test_every_file_is_in_the_tree() -> None:
         listed = {path.name for path in paths if path.parent == folder}
         missing += [str(folder / name) for name in sorted(listing(ROOT / folder) - listed - SILENT)]
     assert missing == []
-    packages = {path.parent.relative_to(ROOT) for path in (ROOT / "ffn").rglob("*.py")}
-    assert packages <= {Path(folder) for folder in opened}, "the package is listed file by file"
 
 
 def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

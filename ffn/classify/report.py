@@ -17,7 +17,7 @@ from ffn.files.atomic import write_file
 from ffn.train.report import Screen, clock
 
 LONGEST_NAME = 40  # of a class that is still written beside the confusion matrix
-NO_PICTURES = "no pictures: they want matplotlib, pip install 'ffn[app]'"
+NO_PICTURES = "no pictures: they want matplotlib, pip install 'torch-ffn[app]'"
 
 
 class Progress(Screen):

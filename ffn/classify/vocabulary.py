@@ -47,7 +47,7 @@ def _train(kind: str, texts: Iterable[str], vocab_size: int, start: bool) -> HFT
         from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
     except ImportError:
         raise ImportError(
-            f"data.tokenizer={kind} wants the package tokenizers: pip install 'ffn[hf]'; char and byte do not"
+            f"data.tokenizer={kind} needs tokenizers: pip install 'torch-ffn[hf]'; char and byte do not"
         ) from None
     special: dict[str, Any] = {"special_tokens": [PAD, UNKNOWN, START], "show_progress": False}
     if kind == "word":

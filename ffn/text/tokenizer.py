@@ -119,7 +119,7 @@ class HFTokenizer:
             from tokenizers import Tokenizer as FastTokenizer
         except ImportError:
             raise ImportError(
-                "a tokenizer.json wants the package tokenizers: pip install 'ffn[hf]'"
+                "a tokenizer.json wants the package tokenizers: pip install 'torch-ffn[hf]'"
             ) from None
         try:
             self._tokenizer = FastTokenizer.from_str(specification)

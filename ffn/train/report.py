@@ -85,7 +85,7 @@ class Screen:
             try:
                 from tqdm import tqdm
             except ImportError:
-                say("no progress bar: that wants tqdm, pip install 'ffn[app]'")
+                say("no progress bar: that wants tqdm, pip install 'torch-ffn[app]'")
             else:
                 self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -151,7 +151,7 @@ def draw_loss(run: Path) -> str:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return "no loss.png: that wants matplotlib, pip install 'ffn[app]'"
+        return "no loss.png: that wants matplotlib, pip install 'torch-ffn[app]'"
     with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -69,5 +69,5 @@ def test_without_the_package_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"data.tokenizer=word wants the package tokenizers: pip install"):
+    with pytest.raises(ImportError, match=r"data.tokenizer=word needs tokenizers: pip install"):
         train_tokenizer("word", TEXTS, 100)

@@ -68,7 +68,7 @@ def test_the_loss_is_drawn_or_a_line_says_why_not(tmp_path: Path, monkeypatch: p
     draw_loss(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     forbid(monkeypatch, "matplotlib")
-    assert draw_loss(tmp_path) == "no loss.png: that wants matplotlib, pip install 'ffn[app]'"
+    assert draw_loss(tmp_path) == "no loss.png: that wants matplotlib, pip install 'torch-ffn[app]'"
 
 
 def test_a_base_has_a_column_a_curve_and_a_place_on_the_line(tmp_path: Path, monkeypatch) -> None:
@@ -140,7 +140,7 @@ def test_without_tqdm_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     forbid(monkeypatch, "tqdm")
     said = show()
-    assert said[0] == "no progress bar: that wants tqdm, pip install 'ffn[app]'"
+    assert said[0] == "no progress bar: that wants tqdm, pip install 'torch-ffn[app]'"
     assert said[1].endswith("tokens/s  1:05 left")
 
 
