@@ -1,3 +1,3 @@
-"""The version of the package; `pip` reads it from here as well."""
+"""The version of the package, read by the code and by the build."""
 
 __version__ = "0.1.0"

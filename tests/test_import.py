@@ -1,4 +1,4 @@
-"""The package in a fresh Python: it needs none of its optional packages, and importing it brings none in."""
+"""Import in a fresh Python: no optional package is needed or imported, and nothing warns."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def run_python(code: str, *options: str) -> str:
     return done.stdout
 
 
-def test_the_cpu_path_runs_where_no_optional_package_can_be_imported() -> None:
+def test_cpu_path_runs_without_optional_packages() -> None:
     code = f"""
 import sys
 
@@ -38,7 +38,7 @@ print("ran")
     assert run_python(code).split() == ["ran"]
 
 
-def test_import_brings_in_no_optional_package_and_no_compiler() -> None:
+def test_import_loads_no_optional_package_and_no_compiler() -> None:
     heavy = [*OPTIONAL, "torch._dynamo", "torch._inductor"]
     code = f"""
 import sys

@@ -74,8 +74,8 @@ def test_every_file_is_in_the_tree() -> None:
     assert missing == []
 
 
-def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each alone, from an empty folder."""
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each runs alone in an empty folder."""
     blocks = fences("python")
     assert blocks
     monkeypatch.chdir(tmp_path)
@@ -83,7 +83,7 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile(block, f"README.md, python block {number}", "exec"), {"__name__": "readme"})
 
 
-def test_links_lead_to_files() -> None:
+def test_links_point_to_files() -> None:
     for page in (README, ROOT / "docs" / "measured.md"):
         targets = re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8"))
         assert targets
@@ -116,7 +116,7 @@ def test_every_dotted_name_and_file_that_is_mentioned_exists() -> None:
     assert wrong == []
 
 
-def test_the_two_commands_are_given_and_ci_runs_the_second() -> None:
+def test_readme_gives_the_two_commands_and_ci_runs_the_second() -> None:
     text = README.read_text("utf-8")
     assert "pip install -c constraints.txt '.[app]' && ffn train" in text
     assert "pip install -c constraints.txt '.[dev]' && pytest" in text

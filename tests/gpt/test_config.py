@@ -42,7 +42,7 @@ def test_toml_takes_defaults_for_what_is_left_out() -> None:
         ({"head_dim": 5}, "position='rotary' turns pairs of channels, but head_dim=5 is odd; choose an even"),
         ({"num_layers": 0}, "num_layers=0: want a positive whole number"),
         ({"dropout": 1.0}, r"dropout=1.0: want a probability in \[0, 1\)"),
-        ({"activation": "swigloo"}, "activation='swigloo': no such row"),
+        ({"activation": "swigloo"}, "activation must be"),
         ({"init": "orthogonal"}, "init='orthogonal': no such initialisation"),
         ({"chunk_tokens": 5}, "^model.chunk_tokens=5 with save='preact': want save='input'$"),
         ({"save": "input", "chunk_tokens": 0}, "chunk_tokens=0: want a positive whole number"),

@@ -17,7 +17,7 @@ def test_whole_numbers_of_numpy() -> None:
 
 
 REFUSED = [
-    ({"activation": "glue"}, r"activation='glue': no such row; choose one of identity"),
+    ({"activation": "glue"}, "activation must be one of"),
     ({"dropout": 1.5}, r"dropout=1.5: want a probability in \[0, 1\)"),
     ({"out_dropout": 1.0}, r"out_dropout=1.0: want a probability in \[0, 1\)"),
     ({"save": "everything"}, r"save='everything': want one of preact, input"),
@@ -44,7 +44,7 @@ REFUSED = [
 def test_options_are_refused_when_the_block_is_built(options: dict, text: str) -> None:
     with pytest.raises(ValueError, match=f"^{text}"):
         FeedForward(**{"dim": 6, "hidden_dim": 10} | options)
-    with pytest.raises(TypeError, match=r"want a name, a torch\.nn activation or a callable"):
+    with pytest.raises(TypeError, match="activation must be"):
         FeedForward(6, 10, activation=7)
 
 
