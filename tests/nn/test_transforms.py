@@ -90,7 +90,7 @@ def kept(call: Callable, block: nn.Module, x: Tensor) -> dict[torch.dtype, int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_is_eager_and_keeps_no_more(name: str) -> None:
+def test_compiled_equals_eager_and_saves_no_more(name: str) -> None:
     block, x = build(name), rows(7)
     call = compiled(block)
     assert_same(outcome(call, block, x), outcome(block, block, x))
@@ -98,7 +98,7 @@ def test_compiled_is_eager_and_keeps_no_more(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["relu2", "gelu", "swiglu"])
-def test_compiled_dropout_keeps_only_a_seed_besides(name: str) -> None:
+def test_compiled_dropout_saves_only_a_seed_more(name: str) -> None:
     hidden = 20 if TABLE[name].gated else 10
     for save, elements in zip(
         SAVES, (6 + hidden, 6, 6), strict=True
@@ -108,7 +108,7 @@ def test_compiled_dropout_keeps_only_a_seed_besides(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_dropout_is_one_mask_both_ways(backend: str) -> None:
+def test_compiled_dropout_uses_one_mask_in_forward_and_backward(backend: str) -> None:
     block = FeedForward(64, 64, 0.5, activation="identity", bias=False)
     with torch.no_grad():
         block.up_proj.weight.copy_(torch.eye(64))
@@ -159,7 +159,7 @@ def test_compiled_under_autocast() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
-def test_compiled_errors_keep_their_one_line() -> None:
+def test_compiled_block_raises_the_same_error() -> None:
     with pytest.raises(Exception, match=r"wants x \(\.\.\., 6\), up \(10, 6\), down \(5, 10\)"):
         compiled(build())(torch.randn(3, 7, dtype=F64))
 
@@ -229,7 +229,7 @@ def test_hessian_is_double_backward() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_functional_call_takes_the_weights_it_is_given() -> None:
+def test_functional_call_uses_the_given_weights() -> None:
     block, x = build("swiglu"), rows(3)
     other = {name: torch.randn_like(p) for name, p in block.named_parameters()}
     twin = copy.deepcopy(block)
