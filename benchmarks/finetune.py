@@ -1,4 +1,4 @@
-"""transformers' encoder trained to sort texts: a plain torch loop over the batches of `ffn classify`."""
+"""Train transformers' encoder as a text classifier, in plain torch with the batches of `ffn classify`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ffn.train.optim import lr_factor
 
 
 class TheirClassifier(nn.Module):
-    """transformers' encoder, the mean of its tokens, dropout and a Linear: what people write around it."""
+    """The usual classifier on transformers' encoder: mean over tokens, dropout, Linear."""
 
     def __init__(self, base: str, num_classes: int, what: str, dropout: float):
         super().__init__()
@@ -51,7 +51,7 @@ class TheirClassifier(nn.Module):
 
 
 def fine_tune(base: str, what: str, config: ClassifyConfig, parts: Parts) -> dict:
-    """Train what config says, as `ffn classify train` does; returns a row."""
+    """Train as `config` says, like `ffn classify train`; return a row."""
     rows, pad = token_rows(base, parts)
     fit, targets = config.fit, parts.targets["train"]
     torch.manual_seed(fit.seeds[0])
@@ -102,7 +102,7 @@ def fine_tune(base: str, what: str, config: ClassifyConfig, parts: Parts) -> dic
 
 
 def token_rows(base: str, parts: Parts) -> tuple[dict[str, list[list[int]]], int]:
-    """The rows of every part, tokenised as ours are, and the padding."""
+    """Return the token rows of every part, tokenised as in ffn, and the padding token."""
     encode = TextEncoder(ffn.load_tokenizer(base), 512)
     return {name: encode(rows.texts)[0] for name, rows in parts.rows.items()}, encode.pad
 
