@@ -118,7 +118,7 @@ def test_low_precision_is_the_rounded_value(row: Activation, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, F64])
 def test_value_and_slope_stay_finite_far_from_zero(row: Activation, dtype: torch.dtype) -> None:
     far = torch.tensor([-6e4, -1e3, -100.0, 100.0, 1e3, 6e4], dtype=dtype)
-    far = far.clamp(-200.0, 200.0) if row.name == "relu2" else far  # whose square leaves float16
+    far = far.clamp(-200.0, 200.0) if row.name == "relu2" else far  # its square overflows float16
     assert row(far).isfinite().all()
     assert row.grad(torch.ones_like(far), far, out=torch.empty_like(far)).isfinite().all()
     wide = far if dtype == F64 else far.float()  # kernels and eager rows compute halves in float32

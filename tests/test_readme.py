@@ -9,13 +9,13 @@ import pytest
 from tests.conftest import ROOT
 
 README = ROOT / "README.md"
-SILENT = {"__init__.py", "py.typed"}  # need no line of their own in a folder's listing
+SILENT = {"__init__.py", "py.typed"}  # need no line in the tree
 NAME = re.compile(r"[\w.-]+(/|\.\w+)")
 WRITTEN = "ffn/ops/kernels/tilings.json"  # by `python -m benchmarks tune`
 
 
 def fences(*languages: str) -> list[str]:
-    """The fenced blocks in any of these languages, in order; "" is a fence that names none."""
+    """Return the fenced blocks in these languages, in order; "" is a fence without a language."""
     blocks: list[tuple[str, list[str]]] = []
     inside = False
     for line in README.read_text("utf-8").splitlines():
@@ -29,7 +29,7 @@ def fences(*languages: str) -> list[str]:
 
 
 def tree_paths(block: str) -> list[PurePosixPath]:
-    """The paths a drawn tree lists: names before a gap of two spaces or a #, nested by their indentation."""
+    """Return the paths of a drawn tree: names before two spaces or a #, nested by indentation."""
     paths = []
     parents: list[tuple[int, PurePosixPath]] = []
     for line in block.splitlines():

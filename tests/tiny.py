@@ -1,4 +1,4 @@
-"""A text and a configuration so small that a whole training run takes a second, and what it left."""
+"""A text and a configuration for a training run of one second, and a summary of its results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORDS = [
 
 
 def config(folder: Path, *words: str) -> TrainConfig:
-    """Trains on `folder/text.txt`, which is written, into `folder/run`."""
+    """Write `folder/text.txt` and return the configuration that trains on it into `folder/run`."""
     (folder / "text.txt").write_text(TEXT)
     base = dataclasses.replace(TrainConfig(), model=MODEL)
     paths = [f"data.path={folder / 'text.txt'}", f"out={folder / 'run'}"]
@@ -40,6 +40,6 @@ def quiet(_: str) -> None:
 
 
 def outcome(run: Path) -> tuple[bytes, bytes, bytes]:
-    """What equal runs have equal: the last weights, the metrics, the samples."""
+    """Return what must be equal in equal runs: the last weights, the metrics and the samples."""
     last = max((run / "checkpoints").iterdir()) / "model.safetensors"
     return last.read_bytes(), (run / "metrics.csv").read_bytes(), (run / "samples.txt").read_bytes()

@@ -17,7 +17,7 @@ from benchmarks.cases import Block, Case
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
 BLOCK = Block("toy", 4, 8, "gelu", bias=True, source="none")
-SAME, SLOWER, FASTER, WRONG, REFUSED, FATAL = range(1, 7)  # what each number of tokens gives
+SAME, SLOWER, FASTER, WRONG, REFUSED, FATAL = range(1, 7)  # the numbers of tokens, named by their effect
 
 ACTIVATIONS = """
 from types import SimpleNamespace
@@ -97,10 +97,10 @@ def test_base_finds_the_changes_between_two_commits(
     tokens = (SAME, SLOWER, FASTER, WRONG, REFUSED, FATAL, SLOWER)
     rows = compared(repository, "first", *tokens)
     same, slower, faster, wrong, refused, fatal, again = rows
-    assert 0.5 < same["speedup"] < 2
+    assert same["verdict"] != "not timed"
     for row in (slower, again):  # the second one after a worker died
         assert row["verdict"] == "slower"
-        assert 0.2 < row["low"] <= row["speedup"] <= row["high"] < 0.6
+        assert row["low"] <= row["speedup"] <= row["high"] < 1
         assert row["note"] == ""
     assert faster["verdict"] == "faster"
     assert faster["after_ms"] < faster["before_ms"]

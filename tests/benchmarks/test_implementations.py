@@ -1,4 +1,4 @@
-"""Every contender is the plain block: its output and gradients, or a reason why it takes no part."""
+"""Every implementation equals the plain block in output and gradients, or raises with a reason."""
 
 import sys
 from dataclasses import replace
@@ -58,7 +58,7 @@ def error_of(found: Tensor, exact: Tensor) -> float:
 
 
 def check(contender: Contender, case: Case, weights: Weights) -> None:
-    """Output and, when training, gradients are those of the plain block in float64."""
+    """Check output and, in training, gradients against the plain block in float64."""
     exact = plain_of(case).double()
     exact.load_state_dict(weights)
     x, dy = torch.randn(2, case.tokens, case.block.dim).unbind()
@@ -98,7 +98,7 @@ def test_biases_of_a_gated_block_are_copied(name: str) -> None:
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_follows_the_activation_and_nothing_else(name: str) -> None:
-    case = replace(GELU, dropout=0.999999)  # of 65 values all
+    case = replace(GELU, dropout=0.999999)  # drops all of the 65 values
     weights = plain_of(case).state_dict()
     contender = build(name, case, weights)
     y = contender.module.train()(torch.randn(case.tokens, case.block.dim))

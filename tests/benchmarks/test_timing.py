@@ -1,4 +1,4 @@
-"""The instruments are right in what they count, compare and average."""
+"""Timing and counting: averages, comparisons, saved bytes."""
 
 import itertools
 import math
@@ -108,7 +108,7 @@ def test_saved_bytes_count_attributes_of_functions() -> None:
 
 
 def test_rotation_is_timed_per_block_after_an_uncounted_call(monkeypatch) -> None:
-    called, now, takes = [], [0.0], [50.0, 1.0, 2.0, 3.0, 7.0]  # the first one warms the code
+    called, now, takes = [], [0.0], [50.0, 1.0, 2.0, 3.0, 7.0]  # the first call warms the code
 
     def block(i: int) -> None:
         called.append(i)

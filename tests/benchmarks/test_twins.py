@@ -1,4 +1,4 @@
-"""Three codes are one function of one set of weights."""
+"""The three twins compute the same function of the same weights."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_all_twins_compute_the_same(name: str, shape: Shape) -> None:
         one.model.eval()
         one.loss(inputs, targets).backward()
     torch.testing.assert_close(other.logits(inputs), plain.logits(inputs), rtol=1e-11, atol=1e-11)
-    # transformers takes its loss in float32
+    # transformers computes its loss in float32
     torch.testing.assert_close(other.table.grad, plain.table.grad, rtol=1e-4, atol=1e-7)
     made = torch.as_tensor(other.generate(inputs[:, :3], 5))
     assert torch.equal(made, plain.generate(inputs[:, :3], 5))
@@ -45,7 +45,7 @@ def test_every_weight_is_copied() -> None:
 
 
 def test_packed_weights_compute_the_same() -> None:
-    wide = Shape(64, 256, 1, 2, 24, 2, "gelu_tanh")  # enough to pack
+    wide = Shape(64, 256, 1, 2, 24, 2, "gelu_tanh")  # large enough to pack
     plain, packed = (twin(name, wide, torch.float32) for name in ("torch", "ffn packed"))
     tokens = torch.randint(64, (2, 8))
     with torch.no_grad():

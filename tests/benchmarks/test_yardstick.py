@@ -1,4 +1,4 @@
-"""The yardstick multiplies what a block does, and cases get the clock and yardstick they want."""
+"""The yardstick has the matmuls of the block; each case gets its clock and its yardstick."""
 
 from dataclasses import replace
 

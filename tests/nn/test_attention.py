@@ -1,4 +1,4 @@
-"""Attention by its laws (who sees whom, what permuting does) and against the formula written out."""
+"""Attention: laws of masks and permutations, and the formula written out."""
 
 import math
 import warnings
@@ -20,7 +20,7 @@ build = partial(Attention, dtype=F64)
 
 
 def written_out(attention: Attention, x: Tensor, allowed: Tensor | None, rotary: bool) -> Tensor:
-    """One head at a time, one query at a time."""
+    """Compute attention one head and one query at a time."""
     B, T, _ = x.shape
     Q, G, C = attention.num_heads, attention.num_kv_heads, attention.head_dim
     q = attention.q_proj(x).view(B, T, Q, C)
@@ -132,7 +132,7 @@ def test_cache_allocates_once() -> None:
     assert torch.equal(values, torch.cat((k + 1, k + 3), 2))
     with pytest.raises(ValueError, match=r"capacity .* 6 .* 4"):
         cache.append(k, k)
-    assert cache.length == 4  # a refused append leaves it as it was
+    assert cache.length == 4  # a failed append changes nothing
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -247,7 +247,7 @@ def test_sizes_that_do_not_divide_raise() -> None:
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_cuda_autocast_attends_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
-    """There the norms give float32 while the values stay bfloat16; checked on tensors without memory."""
+    """On CUDA the norms return float32 and the values stay bfloat16; checked on meta tensors."""
     seen = []
     fused = nn.functional.scaled_dot_product_attention
 
@@ -258,10 +258,10 @@ def test_cuda_autocast_attends_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
     attention = Attention(32, 2, qk_norm=partial(build_norm, norm, device="meta"), device="meta")
     torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.set_autocast_enabled("cuda", True)  # torch.autocast would ask for a device
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast would need a device
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of autocast, that there is no device
+            warnings.simplefilter("ignore")  # autocast warns that there is no device
             for module in attention.modules():
                 for name, p in list(module.named_parameters(recurse=False)):
                     setattr(module, name, nn.Parameter(torch.empty(p.shape, device="cuda"), False))

@@ -1,4 +1,4 @@
-"""The shapes of a block against their formulas, with parts that make the order of things visible."""
+"""The block against its formulas, with parts that do not commute, so that their order shows."""
 
 from functools import partial
 

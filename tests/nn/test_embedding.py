@@ -1,4 +1,4 @@
-"""Tables: what a row is, and what is refused."""
+"""The embedding: its formula and its errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The head: a product with its own matrix or with the token table, never with both or neither."""
+"""The head: a matmul with its own matrix or the token table, exactly one of the two."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The initialisations by their statistics, and torch's own number by number."""
+"""The statistics of the initialisations; init="torch" draws torch's numbers."""
 
 import math
 
@@ -14,7 +14,7 @@ CUT = 0.8796256610342398  # standard deviation of the standard normal distributi
 
 
 def expected(name: str, residual: bool = False, out: int = OUT, fan_in: int = IN) -> tuple[float, float]:
-    """(standard deviation, bound) of a weight (out, fan_in) of layer LAYER of LAYERS, by the formulas."""
+    """Return (standard deviation, bound) of a weight (out, fan_in) in layer LAYER, by the formulas."""
     match name:
         case "torch":
             return 1 / math.sqrt(3 * fan_in), 1 / math.sqrt(fan_in)
@@ -54,7 +54,7 @@ def test_mean_spread_and_bounds(name: str, residual: bool) -> None:
     assert weight.mean().abs() <= 5.5 * std / math.sqrt(n)
     assert weight.std().item() == pytest.approx(
         std, rel=5.5 / math.sqrt(2 * n)
-    )  # of a normal one; others less
+    )  # for a normal distribution; smaller for the others
     if bound < math.inf:
         assert weight.abs().max() >= 0.99 * bound
     elif std:
@@ -127,7 +127,7 @@ def test_zero_out_starts_at_zero_and_learns() -> None:
         assert not block(x).any()
         block(x).sum().backward()
         assert block.down_proj.weight.grad.any()
-        assert not block.up_proj.weight.grad.any()  # not before the output is off zero
+        assert not block.up_proj.weight.grad.any()  # zero until the output is not zero
 
 
 def test_he_keeps_the_scale_through_relu() -> None:

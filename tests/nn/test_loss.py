@@ -1,4 +1,4 @@
-"""The chunked loss is torch's cross entropy, gradients included, and keeps only the gradients."""
+"""The chunked loss equals torch's cross entropy and its gradients, and saves only the gradients."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_bytes_saved_for_backward() -> None:
     theirs = kept_for_backward(lambda: plain(*inputs), inputs)
     assert theirs[torch.float32] >= N * V
     small = kept_for_backward(lambda: linear_cross_entropy(*inputs), inputs)
-    assert small == theirs  # what fits one chunk is torch's own
+    assert small == theirs  # a single chunk runs torch's loss
 
 
 def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_float16_gradients_do_not_vanish_in_the_mean() -> None:
     assert error < 5e-3
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the compiler
 def test_compiles_into_one_graph() -> None:
     hidden, weight, targets = case(10, 4, 6)
     targets[2] = -100

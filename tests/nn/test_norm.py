@@ -1,4 +1,4 @@
-"""The norms against their formulas, and the rule that trains RMSNorm on the CPU against torch's autograd."""
+"""The norms against their formulas, and the rule of RMSNorm against torch's autograd."""
 
 import pytest
 import torch

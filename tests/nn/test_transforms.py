@@ -102,7 +102,7 @@ def test_compiled_dropout_saves_only_a_seed_more(name: str) -> None:
     hidden = 20 if TABLE[name].gated else 10
     for save, elements in zip(
         SAVES, (6 + hidden, 6, 6), strict=True
-    ):  # a repeated product is not kept instead
+    ):  # a repeated product is not saved instead
         block = build(name, 0.2, **save)
         assert kept(compiled(block), block, rows(7)) == {F64: 7 * elements, torch.int64: 1}
 
@@ -134,7 +134,7 @@ def test_compiled_follows_train_and_eval_and_adapters() -> None:
     torch.testing.assert_close(call(x), block(x))
     before = call(x)
     wrapped = nn.Sequential(block.down_proj, nn.Tanh())
-    block.down_proj = wrapped  # an adapter put on after compiling
+    block.down_proj = wrapped  # an adapter added after compiling
     torch.testing.assert_close(call(x), before.tanh())
     block.down_proj = wrapped[0]
     block.up_proj.forward = lambda x: torch.zeros(7, 10, dtype=F64)
