@@ -78,7 +78,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """tokens (B, T) int64 -> logits (B, T, V), or with targets (B, T) the mean cross entropy in nats.
+    """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross entropy in nats.
 
     gelu: nn.GELU's `approximate`, "none" for erf.
     """

@@ -169,9 +169,9 @@ def plain_ticks(axis: Any, most: int = 8, unit: str = "") -> None:
 
 
 def spaced(counts: Sequence[int], width: float) -> list[int]:
-    """Of ascending counts those whose labels stand apart on a logarithmic axis this wide, in inches.
+    """Return those ascending counts whose labels do not overlap on a logarithmic axis of `width` inches.
 
-    The first and the last are always there.
+    The first and the last count are always included.
     """
     first, last = counts[0], counts[-1]
 

@@ -68,7 +68,7 @@ def loaded(
 ) -> Contender:
     """Return the module with copies of these parameters; `plainly` converts gradients to Plain's layout.
 
-    Copies, as no block of a model finds its weights in a cache because another has just read them.
+    Copies make sure that no block finds its weights in the cache because another block has just read them.
     """
     copies = {name: w.clone(memory_format=torch.contiguous_format) for name, w in state.items()}
     module.load_state_dict(copies, assign=True)

@@ -1,7 +1,7 @@
 """The same GPT with the same weights in plain torch, transformers and ffn.
 
-Weights are named as in `baseline.GPT`. transformers is built from its published GPT2Config, which writes tanh
-GELU out as `gelu_new`; its cache and its attention are those that it chooses.
+Weights are named as in `baseline.GPT`. transformers is built from its published GPT2Config, which names tanh
+GELU `gelu_new`; it uses its default cache and attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ SHAPES = {
 class Twin(NamedTuple):
     """A model with its functions of tokens (B, T).
 
-    generate: the greedy continuation, the new tokens alone.
+    generate: the greedy continuation; returns the new tokens only.
     """
 
     model: nn.Module
