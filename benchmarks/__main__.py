@@ -1,4 +1,4 @@
-"""``python -m benchmarks [NAME] [options]``: the package's docstring has the names, -h the options."""
+"""Run a benchmark: ``python -m benchmarks [NAME] [options]``; -h lists names and options."""
 
 import importlib
 import sys
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
         importlib.import_module(f"benchmarks.{name}").main(rest)
     else:
         known = ", ".join(SUITES + PROGRAMS)
-        print(f"python -m benchmarks wants one of {known}; got {name}", file=sys.stderr)
+        print(f"python -m benchmarks: NAME must be one of {known}, got {name}", file=sys.stderr)
         return 2
     return 0
 

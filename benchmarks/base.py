@@ -1,14 +1,13 @@
-"""The working tree's block against another commit's: what got faster or slower, beyond the noise.
+"""Compare the block of the working tree with another commit's, and list significant changes of speed.
 
 python -m benchmarks [SUITE] --base REV
 
-The commit is checked out beside the working tree for as long as it takes. Two processes run the benchmark
-code of the working tree, each over its own tree's `ffn`; they take turns, one at a time and in an order
-shuffled anew each round, so that a slow minute falls on both. Where a process happens to lie in memory moves
-its times by up to a third, for as long as it lives: so there are several sittings, each with new processes,
-and what counts is each sitting's median. `speedup` is of the working tree over the commit, with its 95%
-bootstrap interval over the sittings. A case changed where that excludes 1. The working tree is read anew in
-each sitting: leave it alone meanwhile.
+The commit is checked out in a temporary worktree. Two processes run the benchmark code of the working tree,
+each with the `ffn` of its own tree. They take turns in an order shuffled each round, so that a slow minute
+affects both. The memory layout of a process moves its times by up to a third for its whole life; therefore
+there are several sittings with new processes, and only the medians of sittings count. `speedup` is that of
+the working tree over the commit, with a 95% bootstrap interval over the sittings; a case changed if the
+interval excludes 1. Each sitting reads the working tree again, so do not edit it during the run.
 """
 
 import json
@@ -33,7 +32,7 @@ from benchmarks.timing import measure, relative_error, speedup
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("before", "after")  # the commit, the working tree
 SITTINGS = 8  # with 8 the interval of an unchanged case excludes 1 in one of twenty, with 3 in one of four
-ROUNDS = (2, 20)  # the least and the most of a sitting
+ROUNDS = (2, 20)  # least and most rounds in a sitting
 VERDICTS = ("faster", "slower", "within the noise", "not timed")
 COLUMNS = [*CASE, "before_ms", "after_ms", "speedup", "low", "high", "verdict", "note"]
 
@@ -45,18 +44,18 @@ def git(root: Path, *words: str, check: bool = True) -> str:
 
 @contextmanager
 def checked_out(root: Path, rev: str) -> Iterator[Path]:
-    """A worktree of the commit, gone afterwards.
+    """Check the commit out in a temporary worktree.
 
     Raises:
-        ValueError: there is no such commit, or `root` is no checkout of git.
+        ValueError: if the commit does not exist or `root` is not a git checkout.
     """
     try:
         commit = git(root, "rev-parse", "--verify", "--end-of-options", f"{rev}^{{commit}}")
     except FileNotFoundError:
-        raise ValueError(f"--base {rev} wants git, which is not installed") from None
+        raise ValueError(f"--base {rev} needs git, which is not installed") from None
     except subprocess.CalledProcessError as error:
         why = error.stderr.strip().splitlines()[-1].removeprefix("fatal: ")
-        raise ValueError(f"--base {rev} wants a commit of {root}: {why}") from None
+        raise ValueError(f"--base {rev} must be a commit of {root}: {why}") from None
     with TemporaryDirectory(prefix="ffn-base-") as folder:
         tree = Path(folder).resolve() / "tree"
         try:
@@ -66,17 +65,17 @@ def checked_out(root: Path, rev: str) -> Iterator[Path]:
             git(root, "worktree", "remove", "--force", "--force", os.fspath(tree), check=False)
 
 
-# Whether glibc gives freed memory back to the system, to be faulted in again by the next call, depends on the
-# heap's layout, and so on chance; with these it never does.
+# By default it depends on the heap's layout, so on chance, whether glibc returns freed memory to the system,
+# and the next call must fault it in again. With these settings glibc never returns it.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
 
 
 class Failure(RuntimeError):
-    """What was asked of a worker failed there."""
+    """A request failed in the worker."""
 
 
 class Worker:
-    """A process of `benchmarks.worker` over one tree's `ffn`, started anew when it has died."""
+    """A process of `benchmarks.worker` with the `ffn` of one tree; restarted after it dies."""
 
     def __init__(self, side: str, root: Path, implementations: str, device: str):
         self.side = side
@@ -86,12 +85,18 @@ class Worker:
     def start(self) -> None:
         path = os.pathsep.join(filter(None, [os.fspath(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "benchmarks.worker", *self.words],  # -P: `ffn` is not the folder's
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "benchmarks.worker",
+                *self.words,
+            ],  # -P: do not import `ffn` from the folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**ALLOCATOR, **os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for this process, which ends its workers
+            start_new_session=True,  # Ctrl-C goes to this process only, which ends its workers
         )
 
     def ask(self, *request: object):
@@ -99,7 +104,7 @@ class Worker:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it is dead, so there is no answer either
+            pass  # the process is dead, so it sends no answer either
         line = self.process.stdout.readline()
         if not line:
             raise Failure(f"{self.side}: the process ended with code {self.process.wait()}")
@@ -109,7 +114,7 @@ class Worker:
         return answer["answer"]
 
     def prepare(self, case: Case, name: str, folder: Path) -> dict[str, torch.Tensor]:
-        """What the implementation computes for the case, sampled; it is then ready to be timed."""
+        """Prepare a case for timing and return samples of the implementation's outputs."""
         if self.process.poll() is not None:
             self.end()
             self.start()
@@ -139,20 +144,20 @@ def at_work(trees: dict[str, Path], implementations: str, device: str) -> Iterat
 
 
 def disagreement(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], dtype: str) -> str:
-    """What the two trees compute differently beyond rounding; empty when nothing."""
+    """Describe a difference between the trees' outputs beyond rounding; empty if there is none."""
     was, now = ({name: (t.shape, t.dtype) for name, t in side.items()} for side in (before, after))
     if was != now:
         return "the outputs differ in shape or dtype"
     for name, old in before.items():
         error = 0.0 if torch.equal(old, after[name]) else relative_error(after[name].double(), old.double())
-        if not error <= WRONG[dtype]:  # a NaN is no agreement
+        if not error <= WRONG[dtype]:  # NaN fails, too
             return f"{name if name == 'y' else f'the gradient of {name}'} differs by {error:.1e}"
     return ""
 
 
 @dataclass
 class Pair:
-    """An implementation of a case, on both sides: its median seconds in each sitting, or why it has none."""
+    """An implementation of a case on both sides: median seconds per sitting, or a note without them."""
 
     case: Case
     name: str
@@ -161,7 +166,7 @@ class Pair:
     failed: bool = False
 
     def sit(self, workers: Sequence[Worker], folder: Path, seconds: float) -> None:
-        """Check that both sides compute the same and let them take turns for about so many seconds."""
+        """Check that both sides compute the same, then time them in turn for about `seconds`."""
         try:
             before, after = (worker.prepare(self.case, self.name, folder) for worker in workers)
             self.note = disagreement(before, after, self.case.dtype)
@@ -189,12 +194,12 @@ class Pair:
 
 
 def taken(turn: Callable[[], float]) -> float:
-    """A clock that believes the worker."""
+    """Clock: return the time that the worker measured."""
     return turn()
 
 
 def summary(rows: list[dict]) -> str:
-    """A table of the cases that changed or need a word, and how many of each there are."""
+    """Return a table of the cases that changed or have a note, and the count of each verdict."""
     shown = [row for row in rows if row["verdict"] != "within the noise" or row["note"]]
     shown.sort(key=lambda row: row.get("speedup", 0.0))
     verdicts = [row["verdict"] for row in rows]
@@ -213,10 +218,10 @@ def run(
     root: Path = ROOT,
     implementations: str = "benchmarks.implementations",
 ) -> list[dict]:
-    """A row for each case and implementation, in about `budget` seconds; what they do not reach is skipped.
+    """Return a row per case and implementation, in about `budget` seconds; later cases are skipped.
 
     Raises:
-        ValueError: there is no such commit, or `root` is no checkout of git.
+        ValueError: if the commit does not exist or `root` is not a git checkout.
     """
     pairs = [Pair(case, name) for case in cases for name in names]
     with checked_out(root, rev) as tree, TemporaryDirectory() as folder:
@@ -235,8 +240,8 @@ def run(
 
 
 def main(rev: str, cases: Sequence[Case], names: Sequence[str], *, device: str, budget: float) -> None:
-    """Print what changed, what failed and how many there are of each."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the worktree goes then, too
+    """Print the changes, the failures and their counts."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the worktree is removed then, too
     try:
         rows = run(rev, cases, names, device=device, budget=budget)
     except ValueError as error:

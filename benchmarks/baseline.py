@@ -1,9 +1,9 @@
-"""The plain-torch GPT that everything is measured beside: nanoGPT's architecture from stock modules.
+"""The baseline: a GPT in plain torch with nanoGPT's architecture, from stock modules.
 
-What it is: pre-norm blocks of causal attention and a four-times-wider MLP, with erf GELU as in nanoGPT or
-tanh GELU as in GPT-2, LayerNorm, learned positions, a head tied to the token embedding, GPT-2's
-initialisation, and a key/value cache. What it is not: clever. No fusion.
-Source: A. Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+It has pre-norm blocks of causal attention and a four times wider MLP, with erf GELU as in nanoGPT or tanh
+GELU as in GPT-2, LayerNorm, learned positions, a head tied to the token embedding, GPT-2's initialisation and
+a key/value cache. It has no fusion. Source: A. Radford et al., "Language Models are Unsupervised Multitask
+Learners" (2019).
 """
 
 import math
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 
 class Cache:
-    """The keys and values of one layer, written in place into memory for `capacity` positions."""
+    """The keys and values of one layer, in memory for `capacity` positions, written in place."""
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
         self.memory: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in k and v (B, Q, T, C); return all so far, as views."""
+        """Append k and v (B, Q, T, C); return all keys and values so far, as views."""
         if self.memory is None:
             self.memory = k.new_empty(2, *k.shape[:2], self.capacity, k.shape[3])
         start, self.length = self.length, self.length + k.shape[2]
@@ -78,7 +78,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """tokens (B, T) int64 -> logits (B, T, V), or with targets (B, T) the mean cross entropy in nats.
+    """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross entropy in nats.
 
     gelu: nn.GELU's `approximate`, "none" for erf.
     """
@@ -112,7 +112,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / scale)
 
     def hidden(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
-        """With caches, tokens (B, T) continue what these hold; T is 1 unless they are empty."""
+        """With caches, tokens (B, T) continue the cached positions; T is 1 unless the caches are empty."""
         start = caches[0].length if caches else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.dropout(self.tokens(tokens) + self.positions(positions))
@@ -128,8 +128,8 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens: Tensor, max_new_tokens: int, *, cache: bool = True) -> Tensor:
-        """The greedy continuation of tokens (B, T), all within the window; without cache, all of it is run
-        again for each new token."""
+        """Return the greedy continuation of tokens (B, T), within the window; without cache, every token runs
+        the whole sequence again."""
         caches = [Cache(tokens.shape[1] + max_new_tokens) for _ in self.blocks] if cache else None
         new = tokens
         for _ in range(max_new_tokens):
@@ -139,7 +139,7 @@ class GPT(nn.Module):
         return tokens
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Decay for matrices and embeddings, none for biases and norms."""
+        """Build AdamW with weight decay for matrices and embeddings, none for biases and norms."""
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         return [

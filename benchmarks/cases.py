@@ -1,4 +1,4 @@
-"""What is measured: feed-forward blocks of real models, and what each is put to."""
+"""The cases: feed-forward blocks of real models with tokens, dtype, work and dropout."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ import torch
 
 from ffn import activations
 
-WARM = "warm-inference"  # time and again, so that weights which fit the cache are read from there
+WARM = "warm-inference"  # repeated, so that weights that fit the cache stay there
 DTYPES = ("float32", "bfloat16", "autocast")  # autocast: float32 weights and input under bfloat16 autocast
-WORKS = ("training", "inference", WARM)  # forward and backward; forward alone, without gradients; repeated
-BASELINE, CEILING = "torch", "ceiling"  # what all are compared with; the yardstick of the machine
-WRONG = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # relative errors that rounding never reaches
-# Implementations whose rounding is larger. float8's worst gradient is off by 0.093 even when emulated on a
-# CPU, which adds up more exactly.
+WORKS = ("training", "inference", WARM)  # forward and backward; forward without gradients; the same repeated
+BASELINE, CEILING = "torch", "ceiling"  # the reference for speedups; the bare matmuls of the machine
+WRONG = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}  # relative errors larger than any rounding
+# Implementations with larger rounding errors. float8's worst gradient has an error of 0.093 even when
+# emulated on a CPU, which sums more exactly.
 EIGHT_BITS = {"torchao float8": 0.15, "ffn int8": 0.1}
 
 
@@ -34,7 +34,7 @@ class Block:
 
     @property
     def weights(self) -> int:
-        """Elements of the weight matrices."""
+        """Number of elements of the weight matrices."""
         return (2 + self.gated) * self.dim * self.hidden_dim
 
 
@@ -59,7 +59,7 @@ BLOCKS = {block.name: block for block in _BLOCKS}
 
 @dataclass(frozen=True)
 class Case:
-    """A block, and what it is put to."""
+    """A block with tokens, dtype, work and dropout."""
 
     block: Block
     tokens: int
@@ -78,14 +78,14 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the matrix products: two a weight and token in each, one product forward and two backward."""
+        """FLOPs of the matmuls: two per weight and token, once in forward and twice in backward."""
         return (6 if self.trains else 2) * self.tokens * self.block.weights
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if self.dtype == "autocast" else nullcontext()
 
     def columns(self) -> dict[str, object]:
-        """What a row says of its case."""
+        """The columns that identify the case in a row."""
         about = {"block": self.block.name, "tokens": self.tokens, "dtype": self.dtype}
         return about | {"work": self.work, "dropout": self.dropout}
 

@@ -1,11 +1,11 @@
-"""What got faster or slower between two files of rows, beyond the noise.
+"""List significant changes of speed between two files of rows.
 
 python -m benchmarks compare A.jsonl B.jsonl
 
-A case is compared by its speedup over the baseline of its own run, for times of different hours cannot be;
-the newest row of each case counts, from the machine that a file's last row is from. It changed where the two
-95% intervals do not meet and the speedups differ by more than 5%: the intervals are of one process each, and
-where a process happens to lie in memory moves its times for as long as it lives.
+Cases are compared by their speedup over the baseline of the same run, because times of different hours are
+not comparable. The newest row of each case counts, from the machine of the file's last row. A case changed if
+the two 95% intervals do not overlap and the speedups differ by more than 5%: each interval is of one process,
+and the memory layout of a process moves its times for its whole life.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ LEAST_CHANGE = 1.05  # as a ratio, either way
 
 
 def rows_of(file: Path) -> dict[tuple, dict]:
-    """The newest row of each case that was timed against a baseline, from the file's last machine.
+    """Return the newest row of each case that was timed against a baseline, from the file's last machine.
 
     Raises:
-        ValueError: the file is not there or does not hold rows.
+        ValueError: if the file does not exist or has no rows.
     """
     try:
         rows = read(file)
@@ -38,7 +38,7 @@ def compared(row: dict) -> bool:
 
 
 def changed(before: dict[tuple, dict], after: dict[tuple, dict]) -> list[dict]:
-    """A row for each case of both whose speedup moved beyond the noise, the worst first."""
+    """Return a row per common case with a significant change of speedup, the worst first."""
     moved = []
     for case, old in before.items():
         new = after.get(case)

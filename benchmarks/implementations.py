@@ -1,6 +1,7 @@
-"""Who takes part: one builder each, over the same weights.
+"""The implementations: one builder each, all from the same weights.
 
-A builder that has no such block raises ValueError, one whose library is absent ImportError; the row says so.
+A builder raises ValueError if it does not have the block, and ImportError if its library is absent; the row
+then has the reason as its note.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ __all__ = ["IMPLEMENTATIONS", "Contender", "Weights", "always", "never", "pinned
 
 @contextmanager
 def pinned(choose: Callable[..., "Tiling | None"]) -> Iterator[None]:
-    """Within it `choose` decides, in place of the table, which products ffn's kernels fuse."""
+    """Context: `choose` replaces the table in deciding which matmuls ffn's kernels fuse."""
     from ffn.ops.kernels import tilings
 
     kept = tilings.choose
@@ -34,7 +35,7 @@ def pinned(choose: Callable[..., "Tiling | None"]) -> Iterator[None]:
 
 
 def never(*key) -> None:
-    """Fuse no product."""
+    """Fuse no matmul."""
 
 
 def always(

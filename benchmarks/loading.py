@@ -1,14 +1,14 @@
-"""Memory that loading a checkpoint takes: a random Llama as safetensors shards, ffn beside transformers.
+"""Measure the memory to load a checkpoint, a random Llama in safetensors shards: ffn and transformers.
 
 python -m benchmarks loading                a gigabyte of float32 in four shards
 python -m benchmarks loading --mib 256
 
-Each loads in a process of its own, which first loads a tiny one, so that imports and pools do not count. All
-is beyond what the process held before. `anon_MB` is the peak of what was allocated (RssAnon, sampled every
-millisecond); pages of mapped files are not in it, for the system takes them back at will. `peak_MB` is the
-peak of all that was resident, those pages too (VmHWM, which the kernel counts). `used_MB` is what is resident
-once every weight was read: transformers leaves weights of the wanted dtype in their mapped files (which must
-not change as long as the model lives), and reads them when they are used. Linux only.
+Each loads in its own process, which first loads a tiny model so that imports and pools do not count. Memory
+held before is subtracted. `anon_MB` is the peak of allocated memory (RssAnon, sampled every millisecond); it
+excludes pages of mapped files, which the system can take back. `peak_MB` is the peak of resident memory
+including these pages (VmHWM, counted by the kernel). `used_MB` is the resident memory after every weight was
+read: transformers leaves weights of the wanted dtype in their mapped files (which must not change during the
+model's life) and reads them on use. Linux only.
 """
 
 import gc
@@ -46,7 +46,7 @@ MB = 1e6
 
 
 def write(folder: Path, dim: int, size: int, shards: int = 4) -> dict:
-    """A random model of about `size` bytes of float32, and a tiny one in `folder/tiny`; what it weighs."""
+    """Write a random float32 model of about `size` bytes and a tiny one in `folder/tiny`; return the size."""
     tiny = TransformerConfig(16, dim=16, num_layers=1, num_heads=2, hidden_dim=16, tie_embeddings=False)
     save_folder(folder / "tiny", Transformer(tiny))
     vocab_size, hidden = 8 * dim, 11 * dim // 4
@@ -75,16 +75,16 @@ LOADERS: dict[str, Callable[[Path], nn.Module]] = {
 
 
 def resident(key: str) -> int:
-    """Bytes of RssAnon, VmRSS or VmHWM of this process."""
+    """Return RssAnon, VmRSS or VmHWM of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status says nothing of {key}")
+    raise OSError(f"/proc/self/status has no {key}")
 
 
 @contextmanager
 def sampled(key: str) -> Iterator[list[int]]:
-    """A list of one number, which grows to the largest value meanwhile."""
+    """Yield a list of one number: the largest value during the context."""
     most, done = [resident(key)], threading.Event()
 
     def watch() -> None:
@@ -102,11 +102,11 @@ def sampled(key: str) -> Iterator[list[int]]:
 
 
 def measure_here(name: str, folder: Path) -> dict:
-    """Load in this process, which should be a fresh one."""
+    """Load in this process, which should be fresh."""
     load = LOADERS[name]
     load(folder / "tiny")
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     anon, rss, start = resident("RssAnon"), resident("VmRSS"), time.perf_counter()
     with sampled("RssAnon") as most:
         model = load(folder)
@@ -119,7 +119,7 @@ def measure_here(name: str, folder: Path) -> dict:
 
 
 def measure(name: str, folder: Path) -> dict:
-    """The same in a process of its own."""
+    """Do the same in a new process."""
     command = [sys.executable, "-m", "benchmarks.loading", name, str(folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -130,7 +130,7 @@ def measure(name: str, folder: Path) -> dict:
 
 def main(argv: list[str]) -> None:
     parser = arguments("loading", __doc__)
-    parser.add_argument("--mib", type=int, default=1024, help="of weights")
+    parser.add_argument("--mib", type=int, default=1024, help="MiB of weights")
     parser.add_argument("--dim", type=int, default=1024, help="width; the token table is 8 times as long")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:

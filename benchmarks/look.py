@@ -1,4 +1,4 @@
-"""How pictures look: one style for each implementation, a heading with its legend, plain numbers on axes."""
+"""The look of pictures: a style per implementation, headings with legends, plain numbers on axes."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from ffn.files import atomic
 WIDTH, DPI = 8.0, 150  # inches; text is sized to be read at 800 pixels
 GREY, LIMIT = "#8a8a8a", "#222222"
 SETTINGS = {
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # show a dollar in a name as it is
     "font.size": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -29,8 +29,8 @@ SETTINGS = {
     "ytick.major.size": 0,
 }
 
-# Okabe and Ito's colours, which every kind of colour vision tells apart, and a few in their manner. The blues
-# are ours. What shares a colour differs in its marker, or never stands beside it.
+# Okabe and Ito's colours, distinguishable with every kind of colour vision, and a few similar ones. Blues are
+# for ffn. Implementations with the same colour have different markers or never share a picture.
 LOOKS = {
     "ffn": ("#0072B2", "o"),
     "ffn save=input": ("#56B4E9", "s"),
@@ -77,7 +77,7 @@ class Style(NamedTuple):
 
 
 def styles_of(names: Iterable[str]) -> dict[str, Style]:
-    """One look for each implementation, ours first; a name that LOOKS lacks gets a spare one."""
+    """Return a style per implementation, ours first; a name that LOOKS lacks gets a spare style."""
     unknown = sorted({*names} - {*LOOKS, CEILING}, key=lambda name: (not is_ours(name), name))
     spare = {True: cycle(SPARE_OURS), False: cycle(SPARE)}
     looks = LOOKS | {name: next(spare[is_ours(name)]) for name in unknown}
@@ -90,19 +90,19 @@ def is_ours(name: str) -> bool:
 
 
 def dot(style: Style) -> dict[str, Any]:
-    """How a point is drawn; ours larger."""
+    """Return the options of a point; ours are larger."""
     look = {"color": style.colour, "marker": style.marker, "markeredgecolor": "white"}
     return look | {"markersize": 6.5 if style.ours else 5.2, "markeredgewidth": 0.5, "linestyle": "none"}
 
 
 def words_of(style: Style) -> dict[str, Any]:
-    """How a value is written at the end of its bar; ours bolder."""
+    """Return the options of the value at the end of a bar; ours are bold."""
     look = {"weight": "bold", "color": "#222222"} if style.ours else {"color": "#444444"}
     return look | {"size": 7.5, "va": "center"}
 
 
 def sheet(title: str, hint: str, handles: Sequence[Any], height: float) -> tuple[Any, Any]:
-    """A figure with a heading, a legend and a foot, and the part between, `height` inches, to draw in."""
+    """Return a figure with heading, legend and foot, and its middle part of `height` inches to draw in."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -119,7 +119,7 @@ def sheet(title: str, hint: str, handles: Sequence[Any], height: float) -> tuple
 
 
 def legend(names: Iterable[str], styles: dict[str, Style], **options: Any) -> list[Any]:
-    """What a legend says of these implementations, ours first."""
+    """Return the legend entries of these implementations, ours first."""
     from matplotlib.lines import Line2D
 
     named = {*names}
@@ -128,7 +128,7 @@ def legend(names: Iterable[str], styles: dict[str, Style], **options: Any) -> li
 
 
 def limit_handle() -> Any:
-    """The mark of the ceiling, which can be beaten and so is called no limit."""
+    """Return the legend entry of the ceiling; it can be exceeded, so it is not called a limit."""
     from matplotlib.lines import Line2D
 
     mark = {"marker": "|", "markersize": 10, "markeredgewidth": 1.6, "linestyle": "none"}
@@ -136,7 +136,7 @@ def limit_handle() -> Any:
 
 
 def grid(body: Any, count: int, columns: int, **options: Any) -> list[Any]:
-    """`count` axes in rows of at most `columns`."""
+    """Return `count` axes in rows of at most `columns`."""
     columns = min(columns, count)
     axes = body.subplots(math.ceil(count / columns), columns, squeeze=False, **options).flatten().tolist()
     for spare in axes[count:]:
@@ -145,7 +145,7 @@ def grid(body: Any, count: int, columns: int, **options: Any) -> list[Any]:
 
 
 def without_axis(panel: Any) -> None:
-    """No horizontal axis, where each bar tells its value."""
+    """Remove the horizontal axis: each bar shows its value."""
     panel.set_xticks([])
     panel.spines["bottom"].set_visible(False)
 
@@ -155,7 +155,7 @@ def short(value: float) -> str:
 
 
 def plain_ticks(axis: Any, most: int = 8, unit: str = "") -> None:
-    """Round numbers on a logarithmic axis, written as people write them, and at most so many."""
+    """Put at most `most` round numbers on a logarithmic axis, in plain notation."""
     low, high = axis.get_view_interval()
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
@@ -169,9 +169,9 @@ def plain_ticks(axis: Any, most: int = 8, unit: str = "") -> None:
 
 
 def spaced(counts: Sequence[int], width: float) -> list[int]:
-    """Of ascending counts those whose labels stand apart on a logarithmic axis this wide, in inches.
+    """Return those ascending counts whose labels do not overlap on a logarithmic axis of `width` inches.
 
-    The first and the last are always there.
+    The first and the last count are always included.
     """
     first, last = counts[0], counts[-1]
 
@@ -192,7 +192,7 @@ def fixed_ticks(axis: Any, ticks: Sequence[float], unit: str = "") -> None:
 
 
 def save(figure: Any, path: Path, foot: str) -> None:
-    """Write the picture with this line at its foot."""
+    """Write the picture with `foot` as its last line."""
     figure.subfigs[-1].text(0.988, 0.45, foot, size=7, color="#777777", ha="right", va="center")
     content = BytesIO()
     figure.savefig(content, format="png", dpi=DPI)

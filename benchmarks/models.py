@@ -1,4 +1,4 @@
-"""One case of whole models: weights are drawn, implementations checked and prepared, then timed in turn."""
+"""One case of whole models: draw weights, check and prepare implementations, time them in turn."""
 
 import math
 import time
@@ -29,13 +29,13 @@ from benchmarks.twins import SHAPES, Build, Shape, Twin, Weights, build_torch, c
 from benchmarks.yardstick import fast_products
 from ffn.gpt.cost import flops_per_token
 
-WRONG = {"float32": 1e-5, "bfloat16": 3e-2, "autocast": 3e-2}  # relative errors that rounding never reaches
+WRONG = {"float32": 1e-5, "bfloat16": 3e-2, "autocast": 3e-2}  # relative errors larger than any rounding
 FIRST = "first token of "  # before the name of an implementation
 
 
 @dataclass(frozen=True)
 class Case:
-    """A work for a shape. new_tokens: of each row, after a prompt; 0 for training."""
+    """A training step or a generation at one shape; new_tokens per row after the prompt, 0 for training."""
 
     work: str
     name: str
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """That a call learns from or makes."""
+        """Number of tokens that a call trains on or generates."""
         return self.batch * (self.shape.max_seq_len if self.training else self.new_tokens)
 
     @property
@@ -83,7 +83,7 @@ def prompt_of(shape: Shape) -> int:
 
 
 class Exact(NamedTuple):
-    """The model in float64, and what it answers to a few tokens."""
+    """The model in float64, and its answers to a few tokens."""
 
     twin: Twin
     tokens: Tensor
@@ -91,7 +91,7 @@ class Exact(NamedTuple):
 
 
 def answers(case: Case, twin: Twin, tokens: Tensor) -> list[Tensor]:
-    """The logits without dropout and, for training, the token table's gradient and the norm of all others."""
+    """Return logits without dropout and, for training, the token table's gradient and the others' norm."""
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     twin.model.eval()
     with torch.no_grad(), case.autocast(tokens.device):
@@ -121,8 +121,8 @@ def error_of(case: Case, twin: Twin, exact: Exact) -> float:
 
 
 def regret(exact: Exact, prompt: Tensor, made: Tensor) -> float:
-    """How far the float64 logits of the tokens made in the first and last row lie below the best ones, at
-    most, beside the root mean square of all."""
+    """Return how far the float64 logits of the generated tokens lie at most below the best ones, in the first
+    and last row, relative to the root mean square of all logits."""
     rows = torch.cat([prompt, made], 1)[[0, -1]]
     with torch.no_grad():
         logits = exact.twin.logits(rows)[:, prompt.shape[1] - 1 : -1]
@@ -131,11 +131,11 @@ def regret(exact: Exact, prompt: Tensor, made: Tensor) -> float:
 
 
 def prepare_training(case: Case, twin: Twin, device: torch.device) -> tuple[Run, dict]:
-    """(a step on one fixed batch, what its row says of memory)."""
+    """Return a step on one fixed batch and the memory columns of its row."""
     model = twin.model.train()
     tokens = case.draw_tokens(case.batch, case.shape.max_seq_len + 1, device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    fused = device.type == "cuda"  # as nanoGPT has it
+    fused = device.type == "cuda"  # as in nanoGPT
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=fused
     )
@@ -159,7 +159,7 @@ def prepare_training(case: Case, twin: Twin, device: torch.device) -> tuple[Run,
 def prepare_generation(
     case: Case, twin: Twin, device: torch.device, exact: Exact, limit: float
 ) -> tuple[Callable[[int], object], dict]:
-    """(what makes so many tokens, what its row says of memory)."""
+    """Return a function that generates n tokens and the memory columns of its row."""
     twin.model.eval()
     prompt = case.draw_tokens(case.batch, prompt_of(case.shape), device)
 
@@ -170,7 +170,7 @@ def prepare_generation(
     made = torch.as_tensor(generate(case.new_tokens), device=device)
     if made.shape != (case.batch, case.new_tokens):
         raise ValueError(f"wrong, so not timed: made {tuple(made.shape)} tokens")
-    most = min(10 * limit, 0.3)  # each of many logits is off by its share of the error
+    most = min(10 * limit, 0.3)  # each of many logits has its share of the error
     if not regret(exact, prompt, made) <= most:
         raise ValueError("wrong, so not timed: did not choose the likeliest tokens")
     return generate, {"peak_MB": peak_bytes(partial(generate, case.new_tokens), device) / 1e6}
@@ -179,7 +179,7 @@ def prepare_generation(
 def prepare(
     case: Case, builders: dict[str, Build], device: torch.device
 ) -> tuple[dict[str, dict], dict[str, Run]]:
-    """(a row for each implementation, what is to be timed of those that are right)."""
+    """Return a row per implementation, and the runs of the correct ones to time."""
     rows = {name: case.columns(name) for name in builders}
     runs: dict[str, Run] = {}
     weights = draw(case.shape, device)
@@ -203,7 +203,7 @@ def prepare(
 
 
 def products(case: Case, device: torch.device) -> tuple[Run, int]:
-    """(the products of all Linears, forward and backward, on operands of their shapes; their operations)."""
+    """Return the matmuls of all Linears, forward and backward, on operands of their shapes; and the FLOPs."""
     N, D, dtype = case.tokens, case.shape.dim, torch.float32 if case.dtype == "float32" else torch.bfloat16
     sizes = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)] * case.shape.num_layers
     sizes += [(D, case.shape.vocab_size)]
@@ -222,7 +222,7 @@ def products(case: Case, device: torch.device) -> tuple[Run, int]:
 def run_case(
     case: Case, builders: dict[str, Build], device: torch.device, rounds: int, seconds: float
 ) -> list[dict]:
-    """One row an implementation; at most so many rounds, fewer where they exceed the seconds, but five."""
+    """Return a row per implementation, from at most `rounds` rounds within the seconds, but at least five."""
     start = time.perf_counter()
     try:
         rows, runs = prepare(case, builders, device)

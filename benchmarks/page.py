@@ -1,4 +1,4 @@
-"""report.html: the machine, how to read it, the pictures and all rows, in one file that needs no other."""
+"""report.html: one self-contained file with the machine, a legend, the pictures and all rows."""
 
 import base64
 from collections.abc import Iterable, Iterator
@@ -27,28 +27,28 @@ FIRST = (
 FIRST += ("saved_per_token", "peak_MB", "ttft_ms", "error", "setup_s")
 MEANINGS = {
     "speedup": "times as fast as plain torch in the same rounds (the ratio of medians); above 1 is faster. "
-    "Its interval is within one process: another process's place in memory may move it by some percent",
-    "low, high": "the 95% bootstrap interval of speedup; where it holds 1, neither is shown to be faster",
-    "ms, iqr, rounds": "the median time of one call, its interquartile range, and how often it was timed",
-    "tflops": "10¹² floating-point operations a second, those of the matrix products alone",
+    "Its interval holds within one process; another process may move it by a few percent",
+    "low, high": "the 95% bootstrap interval of speedup; if it contains 1, neither is shown to be faster",
+    "ms, iqr, rounds": "the median time of one call, its interquartile range, and the number of timings",
+    "tflops": "10¹² floating-point operations per second, counting the matmuls only",
     "of_ceiling": "the time of the ceiling over this time: a yardstick, not a proven limit; a cache or a "
-    "better product can bring it above 1",
-    "ceiling": "the least time of the bare matrix products (gate and up joined or apart) in the same run; "
-    "for few tokens, the greater of that and reading the weights at the speed of a copy",
-    "gbs": "10⁹ bytes a second of a copy, read and written",
-    "saved_per_token": "bytes that one token keeps in memory from the forward to the backward pass",
-    "peak_MB": "the most memory that a call holds beyond what was there before, 10⁶ bytes",
-    "host_ms": "the time of one call when many are sent off in a row: what the host needs",
-    "error": "distance from the same block in float64, relative (Frobenius norm); what is wrong is not timed",
+    "better matmul can bring it above 1",
+    "ceiling": "the least time of the bare matmuls (gate and up joined or separate) in the same run; "
+    "for few tokens, the time to read the weights at the speed of a copy if that is longer",
+    "gbs": "10⁹ bytes per second of a copy, reads and writes",
+    "saved_per_token": "bytes saved for backward per token",
+    "peak_MB": "the peak memory of a call beyond the memory held before, 10⁶ bytes",
+    "host_ms": "the time of one call when many are queued in a row: the host's time",
+    "error": "relative error against the same block in float64 (Frobenius norm); wrong results are not timed",
     "setup_s": "seconds before the first timed call: building and compiling",
-    "tokens_per_s": "tokens a second of a whole model",
+    "tokens_per_s": "tokens per second of a whole model",
     "over_transformers": "times as fast as transformers' own model in the same rounds",
-    "ceiling_tflops": "tflops of the bare matrix products of the same model, measured in the same rounds",
+    "ceiling_tflops": "tflops of the bare matmuls of the same model, measured in the same rounds",
     "mfu": "model FLOP utilisation: tflops over ceiling_tflops",
-    "saved_MB": "what a forward pass keeps for the backward pass, 10⁶ bytes",
-    "saved_ratio": "that over what plain torch keeps; below 1 is leaner",
+    "saved_MB": "memory saved for backward, 10⁶ bytes",
+    "saved_ratio": "saved_MB over that of plain torch; below 1 is less",
     "ttft_ms": "time to the first generated token",
-    "note": "the version or backend; where there is no time, why",
+    "note": "the version or backend, or the reason for a missing time",
 }
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6472; --line: #d9dde3; --ground: #fff;
@@ -83,7 +83,7 @@ tr.unmeasured { color: var(--soft) }
 tr.begins td { border-top: 2px solid var(--soft) }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr } dd { margin-bottom: .5rem } }
 """
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser lets nothing else in
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser blocks everything else
 HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -99,7 +99,7 @@ HEAD = """<!doctype html>
 
 
 def write(rows: list[dict], pictures: list[tuple[Path, str]], path: Path, title: str) -> None:
-    """Write the page at `path`. Pictures, PNG files with their captions, are embedded."""
+    """Write the page to `path`; embed the pictures, PNG files with captions."""
     sections = {
         "machine": ("Machine and versions", machines(rows)),
         "reading": ("How to read it", reading(rows)),
@@ -120,8 +120,8 @@ def summary(rows: list[dict], sections: list[str]) -> Iterator[str]:
     done = sum(map(measured, rows))
     words = f"{done} rows with a time"
     if done < len(rows):
-        words += f", {len(rows) - done} without, whose note says why"
-    yield f'<p class="soft">{words}. Quote the ratios: absolute times belong to one machine in one hour.</p>'
+        words += f", {len(rows) - done} without, with the reason as their note"
+    yield f'<p class="soft">{words}. Quote ratios, not times: times depend on the machine and the hour.</p>'
     yield "<nav>" + "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name in sections) + "</nav>"
 
 
@@ -130,7 +130,7 @@ def measured(row: dict) -> bool:
 
 
 def machines(rows: list[dict]) -> Iterator[str]:
-    """Each machine and commit that rows are from; the versions that timed rows note."""
+    """Yield each machine and commit of the rows, and the versions in the notes of timed rows."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         stamp = tuple((key, cell(row.get(key))) for key in STAMP[:-1] if row.get(key) not in (None, ""))
@@ -145,7 +145,7 @@ def machines(rows: list[dict]) -> Iterator[str]:
 
 
 def reading(rows: list[dict]) -> Iterator[str]:
-    """The meaning of each column that is there."""
+    """Yield the meaning of each column in the rows."""
     there = {key for row in rows for key in row} | {row.get("implementation") for row in rows}
     yield definitions((word, text) for word, text in MEANINGS.items() if there.issuperset(word.split(", ")))
 
@@ -162,7 +162,7 @@ def figure(path: Path, caption: str) -> str:
 
 
 def table(rows: list[dict]) -> Iterator[str]:
-    """All rows and columns but the machine's; a rule where another case begins. Without rows, nothing."""
+    """Yield the rows without the machine's columns, and a rule between cases; nothing without rows."""
     if not rows:
         return
     keys = dict.fromkeys(key for row in rows for key in row if key not in STAMP and key != "note")
@@ -178,7 +178,7 @@ def table(rows: list[dict]) -> Iterator[str]:
         case = values(row, CASE[:-1])
         kinds = ["begins"] * (before not in (None, case)) + ["ours"] * is_ours(str(row.get("implementation")))
         cells = [f"<td{looks[key]}>{escape(cell(row.get(key)))}</td>" for key in columns]
-        if not measured(row):  # what there is to say stands where the numbers would
+        if not measured(row):  # the note takes the place of the numbers
             said = [f"{key} {cell(row[key])}" for key in columns[start:-1] if row.get(key) is not None]
             said = "; ".join([*said, cell(row.get("note"))])
             cells[start:] = [f'<td colspan="{len(columns) - start}">{escape(said)}</td>']
@@ -189,7 +189,7 @@ def table(rows: list[dict]) -> Iterator[str]:
 
 
 def present(suite: str, folder: Path) -> None:
-    """Pictures and report.html of the newest rows in FOLDER/SUITE.jsonl."""
+    """Write pictures and report.html from the newest rows of FOLDER/SUITE.jsonl."""
     rows = newest(read(folder / f"{suite}.jsonl"))
     try:
         pictures = plots.draw(rows, folder, suite)
@@ -197,4 +197,4 @@ def present(suite: str, folder: Path) -> None:
         print(f"no pictures: {error}")
         pictures = []
     write(rows, pictures, folder / "report.html", f"ffn: the suite {suite}")
-    print(f"{folder / 'report.html'} shows it all")
+    print(f"wrote {folder / 'report.html'}")

@@ -1,6 +1,6 @@
-"""The same block by other libraries: one builder each, which imports what it builds from when called.
+"""The same block in other libraries: one builder each, which imports its library when called.
 
-A builder refuses a block that its library does not have with a ValueError that says why in a few words.
+A builder raises ValueError with a short reason if its library does not have the block.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from benchmarks.cases import Case
 from benchmarks.plain import META, Contender, Weights, act_of, build_torch, loaded
 from benchmarks.report import version
 
-FLOAT8 = (8, 9)  # the least compute capability that multiplies in eight bits
+FLOAT8 = (8, 9)  # the lowest compute capability with 8-bit matmuls
 HF_GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh", "reglu": "relu"}
 LIGER = {"swiglu": "LigerSwiGLUMLP", "geglu_tanh": "LigerGEGLUMLP"}
 LIGER_TILED = {"swiglu": "LigerTiledSwiGLUMLP", "geglu_tanh": "LigerTiledGEGLUMLP"}
@@ -33,20 +33,20 @@ def require_gpu(weights: Weights) -> None:
 
 
 def named(activation: str, names: dict[str, str]) -> str:
-    """What a library calls this activation."""
+    """Return a library's name for this activation."""
     require(activation in names, f"has no {activation} block")
     return names[activation]
 
 
 class Form(NamedTuple):
-    """How a library arranges the weights, and the way back, for gradients."""
+    """Convert weights to a library's layout, and gradients back."""
 
     pack: Callable[[Weights], Weights] = dict
     unpack: Callable[[Weights], Weights] = dict
 
 
 def joined(join: Callable[[Tensor, Tensor], Tensor], part: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Form:
-    """Gate and up as one layer in the place of up: join(gate, up), and part the way back."""
+    """Join gate and up into one layer in the place of up; `part` splits gradients again."""
 
     def pack(weights: Weights) -> Weights:
         found = dict(weights)
@@ -66,7 +66,7 @@ def joined(join: Callable[[Tensor, Tensor], Tensor], part: Callable[[Tensor], tu
 
 
 def transpose(weights: Weights) -> Weights:
-    return {name: w.t() for name, w in weights.items()}  # a bias stays as it is
+    return {name: w.t() for name, w in weights.items()}  # a bias stays unchanged
 
 
 SPLIT = Form()
@@ -86,7 +86,7 @@ def renamed(weights: Weights, layers: dict[str, str]) -> Weights:
 def adapted(
     module: nn.Module, weights: Weights, layers: dict[str, str], note: str, form: Form = SPLIT
 ) -> Contender:
-    """`layers`: what the module calls Plain's."""
+    """`layers` maps Plain's layer names to the module's."""
     back = {theirs: ours for ours, theirs in layers.items()}
     state = renamed(form.pack(weights), layers)
     return loaded(module, state, lambda grads: form.unpack(renamed(grads, back)), note)
@@ -136,7 +136,7 @@ def build_x_transformers(case: Case, weights: Weights) -> Contender:
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         from x_transformers.x_transformers import FeedForward
 
-    mult = (block.hidden_dim + 0.5) / block.dim  # which it multiplies with dim and rounds down
+    mult = (block.hidden_dim + 0.5) / block.dim  # the library multiplies it by dim and rounds down
     options = {"glu": block.gated, "custom_activation": act, "no_bias": not block.bias}
     with META:
         module = FeedForward(block.dim, mult=mult, dropout=case.dropout, **options)
@@ -180,7 +180,7 @@ def build_liger_fused(case: Case, weights: Weights) -> Contender:
     require_gpu(weights)
     require(case.dtype != "autocast", "takes no part in autocast")
     contender = build_liger(case, weights, {"swiglu": "LigerMLP"})
-    forward = contender.module.forward  # of (B, T, D) alone
+    forward = contender.module.forward  # takes only (B, T, D)
     contender.module.forward = lambda x: forward(x[None]).squeeze(0)  # [0] would copy in backward
     return contender
 
@@ -202,7 +202,7 @@ def build_quack(case: Case, weights: Weights, tuned: bool) -> Contender:
 
 
 def build_float8(case: Case, weights: Weights) -> Contender:
-    """Compiled, as torchao recommends: its scales and casts are operations of their own otherwise."""
+    """Build the compiled block, as torchao recommends: eager scales and casts are separate operations."""
     require_gpu(weights)
     require(case.work == "training", "is for training")
     capability = torch.cuda.get_device_capability(weights["up_proj.weight"].device)

@@ -1,4 +1,4 @@
-"""The block in plain torch modules; what takes part beside it, under the same names; what each is put to."""
+"""The block in plain torch modules, the contender type for all implementations, and the timed calls."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from benchmarks.cases import Case
 from ffn.activations import GATES
 
-Weights = dict[str, Tensor]  # by the names of Plain's parameters
-META = torch.device("meta")  # where a module is made that takes its weights from elsewhere
+Weights = dict[str, Tensor]  # keyed by the names of Plain's parameters
+META = torch.device("meta")  # device of modules that get their weights later
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -29,7 +29,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 
 def act_of(activation: str) -> nn.Module:
-    """torch's module for an activation; for a gated one, that of the gate."""
+    """Return torch's module for an activation; for a gated one, that of the gate."""
     name = GATES.get(activation, activation)
     if name not in MODULES:
         raise ValueError(f"torch.nn has no {name}")
@@ -37,7 +37,7 @@ def act_of(activation: str) -> nn.Module:
 
 
 class Plain(nn.Module):
-    """The block as one writes it: stock Linear, activation, Dropout."""
+    """The block in stock modules: Linear, activation, Dropout."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: str, dropout: float = 0.0, bias: bool = True):
         super().__init__()
@@ -55,7 +55,7 @@ class Plain(nn.Module):
 
 
 class Contender(NamedTuple):
-    """A block ready to run. Gradients go by the names of Plain's parameters; it runs inside `setting()`."""
+    """A block ready to run inside `setting()`, with gradients keyed by the names of Plain's parameters."""
 
     module: nn.Module
     gradients: Callable[[], Weights]
@@ -66,9 +66,9 @@ class Contender(NamedTuple):
 def loaded(
     module: nn.Module, state: Weights, plainly: Callable[[Weights], Weights] = dict, note: str = ""
 ) -> Contender:
-    """The module with copies of these parameters; `plainly` turns their gradients into those of Plain's.
+    """Return the module with copies of these parameters; `plainly` converts gradients to Plain's layout.
 
-    Copies, as no block of a model finds its weights in a cache because another has just read them.
+    Copies make sure that no block finds its weights in the cache because another block has just read them.
     """
     copies = {name: w.clone(memory_format=torch.contiguous_format) for name, w in state.items()}
     module.load_state_dict(copies, assign=True)
@@ -93,7 +93,7 @@ def build_compiled(case: Case, weights: Weights, mode: str | None = None) -> Con
 
 
 def set_up(case: Case, device: torch.device) -> tuple[Weights, Tensor, Tensor]:
-    """(weights, x, dy), the same for all."""
+    """Return (weights, x, dy), the same for every implementation."""
     torch.manual_seed(0)
     block = case.block
     with device:
@@ -104,7 +104,7 @@ def set_up(case: Case, device: torch.device) -> tuple[Weights, Tensor, Tensor]:
 
 
 def training(case: Case, contender: Contender, x: Tensor, dy: Tensor) -> Tensor:
-    """The output, with the gradients left in the parameters and in x."""
+    """Run forward and backward; return the output and leave gradients in the parameters and in x."""
     contender.module.zero_grad(set_to_none=True)
     x.grad = None
     with contender.setting():

@@ -1,7 +1,7 @@
 """Pictures of rows: speed beside peers, roofline, memory, cost as tokens grow, whole models.
 
-A row without a time (absent, wrong or failed) is drawn nowhere. There should be one row for a case and
-implementation, which `report.newest` sees to.
+Rows without a time (absent, wrong or failed) are not drawn. There should be one row per case and
+implementation, as `report.newest` returns them.
 """
 
 import math
@@ -37,15 +37,15 @@ from benchmarks.roofline import roofline
 from benchmarks.rows import number, positive, split, timed
 
 Styles = dict[str, Style]
-BLOCK = "ffn"  # the implementation whose ratios are written out
+BLOCK = "ffn"  # the ratios of this implementation are written out
 MODEL = ("work", "shape", "batch", "dtype", "dropout")
 
 
 def draw(rows: list[dict], folder: Path, name: str) -> list[tuple[Path, str]]:
-    """Write each picture there are rows for as FOLDER/NAME-KIND.png; returns paths and one-sentence captions.
+    """Write each picture that has rows as FOLDER/NAME-KIND.png; return paths and captions of one sentence.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     import matplotlib as mpl
 
@@ -71,7 +71,7 @@ def with_dropout(p: float) -> str:
 
 
 def bars(rows: list[dict], styles: Styles) -> Pictures:
-    """Speed over plain torch with its interval, a line a shape."""
+    """Draw the speed over plain torch with its interval, one line per shape."""
     compared = [row for row in rows if row["implementation"] != BASELINE and positive(row, "speedup")]
     for (work, dtype, dropout), some in split(compared, "work", "dtype", "dropout").items():
         rivals = [row for row in some if row["implementation"] != CEILING]
@@ -93,14 +93,14 @@ def bars(rows: list[dict], styles: Styles) -> Pictures:
         shapes(panel, cases)
         caption = (
             f"Speed over plain torch modules by block and tokens ({what}): right of 1 is faster; whiskers "
-            "are 95% intervals of the ratio of medians, black marks a yardstick, bare matrix products in the "
-            "case's dtype (of few tokens also reading the weights at the speed of a copy)."
+            "are 95% intervals of the ratio of medians, black marks a yardstick, bare matmuls in the "
+            "case's dtype (for few tokens also reading the weights at the speed of a copy)."
         )
         yield Picture(f"bars-{work}-{dtype}" + (f"-dropout{dropout:g}" if dropout else ""), figure, caption)
 
 
 def scale(panel: Any, rows: list[dict]) -> None:
-    """The horizontal axis, from the lowest end of a whisker to the highest."""
+    """Set the horizontal axis to the range of all whiskers."""
     ends = [1.0, *(row[key] for row in rows for key in ("speedup", "low", "high") if positive(row, key))]
     panel.set(xscale="log", xlim=(min(ends) / 1.1, max(ends) * 1.1), xlabel="speed over plain torch")
     plain_ticks(panel.xaxis, most=12, unit="×")
@@ -109,7 +109,7 @@ def scale(panel: Any, rows: list[dict]) -> None:
 
 
 def speeds(panel: Any, rows: list[dict], cases: list[tuple[str, int]], styles: Styles) -> None:
-    """A dot and a whisker a row, side by side in the line of their case; the yardstick across it."""
+    """Draw a dot and a whisker per row, side by side in the line of the case, and the yardstick."""
     left, right = panel.get_xlim()
     names = [name for name in styles if any(name == row["implementation"] for row in rows)]
     for row in rows:
@@ -121,7 +121,7 @@ def speeds(panel: Any, rows: list[dict], cases: list[tuple[str, int]], styles: S
             continue
         style = styles[name]
         y = line + (names.index(name) + 0.5) / len(names) * 0.8 - 0.4
-        # An end that is no number may lie anywhere: the whisker runs to the edge.
+        # An end that is not a number may lie anywhere: draw the whisker to the edge.
         low, high = number(row, "low"), number(row, "high")
         span = (left if low is None else max(low, left), right if high is None else high)
         panel.plot(span, (y, y), color=style.colour, linewidth=1.2, alpha=0.6, zorder=2)
@@ -129,7 +129,7 @@ def speeds(panel: Any, rows: list[dict], cases: list[tuple[str, int]], styles: S
 
 
 def in_figures(panel: Any, rows: list[dict], cases: list[tuple[str, int]]) -> None:
-    """At the right of each line the ratio of the block itself, not of the best way to run it."""
+    """Write at the right of each line the ratio of the block itself, not of the best way to run it."""
     look = {"transform": panel.get_yaxis_transform(), "va": "center", "color": "#222222"}
     for row in rows:
         line = cases.index((row["block"], row["tokens"]))
@@ -139,7 +139,7 @@ def in_figures(panel: Any, rows: list[dict], cases: list[tuple[str, int]]) -> No
 
 
 def shapes(panel: Any, cases: list[tuple[str, int]]) -> None:
-    """Block and tokens of each line, the block named once; every second block on a tinted ground."""
+    """Label the lines with block and tokens, each block once; tint every second block."""
     labels, tint = [], False
     for index, (block, tokens) in enumerate(cases):
         first = index == 0 or cases[index - 1][0] != block
@@ -158,7 +158,7 @@ def shapes(panel: Any, cases: list[tuple[str, int]]) -> None:
 
 
 def memory(rows: list[dict], styles: Styles) -> Pictures:
-    """Bytes a token kept for backward, a panel a block, a figure a dtype; paler, what dropout adds."""
+    """Draw bytes saved for backward per token: a figure per dtype, a panel per block, dropout paler."""
     kept_rows = [row for row in rows if positive(row, "saved_per_token") and row["implementation"] != CEILING]
     for dtype, every in split(kept_rows, "dtype").items():
         some, tokens = at_most_tokens(every)
@@ -169,7 +169,7 @@ def memory(rows: list[dict], styles: Styles) -> Pictures:
         title = (
             f"Memory: what a token leaves behind for the backward pass, {dtype}{with_dropout(dropouts[0])}"
         )
-        hint = f"Kilobytes a token kept from forward to backward, of {tokens}: shorter is leaner."
+        hint = f"Kilobytes saved for backward per token, of {tokens}: shorter is better."
         hint += f" Paler: with dropout {dropouts[-1]:g}." if len(dropouts) > 1 else ""
         height = (0.45 + 0.19 * len(names)) * math.ceil(len(blocks) / 3)
         figure, body = sheet(title, hint, [], height)
@@ -181,14 +181,14 @@ def memory(rows: list[dict], styles: Styles) -> Pictures:
             panel.set_title(block)
         copies = ", with the weights' bfloat16 copies" if dtype == "autocast" else ""
         caption = (
-            f"Bytes a token keeps for the backward pass, by block and implementation, in {dtype}{copies}, "
+            f"Bytes saved for backward per token, by block and implementation, in {dtype}{copies}, "
             f"of {tokens}."
         )
         yield Picture(f"memory-{dtype}", figure, caption)
 
 
 def at_most_tokens(rows: list[dict]) -> tuple[list[dict], str]:
-    """The rows of the greatest count of tokens that all blocks have, else of each block's own; the count."""
+    """Return the rows with the most tokens that all blocks share, else each block's most; and the count."""
     counts = {block: {row["tokens"] for row in part} for block, part in split(rows, "block").items()}
     shared = set.intersection(*counts.values())
     most = {block: max(shared or own) for block, own in counts.items()}
@@ -197,7 +197,7 @@ def at_most_tokens(rows: list[dict]) -> tuple[list[dict], str]:
 
 
 def saved(panel: Any, values: list[list[float | None]], styles: list[Style]) -> None:
-    """A bar an implementation: without dropout, and behind it with."""
+    """Draw a bar per implementation: without dropout, and behind it with dropout."""
     most = max((value for pair in values for value in pair if value), default=1)
     for y, ((plain, dropped), style) in enumerate(zip(values, styles, strict=True)):
         panel.barh(y, (dropped or 0) / 1e3, color=style.colour, alpha=0.35, height=0.68)
@@ -213,7 +213,7 @@ def saved(panel: Any, values: list[list[float | None]], styles: list[Style]) -> 
 
 
 def cost(rows: list[dict], styles: Styles) -> Pictures:
-    """A panel for each block timed at three counts of tokens or more; where there are, without dropout."""
+    """Draw a panel per block timed at three or more numbers of tokens, without dropout if possible."""
     for key, what, unit in (("ms", "time", "ms"), ("peak_MB", "peak memory", "MB")):
         there = [row for row in rows if positive(row, key) and row["implementation"] != CEILING]
         for (work, dtype), some in split(there, "work", "dtype").items():
@@ -224,14 +224,14 @@ def cost(rows: list[dict], styles: Styles) -> Pictures:
                 if blocks:
                     how = f"{work}, {dtype}{with_dropout(dropout)}"
                     figure = curves(blocks, styles, key, what, unit, how)
-                    caption = f"{what.capitalize()} of one call as its tokens grow ({how}): lower is better."
+                    caption = f"{what.capitalize()} of one call by number of tokens ({how}): lower is better."
                     yield Picture(f"cost-{what.split()[-1]}-{work}-{dtype}", figure, caption)
                     break
 
 
 def curves(blocks: dict[str, list[dict]], styles: Styles, key: str, what: str, unit: str, how: str) -> Any:
-    """The figure: a line an implementation, a panel a block."""
-    hint = f"{what.capitalize()} of one call by its tokens, both axes logarithmic: lower is better."
+    """Return the figure: a panel per block, a line per implementation."""
+    hint = f"{what.capitalize()} of one call by number of tokens, both axes logarithmic: lower is better."
     names = {row["implementation"] for part in blocks.values() for row in part}
     handles = legend(names, styles, linestyle="-")
     figure, body = sheet(
@@ -256,15 +256,15 @@ def curves(blocks: dict[str, list[dict]], styles: Styles, key: str, what: str, u
 
 
 def decoder(rows: list[dict], styles: Styles) -> Pictures:
-    """Tokens a second of training steps and generation, a panel a case."""
+    """Draw tokens per second of training steps and generation, one panel per case."""
     panels = split([{"batch": "?", "dropout": 0.0} | row for row in rows], *MODEL)
     if not panels:
         return
     counts = [len(part) for part in panels.values()]
     tall = [max(counts[at : at + 2]) for at in range(0, len(counts), 2)]  # bars in each row of panels
-    hint = "Tokens a second: longer is faster. In brackets, times the speed of the plain-torch twin."
+    hint = "Tokens per second: longer is faster. In brackets: the ratio to plain torch."
     height = sum(0.6 + 0.21 * bars for bars in tall)
-    figure, body = sheet("Whole models: tokens a second", hint, [], height)
+    figure, body = sheet("Whole models: tokens per second", hint, [], height)
     places = grid(body, len(panels), 2, height_ratios=tall)
     for at, ((work, shape, batch, dtype, dropout), part) in enumerate(panels.items()):
         panel = places[at]
@@ -278,7 +278,7 @@ def decoder(rows: list[dict], styles: Styles) -> Pictures:
         panel.set_yticks(range(len(part)), [row["implementation"] for row in part])
         panel.set(xlim=(0, longest * 1.5), ylim=(tall[at // 2] - 0.4, -0.6))
         without_axis(panel)
-    caption = "Tokens a second of whole models, training steps and generation, by implementation."
+    caption = "Tokens per second of whole models, training steps and generation, by implementation."
     yield Picture("decoder", figure, caption)
 
 

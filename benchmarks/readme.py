@@ -1,6 +1,6 @@
-"""The measured tables of README.md and docs/measured.md, from the newest rows in ``results/``.
+"""Write the measured tables of README.md and docs/measured.md from the newest rows in ``results/``.
 
-python -m benchmarks readme     writes the tables anew, each found by its first line, and docs/ffn-*.png
+python -m benchmarks readme     replaces each table, found by its first line, and docs/ffn-*.png
 """
 
 from collections.abc import Iterable
@@ -23,25 +23,25 @@ KINDS = {"gelu": "GELU", "gelu_tanh": "tanh-GELU", "swiglu": "SwiGLU", "geglu_ta
 
 
 def timed(name: str) -> list[dict]:
-    """The newest rows with a time in results/NAME.jsonl; of blocks, a case's rows are of one run."""
+    """Return the newest timed rows of results/NAME.jsonl; all rows of a block's case are from one run."""
     rows = report.newest([row for row in read(RESULTS / f"{name}.jsonl") if "ms" in row or "seconds" in row])
     return report.last_runs(rows) if name == "ffn" else rows
 
 
 def newest(name: str, keys: tuple[str, ...], **wanted: object) -> dict[tuple, dict]:
-    """The rows of `timed` that have the wanted values; cases go by `keys`."""
+    """Return the rows of `timed` with the wanted values, keyed by `keys`."""
     rows = [row for row in timed(name) if all(row.get(k) == v for k, v in wanted.items())]
     return {tuple(row[key] for key in keys): row for row in rows}
 
 
 def label(name: str) -> str:
-    """GELU 256/1024, of the block `small`."""
+    """Return the label of a block, such as GELU 256/1024."""
     block = BLOCKS[name]
     return f"{KINDS[block.activation]} {block.dim}/{block.hidden_dim}"
 
 
 def ratios(rows: Iterable[dict | None]) -> list[str]:
-    """Speedups; a dash for what cannot serve the case."""
+    """Format speedups; a dash for a missing one."""
     return [f"{row['speedup']:.2f}" if row and "speedup" in row else "-" for row in rows]
 
 
@@ -164,15 +164,15 @@ PAGES = {
 
 
 def rewritten(page: Path, text: str) -> str:
-    """The text of a page with every table as the rows have it.
+    """Return the text of a page with every table replaced from the rows.
 
     Raises:
-        ValueError: a table is not there, or twice.
+        ValueError: if a table is missing or there twice.
     """
     lines = text.splitlines()
     for table in (make() for make in PAGES[page]):
         if lines.count(table[0]) != 1:
-            raise ValueError(f"{page.name} wants one table that begins with {table[0]}")
+            raise ValueError(f"{page.name} must have one table that begins with {table[0]}")
         start = end = lines.index(table[0])
         while end < len(lines) and lines[end].startswith("|"):
             end += 1

@@ -1,4 +1,4 @@
-"""Options in, rows out: a Markdown table to read, JSON lines with machine, version and commit to keep."""
+"""Options, rows and tables: JSON lines with machine, versions and commit; Markdown tables."""
 
 import argparse
 import json
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"  # the rows that are kept with the code
+RESULTS = Path(__file__).parent / "results"  # the rows in the repository
 OUT = Path("runs/benchmarks")
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Its name, family and model; a virtual machine may give several generations one name."""
+    """Return the processor's name, family and model; virtual machines give several generations one name."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     if "model name" not in facts:
@@ -31,9 +31,9 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     )
 
 
-@cache  # what was measured, however long it took
+@cache  # the commit at the start, however long the run takes
 def commit() -> str:
-    """The checkout's commit, with a plus where code differs from it; empty outside a checkout."""
+    """Return the checkout's commit, with a plus if the code differs from it; empty outside a checkout."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", os.fspath(RESULTS.parents[1]), *words]
@@ -47,7 +47,7 @@ def commit() -> str:
 
 
 def version(package: str) -> str:
-    """The package's name and installed version."""
+    """Return the package's name and installed version."""
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def version(package: str) -> str:
 
 
 def clocks() -> dict[str, float]:
-    """What the processor's cores and the GPU run at now, in MHz, where the machine tells."""
+    """Return the current clocks of the processor and the GPU in MHz, if the machine reports them."""
     found: dict[str, float] = {}
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -63,7 +63,7 @@ def clocks() -> dict[str, float]:
     if cores:
         found["cpu_MHz"] = round(sum(cores) / len(cores))
     if torch.cuda.is_available():
-        with suppress(Exception):  # NVIDIA's library of readings is absent, or does not answer
+        with suppress(Exception):  # NVIDIA's management library is absent or fails
             found["gpu_MHz"] = torch.cuda.clock_rate()
     return found
 
@@ -78,7 +78,7 @@ def machine() -> dict[str, object]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     facts |= clocks()
-    with suppress(AttributeError, OSError):  # Windows does not tell
+    with suppress(AttributeError, OSError):  # not available on Windows
         facts["load"] = round(os.getloadavg()[0], 1)
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
@@ -88,7 +88,7 @@ def machine() -> dict[str, object]:
 
 
 def machine_words(row: dict) -> str:
-    """What the row was measured on, in a few words."""
+    """Describe the machine of a row in a few words."""
     threads = row.get("threads", "?")
     cpu = f"{row.get('cpu', 'unnamed machine')}, {threads} thread{'s' * (threads != 1)}"
     where = row.get("gpu") or cpu
@@ -102,59 +102,59 @@ def cell(value: object) -> str:
 
 
 def lines_of(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return head + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def table(rows: list[dict], columns: list[str]) -> str:
-    """A Markdown table of the named columns that any row fills."""
+    """Return a Markdown table of those named columns that any row fills."""
     columns = [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
     return "\n".join(lines_of(columns, [[cell(row.get(column)) for column in columns] for row in rows]))
 
 
 def arguments(name: str, description: str | None, *, keeps_rows: bool = True) -> argparse.ArgumentParser:
-    """The parser of one benchmark, its module's docstring shown as written."""
+    """Return the argument parser of one benchmark, with its module's docstring as help."""
     parser = argparse.ArgumentParser(
         f"python -m benchmarks {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if keeps_rows:
-        told = "the folder of the rows, %(default)s if not given"
+        told = "the folder for the rows (default: %(default)s)"
         parser.add_argument("--out", type=check_folder, default=str(OUT), help=told)
     return parser
 
 
 def check_folder(text: str) -> Path:
-    """A folder that is there, or can be made."""
+    """Return the path of a folder that exists or can be created."""
     there = path = Path(text).absolute()
     while not os.access(there, os.F_OK):
         there = there.parent
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise argparse.ArgumentTypeError(f"{path} wants a folder to write in; {there} is none")
+        raise argparse.ArgumentTypeError(f"must be a writable folder, got {path}; {there} is none")
     return path
 
 
 def check_device(text: str) -> str:
     if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("torch sees no GPU; want cpu")
+        raise argparse.ArgumentTypeError("must be cpu: torch sees no GPU")
     return text
 
 
 def check_count(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"want a number from 1 up; got {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
     return int(text)
 
 
 def listed(*known: str) -> Callable[[str], list[str]]:
-    """What takes words apart at commas; where some are known, no others."""
+    """Return a parser of comma-separated words; if `known` is given, other words are errors."""
 
     def split(text: str) -> list[str]:
         found = text.split(",")
         if known and (unknown := [word for word in found if word not in known]):
-            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: want any of {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"must be among {', '.join(known)}; got {','.join(unknown)}")
         return found
 
     return split
@@ -170,16 +170,16 @@ def keep(name: str, rows: list[dict], folder: Path) -> None:
     """Append the rows, each with the machine's facts, to FOLDER/NAME.jsonl."""
     facts, path = machine(), folder / f"{name}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by one that was killed
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # a killed process left half a line
     with path.open("a") as file:
         file.write("\n" * torn + "".join(json.dumps({**row, **facts}) + "\n" for row in rows))
 
 
 def read(file: Path) -> list[dict]:
-    """The rows of a file; none where it is not there."""
+    """Return the rows of a file; none if it does not exist."""
     rows = []
     for line in file.read_text("utf-8").splitlines() if file.exists() else []:
-        with suppress(json.JSONDecodeError):  # half a line, of one that was killed
+        with suppress(json.JSONDecodeError):  # half a line of a killed process
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
@@ -198,13 +198,13 @@ def machine_of(row: dict) -> tuple:
 
 
 def newest(rows: list[dict]) -> list[dict]:
-    """The last row of each case and implementation, from the machine that the last row of all is from."""
+    """Return the last row of each case and implementation, from the machine of the last row."""
     here = [row for row in rows if machine_of(row) == machine_of(rows[-1])]
     return list({values(row, CASE): row for row in here}.values())
 
 
 def last_runs(rows: list[dict]) -> list[dict]:
-    """Of newest rows those of each case's last run, which one call of `keep` wrote: they took turns."""
+    """Return the newest rows from each case's last run: one call of `keep` wrote these interleaved rows."""
     last: dict[tuple, str] = {}
     for row in rows:
         case = values(row, CASE[:-1])
@@ -213,7 +213,7 @@ def last_runs(rows: list[dict]) -> list[dict]:
 
 
 def reason(error: BaseException) -> str:
-    """One line for a row."""
+    """Return an error as one line for a row."""
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return "out of memory"
@@ -221,7 +221,7 @@ def reason(error: BaseException) -> str:
 
 
 class Progress:
-    """A bar with the time left, through tqdm where it is installed; without it, a line now and then."""
+    """A progress bar with the time left if tqdm is installed, else a line per case."""
 
     def __init__(self, total: float, quiet: bool = False):
         self.bar, self.quiet = None, quiet

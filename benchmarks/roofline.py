@@ -1,4 +1,4 @@
-"""The roofline: every case beneath the bare products and the copy that were measured beside it."""
+"""The roofline: every case against the bare matmuls and the copy measured in the same run."""
 
 import math
 from typing import Any
@@ -9,13 +9,15 @@ from benchmarks.rows import positive, split
 
 
 def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
-    """A figure a dtype; the bandwidth, which has no dtype, is the greatest of all rows."""
+    """Return a figure per dtype; the bandwidth is the greatest of all rows."""
     ceilings = [row for row in rows if row["implementation"] == CEILING]
     bandwidth = max((row["gbs"] for row in ceilings if positive(row, "gbs")), default=None)
     known = [row for row in rows if row["block"] in BLOCKS and positive(row, "tflops")]
-    inside = [row for row in known if row["work"] != WARM]  # which the memory's roof does not bind
+    inside = [
+        row for row in known if row["work"] != WARM
+    ]  # their weights come from the cache, so the memory roof does not apply
     for dtype, some in split(inside, "dtype").items():
-        # the roofs are of products in the case's dtype
+        # the roofs are those of matmuls in the case's dtype
         points = [row for row in some if row["implementation"] not in {CEILING, *EIGHT_BITS}]
         if not points:
             continue
@@ -51,20 +53,20 @@ def roofline(rows: list[dict], styles: dict[str, Style]) -> Pictures:
 
 
 def intensity(case: Case) -> float:
-    """FLOP a byte: weights, input and output cross the memory bus once a pass; training is three passes."""
+    """Return FLOP per byte: weights, input and output are moved once per pass; training is three passes."""
     passes = 3 if case.work == "training" else 1
     elements = case.block.weights + 2 * case.tokens * case.block.dim
     return case.flops / (passes * elements * case.element.itemsize)
 
 
 def around(values: list[float], least: float) -> tuple[float, float]:
-    """The ends of a logarithmic axis that holds these, the one at least so many times the other."""
+    """Return the ends of a logarithmic axis for the values, at least a factor `least` apart."""
     room = max(1.5, math.sqrt(least * min(values) / max(values)))
     return min(values) / room, max(values) * room
 
 
 def roofs(panel: Any, peak: float | None, slope: float | None, unit: str) -> None:
-    """The speed of bare products, and a copy's in FLOP/s over FLOP a byte, where they were measured."""
+    """Draw the speed of bare matmuls and the copy's line in FLOP/s over FLOP per byte, where measured."""
     from matplotlib.patheffects import withStroke
 
     left, right = panel.get_xlim()
@@ -74,7 +76,7 @@ def roofs(panel: Any, peak: float | None, slope: float | None, unit: str) -> Non
     if slope and ridge > left:
         panel.plot((left, ridge), (left * slope, ridge * slope), **look)
         start, above = left * (ridge / left) ** 0.06, slope * 1.12
-        # The angle in data coordinates, along the line through the text's own place.
+        # the angle in data coordinates, along the line at the place of the text
         turned = {"rotation": math.degrees(math.atan(above)), "rotation_mode": "anchor"}
         label = f"copy, {short(slope * (1 if unit == 'GFLOP/s' else 1e3))} GB/s"
         panel.text(start, start * above, label, **turned, transform_rotates_text=True, **words)
@@ -85,7 +87,7 @@ def roofs(panel: Any, peak: float | None, slope: float | None, unit: str) -> Non
 
 
 def ground(panel: Any, cases: list[Case]) -> None:
-    """Above the axis, how many tokens the points stand for, where there is room to say so."""
+    """Write the numbers of tokens of the points above the axis, where there is room."""
     places = {
         n: [math.log(intensity(case)) for case in cases if case.tokens == n]
         for n in {c.tokens for c in cases}

@@ -1,4 +1,4 @@
-"""Reading rows: numbers that are numbers, groups, and the order of blocks."""
+"""Read rows: finite numbers, groups, and the order of blocks."""
 
 import math
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from benchmarks.cases import BLOCKS, DTYPES, WORKS
 
 
 def number(row: dict, key: str) -> float | None:
-    """The row's value where it is a finite number."""
+    """Return the row's value if it is a finite number, else None."""
     value = row.get(key)
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if good else None
@@ -19,7 +19,7 @@ def positive(row: dict, key: str) -> bool:
 
 
 def timed(rows: Iterable[dict]) -> list[dict]:
-    """The timed rows of blocks, as cases.py orders work, dtype and block, then by tokens and dropout."""
+    """Return the timed rows of blocks in the order of cases.py, then by tokens and dropout."""
     found = []
     for row in rows:
         if "shape" not in row and positive(row, "ms") and positive(row, "tokens"):
@@ -37,7 +37,7 @@ def timed(rows: Iterable[dict]) -> list[dict]:
 
 
 def split(rows: Iterable[dict], *keys: str) -> dict[Any, list[dict]]:
-    """The rows by their values of these keys (of one key: by its value), in order of appearance."""
+    """Group the rows by their values of the keys (of one key: by its value), in order of appearance."""
     groups: dict[Any, list[dict]] = {}
     for row in rows:
         values = tuple(row.get(key) for key in keys)

@@ -1,11 +1,12 @@
-"""Runs a suite: its jobs within a budget, rows kept as they come, then a table, pictures and report.html.
+"""Run a suite within a budget; keep rows as they come, then write a table, pictures and report.html.
 
-python -m benchmarks                               quick, or gpu where there is a GPU
+python -m benchmarks                               quick, or gpu on a machine with a GPU
 python -m benchmarks ffn --dtype float32 --only gpt2,timm --out DIR --budget 600
-python -m benchmarks ffn --only gpt2 --base REV    this tree beside another commit, in turn
-python -m benchmarks gpu --device cpu              a dry run at toy sizes, which shows only that all runs
+python -m benchmarks ffn --only gpt2 --base REV    compares this tree with another commit, in turn
+python -m benchmarks gpu --device cpu              a dry run at toy sizes, to check that everything runs
 
-Ctrl-C keeps what is done. Each job of the suite gpu has a process, which may fail without the others.
+Ctrl-C keeps the finished rows. Each job of the suite gpu has its own process; a failure affects only that
+job.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from benchmarks.suites import SUITES, Job, narrowed, toy
 BUDGETS = {"quick": 60.0, "ffn": 1800.0, "gpu": 500.0}  # seconds
 COLUMNS = [*CASE, "ms", "speedup", "low", "high", "of_ceiling", "saved_per_token", "peak_MB", "error"]
 COLUMNS += ["setup_s", "note"]
-BEARABLE = 3.5e11  # operations a call on a CPU: a second or two on two cores
+BEARABLE = 3.5e11  # FLOPs per call on a CPU: a second or two on two cores
 RESERVE = 6.0  # seconds of the budget for the pictures
 
 
@@ -38,19 +39,24 @@ def options_of(suite: str, argv: list[str]) -> argparse.Namespace:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     default = "cuda" if suite == "gpu" else here
     parser.add_argument("--device", type=check_device, choices=("cuda", "cpu"), default=default)
-    parser.add_argument("--dtype", type=listed(*DTYPES), default=list(DTYPES), help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--only", type=listed(), default=[], help="blocks and implementations, with commas")
     parser.add_argument(
-        "--budget", type=float, default=BUDGETS[suite], help="seconds, %(default)s if not given"
+        "--dtype",
+        type=listed(*DTYPES),
+        default=list(DTYPES),
+        help=f"any of {', '.join(DTYPES)}, comma-separated",
     )
-    parser.add_argument("--base", metavar="REV", help="compare ffn with this commit's instead")
-    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)  # one job, in a process of its own
+    parser.add_argument(
+        "--only", type=listed(), default=[], help="blocks and implementations, comma-separated"
+    )
+    parser.add_argument("--budget", type=float, default=BUDGETS[suite], help="seconds (default: %(default)s)")
+    parser.add_argument("--base", metavar="REV", help="compare ffn with that of this commit instead")
+    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)  # run one job in this process
     return parser.parse_args(argv)
 
 
 def main(suite: str, argv: list[str]) -> None:
     options, begun = options_of(suite, argv), time.monotonic()
-    commit()  # as it is now, not when the rows are written
+    commit()  # read now, not when the rows are written
     try:
         jobs = narrowed(SUITES[suite](), options.dtype, options.only)
     except ValueError as error:
@@ -67,7 +73,7 @@ def main(suite: str, argv: list[str]) -> None:
     if options.job is not None:
         jobs = [jobs[options.job]]
     apart = suite == "gpu" and options.job is None
-    for talker in ("torchao", "torch.utils._pytree"):  # which on import tell what they could not load
+    for talker in ("torchao", "torch.utils._pytree"):  # they report failed imports of optional parts
         logging.getLogger(talker).setLevel(logging.ERROR)
 
     def left() -> float:
@@ -91,7 +97,7 @@ def main(suite: str, argv: list[str]) -> None:
 def run_all(
     suite: str, jobs: list[Job], options: argparse.Namespace, left: Callable[[], float], apart: bool
 ) -> None:
-    """Keep the rows of each job or, where jobs are not apart, of each case, as they come."""
+    """Keep rows as they come: per job if jobs run in their own processes (`apart`), else per case."""
     todo = sum(effort(case, job) for job in jobs for case in job.cases)
     with Progress(todo, quiet=options.job is not None) as advance:
         for number, job in enumerate(jobs):
@@ -115,18 +121,18 @@ def rows_of(case: Case, job: Job, options: argparse.Namespace, left: float) -> l
 
 
 def effort(case: Case, job: Job) -> float:
-    """About the seconds that a case takes on two cores."""
+    """Estimate the seconds of a case on two cores."""
     if case.flops > BEARABLE:
         return 0.1
     return job.seconds + len(job.names) * (0.2 + 8 * case.flops / 3e11)
 
 
 def in_a_process(suite: str, number: int, job: Job, options: argparse.Namespace, seconds: float) -> None:
-    """A job's process keeps its rows; those that it did not come to say why."""
+    """Run a job in a process, which keeps its rows; then add rows with a reason for the missing ones."""
     file = options.out / f"{suite}.jsonl"
     before = len(read(file))
     why = spent(options)
-    if seconds > 15:  # less would not start a process and compile
+    if seconds > 15:  # less is too short to start a process and compile
         command = [sys.executable, "-m", "benchmarks", suite, "--job", str(number), "--out", str(options.out)]
         command += ["--device", options.device, "--dtype", ",".join(options.dtype)]
         command += ["--only", ",".join(options.only)] if options.only else []
@@ -143,7 +149,7 @@ def spent(options: argparse.Namespace) -> str:
 
 
 def missing(job: Job, cases: tuple[Case, ...], rows: list[dict], why: str, device: str) -> list[dict]:
-    """A row that says why for each that has none."""
+    """Return a row with the reason for each case and implementation without a row."""
 
     def key(row: dict) -> tuple:
         return tuple(row[name] for name in (*cases[0].columns(), "implementation"))

@@ -1,11 +1,11 @@
-"""Cases x implementations -> rows: each must first be right, then they are timed in turn.
+"""Cases x implementations -> rows: check each implementation, then time them in turn.
 
-A row says of its case and implementation: the median `ms` and its interquartile range, the `speedup` over
-plain torch with a 95% interval, the products' `tflops`, `of_ceiling` (the yardstick's time over its own), the
-bytes saved for backward a token, the peak of memory beyond weights and input, the `error` beside float64 and
-the seconds of `setup_s`, for building, compiling and first calls. One that is wrong, absent, fails or runs
-out of memory has a `note`. A few tokens without gradients are timed on a CPU over so many equal `blocks` in
-turn that none finds its weights in the cache.
+A row has the median `ms` and its interquartile range, the `speedup` over plain torch with a 95% interval, the
+matmuls' `tflops`, `of_ceiling` (the yardstick's time over its own), the bytes saved for backward per token,
+the peak memory beyond weights and input, the `error` against float64, and `setup_s`, the seconds for
+building, compiling and first calls. An implementation that is wrong, absent, fails or runs out of memory has
+a `note`. On a CPU, inference of a few tokens is timed over so many equal `blocks` in turn that none finds its
+weights in the cache.
 """
 
 import time
@@ -41,7 +41,7 @@ Build = Callable[[Case, Weights], Contender]
 
 
 def textbook(case: Case, weights: Weights, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """y, and for training the gradients, in float64 and without dropout."""
+    """Return y and, for training, the gradients, in float64 without dropout."""
     block = case.block
     with x.device:
         plain = Plain(block.dim, block.hidden_dim, block.activation, 0.0, block.bias).double()
@@ -56,7 +56,7 @@ def textbook(case: Case, weights: Weights, x: Tensor, dy: Tensor) -> dict[str, T
 
 
 def captured(forward: Callable[[], Tensor], device: torch.device) -> tuple[Run, Callable[[], Tensor]]:
-    """(what repeats the call, what gives its output): on a GPU through a CUDA graph."""
+    """Return (a function that repeats the call, one that returns its output); CUDA graphs on a GPU."""
     if device.type != "cuda":
         return forward, forward
     side = torch.cuda.Stream(device)
@@ -80,7 +80,7 @@ def captured(forward: Callable[[], Tensor], device: torch.device) -> tuple[Run, 
 def prepare(
     case: Case, contender: Contender, weights: Weights, x: Tensor, dy: Tensor, exact: dict[str, Tensor]
 ) -> tuple[Run, dict]:
-    """(what to time, what the row says of it already)."""
+    """Return (the function to time, the columns known before timing)."""
     module, device = contender.module, x.device
     if not case.trains:
         module.eval()
@@ -114,10 +114,10 @@ def prepare(
 def check_dropout(
     p: float, y: Tensor, exact: Tensor, dy: Tensor, weights: Weights, gradients: Weights
 ) -> None:
-    """Raise ValueError unless dropout is of the right size, and backward's mask that of forward.
+    """Raise ValueError unless dropout has the right strength and backward uses forward's mask.
 
-    y is linear in the weight and bias of down, whatever was dropped: <dW, W> + <db, b> = <dy, y>. By another
-    mask the sides differ by about the size of one term of such a sum of N D independent ones.
+    For any mask y is linear in the weight and bias of down: <dW, W> + <db, b> = <dy, y>. With another mask in
+    backward the two sides differ by about one term of such a sum of N D independent terms.
     """
     usual = (p / (1 - p)) ** 0.5
     if not 0.3 * usual < relative_error(y, exact) < 3 * usual:
@@ -129,25 +129,25 @@ def check_dropout(
 
 
 def peak_of(contender: Contender, run: Run, device: torch.device) -> float | None:
-    """In MB; on the CPU compiled code is not seen."""
+    """Return the peak memory in MB; None for compiled code on the CPU, whose allocations are not counted."""
     compiled = contender.module._compiled_call_impl is not None
     return None if compiled and device.type != "cuda" else peak_bytes(run, device) / 1e6
 
 
 @contextmanager
 def noted(row: dict) -> Iterator[None]:
-    """What goes wrong within becomes the row's note."""
+    """Context: an exception becomes the row's note."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 another's package may fail in any way; the row says how
+    except Exception as error:  # noqa: BLE001 another package may fail in any way; the row has the reason
         row["note"] = reason(error)
     if "note" in row and torch.cuda.is_available():
-        with suppress(Exception):  # some errors of a GPU fail whatever follows them
+        with suppress(Exception):  # after some GPU errors every call fails
             torch.cuda.empty_cache()
 
 
 def guarded(run: Run, row: dict) -> Run:
-    """The call, which after it has failed once does nothing."""
+    """Wrap the call: after its first failure it does nothing."""
     if isinstance(run, Rotation):
         return Rotation([guarded(each, row) for each in run.runs])
 
@@ -155,7 +155,7 @@ def guarded(run: Run, row: dict) -> Run:
         if not failed(row):
             try:
                 run()
-            except Exception as error:  # noqa: BLE001 the others are still to be timed
+            except Exception as error:  # noqa: BLE001 the others must still be timed
                 row["note"] = f"failed: {reason(error)}"
 
     return attempt
@@ -168,7 +168,7 @@ def failed(row: dict) -> bool:
 def enter(
     case: Case, build: Build, row: dict, weights: Weights, x: Tensor, dy: Tensor, exact: dict[str, Tensor]
 ) -> tuple[Contender, Run | None]:
-    """(the contender, what to time of it), None if it is wrong; the row says the rest."""
+    """Return (the contender, the function to time or None if it is wrong), and fill in the row."""
     start = time.perf_counter()
     with x.device:
         contender = build(case, weights)
@@ -191,11 +191,11 @@ def enter(
 def run_case(
     case: Case, builders: dict[str, Build], device: torch.device, *, seconds: float = 5.0
 ) -> list[dict]:
-    """One row an implementation, and one of the ceiling; timing takes so many seconds, or five rounds."""
-    torch.compiler.reset()  # no graph of another case: each has its own shapes
+    """Return a row per implementation and one for the ceiling; timing takes `seconds`, or five rounds."""
+    torch.compiler.reset()  # drop the graphs of other cases: each case has its own shapes
     about = case.columns() | {"device": device.type}
     rows = {name: about | {"implementation": name} for name in (*builders, CEILING)}
-    if case.work == WARM and device.type != "cpu":  # the clock of GPUs empties their cache
+    if case.work == WARM and device.type != "cpu":  # the GPU clock empties the cache
         return [row | {"note": "runs on CPUs"} for row in rows.values()]
     runs: dict[str, Run] = {}
     try:
@@ -209,13 +209,13 @@ def run_case(
     for name, build in builders.items():
         with noted(rows[name]):
             contender, run = enter(case, build, rows[name], weights, x, dy, exact)
-            contenders.append(contender)  # a graph that replays keeps no weight alive
+            contenders.append(contender)  # a replayed graph does not keep its weights alive
             if run is not None:
                 runs[name] = run
     del exact
     try:
         taken = timed(case, runs, device, seconds)
-    except Exception as error:  # noqa: BLE001 the device itself fails; what went wrong before is still told
+    except Exception as error:  # noqa: BLE001 the device itself fails; earlier notes are kept
         for name in runs:
             rows.get(name, rows[CEILING])["note"] = f"failed: {reason(error)}"
         return list(rows.values())
@@ -226,15 +226,15 @@ def run_case(
 
 
 def timed(case: Case, runs: dict[str, Run], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """The seconds of each run in each round, in so many seconds or five rounds."""
+    """Return the seconds of each run in each round, for `seconds` in all or five rounds."""
     clock = clock_of(device, cold=case.tokens <= FEW and case.work != WARM, warm=case.work == WARM)
-    once = host_seconds(lambda: [clock(run) for run in runs.values()])  # what the clock adds, too
+    once = host_seconds(lambda: [clock(run) for run in runs.values()])  # includes the overhead of the clock
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / once)))
     return measure(runs, rounds=rounds, warmup=2, clock=clock)
 
 
 def fill_in(rows: dict[str, dict], case: Case, weights: Weights, taken: dict[str, list[float]]) -> None:
-    """Write into the rows what the seconds of each round say."""
+    """Fill in the timing columns of the rows."""
     least = yardstick(case, weights, taken)
     if least is not None:
         taken[CEILING] = least[0]

@@ -1,12 +1,12 @@
-"""Character-level Shakespeare in equal wall-clock: `ffn train` beside nanoGPT's published CPU recipe.
+"""Character-level Shakespeare in equal wall-clock time: `ffn train` and nanoGPT's published CPU recipe.
 
 python -m benchmarks shakespeare FILE              FILE is the text, 1.1 MB of plays
 python -m benchmarks shakespeare FILE --steps 20 --ffn train.steps=20       a quick look
 
-The recipe, on the plain GPT: 4 layers, 4 heads, width 128, window 64, batch 12, AdamW 1e-3 decaying by a
+The recipe for the plain GPT: 4 layers, 4 heads, width 128, window 64, batch 12, AdamW 1e-3 decaying by a
 cosine to 1e-4 over all 2,000 steps after 100 of warm-up, betas 0.9 and 0.99, weight decay 0.1, clipping at 1,
-no dropout, float32, eager. Seconds are training's own, compilation counted (from an empty cache), evaluation
-not. The loss is in nats a character over the last tenth of the text, in full windows side by side.
+no dropout, float32, eager. Seconds count training and compilation (from an empty cache) but not evaluation.
+The loss is in nats per character over the last tenth of the text, in adjacent full windows.
 """
 
 import json
@@ -44,7 +44,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train_baseline(tokens: Tensor, vocab_size: int, steps: int, seed: int) -> tuple[GPT, float]:
-    """The model after the recipe's steps, and the seconds they took."""
+    """Train by the recipe; return the model and the seconds."""
     torch.manual_seed(seed)
     model = GPT(vocab_size, 128, 4, 4, WINDOW, bias=False)
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), betas=(0.9, 0.99))
@@ -63,7 +63,7 @@ def train_baseline(tokens: Tensor, vocab_size: int, steps: int, seed: int) -> tu
 
 @torch.no_grad()
 def validation_loss(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, window: int) -> float:
-    """Mean nats a token, every window full and none overlapping; the remainder of the text is left out."""
+    """Return the mean nats per token over full adjacent windows; a shorter rest of the text is left out."""
     count = (len(tokens) - 1) // window
     inputs = tokens[: count * window].view(count, window)
     targets = tokens[1 : count * window + 1].view(count, window)
@@ -84,7 +84,7 @@ def run_baseline(text: str, steps: int, seed: int) -> dict:
 
 
 def run_ffn(path: Path, text: str, words: list[str]) -> dict:
-    """`ffn train configs/shakespeare.toml` in a fresh process with an empty compilation cache."""
+    """Run `ffn train configs/shakespeare.toml` in a fresh process with an empty compilation cache."""
     import ffn
 
     root = Path(__file__).parents[1]
@@ -108,9 +108,11 @@ def run_ffn(path: Path, text: str, words: list[str]) -> dict:
 def main(argv: list[str]) -> None:
     parser = arguments("shakespeare", __doc__)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--steps", type=int, default=2000, help="of the baseline")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of the baseline")
     parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--ffn", nargs="*", default=[], metavar="KEY=VALUE", help="more words for ffn train")
+    parser.add_argument(
+        "--ffn", nargs="*", default=[], metavar="KEY=VALUE", help="more arguments of ffn train"
+    )
     options = parser.parse_args(argv)
     text = options.text.read_text("utf-8")
     rows = [

@@ -1,4 +1,4 @@
-"""What each suite measures: jobs of cases and implementations, what tells the most first."""
+"""The suites: jobs of cases and implementations, the most informative first."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -9,9 +9,10 @@ from benchmarks.cases import BASELINE, BLOCKS, WARM, Case
 
 @dataclass(frozen=True)
 class Job:
-    """Cases beside the same implementations; on a GPU one process, which ends after so many seconds.
+    """Cases with the same implementations; one process on a GPU.
 
-    seconds: for the rounds of each case.
+    seconds: time for the rounds of each case.
+    limit: seconds until a process on a GPU is ended.
     """
 
     cases: tuple[Case, ...]
@@ -27,7 +28,7 @@ COMPILED = ("torch.compile", "torch max-autotune", "ffn compiled")
 PACKED = (BASELINE, "ffn", "ffn packed", "ffn int8")
 ON_GPU = ("torch.compile", "ffn compiled", "ffn unfused", "ffn fused", "ffn eager")
 LIGER = ("liger", "liger fused", "liger tiled")
-SMALL = ("small", "minilm", "bert-base", "gpt2", "qwen2.5-0.5b")  # whose weights a processor's cache may hold
+SMALL = ("small", "minilm", "bert-base", "gpt2", "qwen2.5-0.5b")  # their weights may fit a processor's cache
 BOTH = ("float32", "bfloat16")
 
 
@@ -38,7 +39,7 @@ def cases(
     work: str = "training",
     dropouts: Iterable[float] = (0.0,),
 ) -> tuple[Case, ...]:
-    """All combinations."""
+    """Return all combinations."""
     found = product(blocks, tokens, dtypes, dropouts)
     return tuple(Case(BLOCKS[block], n, dtype, work, p) for block, n, dtype, p in found)
 
@@ -48,7 +49,7 @@ def of_kind(gated: bool) -> list[str]:
 
 
 def quick() -> list[Job]:
-    """Where the block stands, in under a minute on two cores."""
+    """Return the jobs of a quick look, under a minute on two cores."""
     return [
         Job(cases(["gpt2"], [512]), (*OURS, *PLAIN), seconds=2.0),
         Job(cases(["qwen2.5-0.5b"], [512]), OURS, seconds=2.0),
@@ -58,7 +59,7 @@ def quick() -> list[Job]:
 
 
 def ffn() -> list[Job]:
-    """The block on a CPU: every shape, beside every peer that runs there; each case in one job alone."""
+    """Return the jobs for a CPU: every shape against every peer that runs there; each case in one job."""
     core, two = ("small", "bert-base", "qwen2.5-0.5b"), ("gpt2", "qwen2.5-0.5b")
     others = [name for name in BLOCKS if name not in two]
     return [
@@ -77,8 +78,8 @@ def ffn() -> list[Job]:
 
 
 def gpu() -> list[Job]:
-    """The shapes that matter most on a GPU, in bfloat16. Cases come again beside peers that need a process of
-    their own; ratios are to the plain torch of that process."""
+    """Return the jobs for a GPU: the most important shapes in bfloat16. Some peers need their own process and
+    repeat the cases there; ratios are to plain torch in the same process."""
 
     def at(block: str, tokens: Iterable[int] = (8192, 16384), p: float = 0.0) -> tuple[Case, ...]:
         return cases([block], tokens, ["bfloat16"], dropouts=[p])
@@ -94,7 +95,9 @@ def gpu() -> list[Job]:
     every = sum((at(block) for block in gated), ())
     jobs += [Job((*every, *few), (BASELINE, "ffn", *LIGER), limit=100)]
     jobs += [Job((*every, *few), (BASELINE, "ffn", "quack"), limit=100)]
-    jobs += [Job(every, (BASELINE, "ffn", "torchao float8"), limit=100)]  # it changes the compiler for all
+    jobs += [
+        Job(every, (BASELINE, "ffn", "torchao float8"), limit=100)
+    ]  # it changes the compiler for the whole process
     for block, p in (("gpt2", 0.0), ("gpt2", 0.1), *((block, 0.0) for block in gated)):
         jobs += [Job(at(block, p=p), (BASELINE, "ffn", "torch max-autotune"), limit=100)]
     return [*jobs, Job(every, (BASELINE, "ffn", "quack tuned"), limit=100)]
@@ -104,10 +107,10 @@ SUITES = {"quick": quick, "ffn": ffn, "gpu": gpu}
 
 
 def narrowed(jobs: list[Job], dtypes: Iterable[str], only: Iterable[str]) -> list[Job]:
-    """The jobs with these dtypes, and of blocks and implementations those named in `only`, if any are.
+    """Return the jobs with these dtypes and only the blocks and implementations named in `only`, if any.
 
     Raises:
-        ValueError: a word of `only` names nothing in these jobs, or nothing is left.
+        ValueError: if a word of `only` names nothing in these jobs, or no case is left.
     """
     only, dtypes = set(only), set(dtypes)
     blocks = {case.block.name for job in jobs for case in job.cases}
@@ -128,6 +131,6 @@ def narrowed(jobs: list[Job], dtypes: Iterable[str], only: Iterable[str]) -> lis
 
 
 def toy(case: Case) -> Case:
-    """A small case of the same kind, which shows only that all runs."""
+    """Return a small case of the same kind, for a dry run."""
     block = replace(case.block, name=f"toy {case.block.name}", dim=64, hidden_dim=128)
     return replace(case, block=block, tokens=min(case.tokens, 32))

@@ -1,7 +1,7 @@
-"""How anything here is timed and counted: interleaved rounds, medians, ratios within a round, saved bytes.
+"""Timing and counting: interleaved rounds, medians, ratios within a round, saved bytes, peak memory.
 
-Candidates take turns in one process in an order shuffled anew each round, so a slow minute of the machine
-falls on all of them. The ratio of their medians is quoted, with a bootstrap interval over the rounds.
+Candidates take turns in one process, in an order shuffled each round, so that a slow minute of the machine
+affects all of them. The result is the ratio of medians with a bootstrap interval over the rounds.
 """
 
 import random
@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 Run = Callable[[], object]
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
-HEAD_START = 4_000_000  # of the GPU's cycles, some 2 ms
+HEAD_START = 4_000_000  # GPU cycles, about 2 ms
 
 
 def twice_the_cache(caches: Path) -> int:
-    """Bytes that the largest of a core's caches cannot hold; at least 64 MiB, where the system tells less."""
+    """Return twice the size of a core's largest cache, at least 64 MiB."""
     sizes = [int(file.read_text().strip().removesuffix("K")) << 10 for file in caches.glob("index*/size")]
     return max([64 << 20, *(2 * size for size in sizes)])
 
@@ -39,11 +39,11 @@ def host_seconds(run: Run) -> float:
 
 
 class GpuClock:
-    """Seconds that the GPU takes for a call, between two events.
+    """Measure the GPU seconds of a call between two events.
 
-    The cache is filled first, for a call in use finds others' data there; by reading, so that nothing of it
-    must be written back while the call runs. Then the GPU idles while the host
-    queues the call's launches, so that the time is the kernels' own; `back_to_back` shows the host's.
+    First other data is read into the cache, as in real use; reading leaves nothing to write back during the
+    call. Then the GPU idles while the host queues the call's launches, so that only the kernels are timed;
+    `back_to_back` shows the host's time.
     """
 
     def __init__(self, device: torch.device):
@@ -61,7 +61,7 @@ class GpuClock:
 
 
 class Rotation:
-    """Calls of equal blocks, one after another, as a model's are: none finds its weights in the cache."""
+    """Call equal blocks in turn, as a model does, so that none finds its weights in the cache."""
 
     def __init__(self, runs: list[Run]):
         self.runs, self.turns = runs, cycle(runs)
@@ -71,9 +71,8 @@ class Rotation:
 
 
 def clock_of(device: torch.device, cold: bool = False, warm: bool = False) -> Callable[[Run], float]:
-    """The device's clock. On the CPU, if `cold`, the cache is filled with others' data before each call, of
-    a rotation before each round; if `warm`, it holds what the call before left there, and the mean of a few
-    calls is taken."""
+    """Return the device's clock. On the CPU, `cold` fills the cache with other data before each call (before
+    each round of a rotation); `warm` keeps the data of the previous call and averages a few calls."""
     if device.type == "cuda":
         return GpuClock(device)
     if warm:
@@ -86,7 +85,7 @@ def clock_of(device: torch.device, cold: bool = False, warm: bool = False) -> Ca
         buffer.sum()
         if not isinstance(run, Rotation):
             return host_seconds(run)
-        run()  # the code is in the cache again, as in a model's loop, unlike the next blocks' weights
+        run()  # brings the code into the cache, as in a model, but not the next blocks' weights
         calls = max(1, len(run.runs) - 1)
         return host_seconds(lambda: [run() for _ in range(calls)]) / calls
 
@@ -101,7 +100,7 @@ def measure(
     seed: int = 0,
     clock: Callable[[Run], float] = host_seconds,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, by name."""
+    """Return the seconds of each candidate in each round, by name."""
     order = random.Random(seed)
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -115,7 +114,7 @@ def measure(
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+    """Return lower quartile, median and upper quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -123,7 +122,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def speedup(base: list[float], other: list[float], *, draws: int = 2000) -> tuple[float, float, float]:
-    """How many times faster `other` ran than `base`: ratio of medians, 95% bootstrap interval over rounds."""
+    """Return how many times faster `other` is than `base`: ratio of medians, 95% bootstrap interval."""
     rounds, draw = list(zip(base, other, strict=True)), random.Random(0)
 
     def ratio(chosen: list[tuple[float, float]]) -> float:
@@ -135,7 +134,7 @@ def speedup(base: list[float], other: list[float], *, draws: int = 2000) -> tupl
 
 
 def comparison(base: list[float] | None, other: list[float]) -> dict[str, float]:
-    """What a row says of the seconds of `other`: their median and spread in ms, any speedup over `base`."""
+    """Return the timing columns of `other`: median and spread in ms, and any speedup over `base`."""
     first, median, third = quartiles(other)
     row = {"ms": 1e3 * median, "iqr": 1e3 * (third - first)}
     if base is not None:
@@ -144,8 +143,8 @@ def comparison(base: list[float] | None, other: list[float]) -> dict[str, float]
 
 
 def saved_bytes(forward: Callable[[], Tensor], owned: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for backward: each storage once, those of `owned` tensors left out."""
-    kept: list[Tensor] = []  # holding the tensors keeps an address from being used twice
+    """Return the bytes that autograd saves for backward: each storage once, without `owned` tensors."""
+    kept: list[Tensor] = []  # keeps the tensors alive, so that no address is reused
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()) or t, lambda t: t):
         output = forward()
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*kept, *held(output)]}
@@ -153,7 +152,7 @@ def saved_bytes(forward: Callable[[], Tensor], owned: Iterable[Tensor]) -> int:
 
 
 def held(output: Tensor) -> list[Tensor]:
-    """Tensors that its graph holds as attributes of `torch.autograd.Function`s, which no hook is told of."""
+    """Return tensors stored as attributes of autograd Functions in the graph, which hooks do not see."""
     nodes, new = set(), {output.grad_fn} - {None}
     while new:
         nodes |= new
@@ -162,7 +161,7 @@ def held(output: Tensor) -> list[Tensor]:
 
 
 def back_to_back(run: Run, device: torch.device, calls: int = 10) -> float:
-    """Seconds a call by the host's clock, with no pause between calls: slow launching shows."""
+    """Return seconds per call by the host's clock, without pauses: shows slow launching."""
 
     def burst() -> None:
         for _ in range(calls):
@@ -175,7 +174,7 @@ def back_to_back(run: Run, device: torch.device, calls: int = 10) -> float:
 
 
 def memory_of(t: Tensor) -> tuple[int, Any, int]:
-    """(address, weak reference, bytes) of the storage or, where oneDNN hides that, of the tensor."""
+    """Return (address, weak reference, bytes) of the storage or, if oneDNN hides it, of the tensor."""
     if t.is_mkldnn:
         return id(t), torch._C._WeakTensorRef(t), t.numel() * t.element_size()
     storage = t.untyped_storage()
@@ -183,9 +182,9 @@ def memory_of(t: Tensor) -> tuple[int, Any, int]:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors alive that ops made while it is on, and the most there were at once.
+    """Count the live bytes of tensors that ops create in this mode, and their peak.
 
-    What an op allocates and frees within itself is not seen, nor what compiled code does.
+    Memory that an op allocates and frees internally is not counted, nor is compiled code.
     """
 
     def __init__(self):
@@ -205,7 +204,7 @@ class Allocations(TorchDispatchMode):
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """The most memory that a call holds beyond what was held before: the GPU's, or counted on the CPU."""
+    """Return the peak memory of a call beyond what was held before; on the CPU `Allocations` counts it."""
     if device.type != "cuda":
         with Allocations() as allocations:
             run()
@@ -219,10 +218,10 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 
 def relative_error(out: Tensor, exact: Tensor) -> float:
-    """||out - exact|| / ||exact||."""
+    """Return ||out - exact|| / ||exact||."""
     return ((out.to(exact.dtype) - exact).norm() / exact.norm()).item()
 
 
 def worst(errors: Iterable[float]) -> float:
-    """The largest; NaN where there is one."""
+    """Return the largest error, or NaN if there is one."""
     return max(errors, key=lambda error: (error != error, error))

@@ -1,13 +1,13 @@
-"""Which products this GPU should fuse with what lies behind them, and in which tiles: writes the table.
+"""Measure which matmuls this GPU should fuse with the activation, and the tiles; write the table.
 
-python -m benchmarks tune                          as many cases as --budget allows, what tells most first
+python -m benchmarks tune                          as many cases as --budget allows, the most important first
 python -m benchmarks tune --blocks 768/3072 --tokens 8192 --table my.json
 
-A case is a direction, the sizes of a block and a count of tokens. Every candidate is compared with float32
-first; a wrong one, or one that the device cannot run, is left out. The fastest is kept, and no fusion where
-that gains less than 1% or no more than noise. The forward case is the first product with its activation; the
-backward one begins at dy and ends at the gradients of the preactivations, of down and of up's bias. Cases of
-other devices stay.
+A case is a direction, the sizes of a block and a number of tokens. Every candidate is first compared with
+float32; wrong candidates and those that the device cannot run are left out. The fastest is kept if it gains
+at least 1% and more than noise; otherwise the case is not fused. The forward case is the first matmul with
+its activation; the backward case computes, from dy, the gradients of the preactivations, of down and of up's
+bias. Cases of other devices stay in the table.
 """
 
 import json
@@ -64,7 +64,7 @@ TOKENS = (8192, 16384, 4096, 2048, 1024)
 
 
 def operands(case: Case, device: torch.device) -> dict[str, Tensor | None]:
-    """x, dy (N, D), up, gate (H, D), down (D, H), bias (H) when plain, pre and pre_gate (N, H)."""
+    """Return x, dy (N, D), up, gate (H, D), down (D, H), bias (H) if plain, pre and pre_gate (N, H)."""
     torch.manual_seed(0)
     draw = partial(torch.randn, dtype=torch.bfloat16, device=device)
     N, D, H = case.N, case.D, case.H
@@ -94,7 +94,7 @@ def runner(case: Case, t: dict[str, Tensor | None]) -> Callable[[], tuple]:
 
 
 def textbook(case: Case, t: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
-    """What `runner` gives, in float32."""
+    """Compute the outputs of `runner` in float32."""
     t = {name: None if v is None else v.float() for name, v in t.items()}
     row = activations.TABLE["swiglu" if case.gated else "gelu"]
     if case.forward:
@@ -110,7 +110,7 @@ def textbook(case: Case, t: dict[str, Tensor | None]) -> tuple[Tensor | None, ..
 
 
 def error_of(found: tuple, exact: tuple) -> float:
-    """The largest relative error of the outputs; infinite where one is missing or not a number."""
+    """Return the largest relative error of the outputs; infinite if one is missing or NaN."""
     errors = [
         float("inf") if a is None else relative_error(a, b)
         for a, b in zip(found, exact, strict=True)
@@ -130,14 +130,14 @@ def pin_and_run(tiling: Tiling | None, run: Callable[[], tuple]) -> tuple:
 
 
 def best_of(gains: dict[str, tuple[float, float, float]]) -> str:
-    """The fastest by (gain, low, high), unless its gain may be luck: of so many, one has the most of it."""
+    """Return the fastest by (gain, low, high), unless its gain may be chance: the best of many often is."""
     best = max(gains, key=lambda name: gains[name][0])
     gain, low, _ = gains[best]
     return best if gain >= LEAST_GAIN and low > 1 else "unfused"
 
 
 def tune_case(case: Case, device: torch.device, capability: tuple[int, int], rounds: int):
-    """(the tiling to keep or None, what the row says)."""
+    """Return (the tiling to keep or None, the row's columns)."""
     from triton.errors import TritonError
 
     t = operands(case, device)
@@ -148,7 +148,7 @@ def tune_case(case: Case, device: torch.device, capability: tuple[int, int], rou
         candidate = partial(pin_and_run, tiling, run)
         try:
             errors[name] = error_of(candidate(), exact)
-        except (TritonError, RuntimeError, ValueError) as error:  # too large, or refused by the compiler
+        except (TritonError, RuntimeError, ValueError) as error:  # too large, or rejected by the compiler
             left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
             continue
         if errors[name] <= WRONG:
@@ -170,7 +170,7 @@ def tune_case(case: Case, device: torch.device, capability: tuple[int, int], rou
 
 
 def read(path: Path) -> dict[str, Tiling | None]:
-    """The table that stands; empty where there is none, or none that can be read."""
+    """Return the current table; empty if it is absent or unreadable."""
     try:
         rows = json.loads(path.read_text())
         return {name: None if row is None else Tiling(**row) for name, row in rows.items()}
@@ -180,7 +180,7 @@ def read(path: Path) -> dict[str, Tiling | None]:
 
 def main(argv: list[str]) -> None:
     parser = report.arguments("tune", __doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in the interpreter")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs the interpreter")
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=11)
@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     if device.type == "cpu" and options.table.resolve() == tilings.TABLE.resolve():
-        raise SystemExit("python -m benchmarks tune: times of the interpreter want a --table of their own")
+        raise SystemExit("python -m benchmarks tune: --device cpu needs a --table of its own")
     try:
         dispatch.choose("triton", device, torch.bfloat16)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The same GPT in three codes and with the same weights: plain torch, transformers, ffn.
+"""The same GPT with the same weights in plain torch, transformers and ffn.
 
-Weights are named as in `baseline.GPT`. transformers is built from its published GPT2Config, which writes tanh
-GELU out as `gelu_new`; its cache and its attention are those that it chooses.
+Weights are named as in `baseline.GPT`. transformers is built from its published GPT2Config, which names tanh
+GELU `gelu_new`; it uses its default cache and attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,25 +25,25 @@ class Shape(NamedTuple):
     num_layers: int
     num_heads: int
     max_seq_len: int
-    batch: int  # of a training step
+    batch: int  # rows of a training step
     activation: str
 
 
 SHAPES = {
     "tiny": Shape(65, 128, 4, 4, 64, 12, "gelu"),  # nanoGPT's recipe for a CPU
-    "small": Shape(65, 384, 6, 6, 256, 8, "gelu"),  # its character model, in batches that two cores bear
+    "small": Shape(65, 384, 6, 6, 256, 8, "gelu"),  # its character model, in batches for two cores
     "gpt2": Shape(50257, 768, 12, 12, 1024, 8, "gelu_tanh"),  # GPT-2 small, Radford et al. 2019
 }
 
 
 class Twin(NamedTuple):
-    """A model and what it does to tokens (B, T).
+    """A model with its functions of tokens (B, T).
 
-    generate: the greedy continuation, the new tokens alone.
+    generate: the greedy continuation; returns the new tokens only.
     """
 
     model: nn.Module
-    table: Tensor  # the embedding of the tokens
+    table: Tensor  # the token embedding
     logits: Callable[[Tensor], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     generate: Callable[[Tensor, int], Tokens]
@@ -57,7 +57,7 @@ def plain(shape: Shape, dropout: float) -> GPT:
 
 
 def draw(shape: Shape, device: torch.device) -> Weights:
-    """GPT-2's initialisation, with biases and norms off their 0 and 1, so that one left behind would show."""
+    """Initialise as GPT-2, but with biases and norms off 0 and 1, so that a forgotten weight is noticed."""
     torch.manual_seed(0)
     weights = plain(shape, 0.0).state_dict()
     for weight in weights.values():
@@ -108,7 +108,7 @@ def renamed(name: str, parts: tuple[tuple[str, str], ...]) -> str:
 
 
 def for_transformers(weights: Weights) -> Weights:
-    """Its Conv1D keeps the matrices the other way round."""
+    """Transpose the matrices for transformers' Conv1D."""
     turned = {name: w.t() if ".c_" in name and w.ndim == 2 else w for name, w in weights.items()}
     return {renamed(name, TRANSFORMERS): w for name, w in turned.items()}
 
@@ -127,7 +127,7 @@ def build_transformers(shape: Shape, dropout: float, weights: Weights, dtype: to
         attn_pdrop=dropout,
         resid_pdrop=dropout,
         bos_token_id=None,
-        eos_token_id=None,  # random weights may choose any token, and all are to be generated
+        eos_token_id=None,  # random weights may choose any token; generation must not stop early
     )
     model = GPT2LMHeadModel(config).to(weights["tokens.weight"].device, dtype)
     model.load_state_dict(for_transformers(weights))
@@ -136,7 +136,7 @@ def build_transformers(shape: Shape, dropout: float, weights: Weights, dtype: to
         return model(tokens, use_cache=False).logits
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        # its own shift would leave out the last token
+        # transformers' own shift would leave out the last token
         return model(tokens, use_cache=False, labels=targets, shift_labels=targets).loss
 
     def generate(prompt: Tensor, new_tokens: int) -> Tensor:
@@ -149,7 +149,7 @@ def build_transformers(shape: Shape, dropout: float, weights: Weights, dtype: to
 
 
 def for_ffn(weights: Weights) -> Weights:
-    """Queries, keys and values apart, and a tied head that owns nothing."""
+    """Split queries, keys and values; the tied head owns no weight."""
     found = {renamed(name, FFN): w for name, w in weights.items() if name != "head.weight"}
     for name in [name for name in found if ".c_attn." in name]:
         thirds = zip("qkv", found.pop(name).chunk(3), strict=True)

@@ -1,4 +1,4 @@
-"""What `base` gives its requests to: a process that builds and times cases over the `ffn` of one tree.
+"""The worker process of `base`: builds and times cases with the `ffn` of one tree.
 
 Started as a module with (ROOT, TABLE, DEVICE): ROOT holds the `ffn` to import, TABLE names the module with
 IMPLEMENTATIONS. Requests and answers are lines of JSON on stdin and stdout.
@@ -20,12 +20,12 @@ from benchmarks.report import reason
 from benchmarks.timing import Run, clock_of
 
 TURN = 0.02  # seconds
-SAMPLE = 1 << 20  # elements of an output that are compared
+SAMPLE = 1 << 20  # compared elements of an output
 
 
 def sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().flatten()
-    return flat[:: flat.numel() // SAMPLE | 1].cpu().clone()  # an odd step meets every column of a matrix
+    return flat[:: flat.numel() // SAMPLE | 1].cpu().clone()  # an odd step samples every column of a matrix
 
 
 class Bench:
@@ -37,8 +37,8 @@ class Bench:
         self.run: Run | None = None
 
     def prepare(self, case: dict, name: str, outputs: str) -> str:
-        """The contender's note; what it computes without dropout goes to the file `outputs`."""
-        self.run = None  # frees the case before
+        """Write the outputs without dropout to the file `outputs`; return the contender's note."""
+        self.run = None  # frees the previous case
         import ffn
 
         assert Path(ffn.__file__).resolve().is_relative_to(self.root), f"ffn came from {ffn.__file__}"
@@ -66,7 +66,7 @@ class Bench:
         return contender
 
     def seconds(self) -> float:
-        """The median of as many calls as make a turn: after a pause the first is slower than the others."""
+        """Return the median over a turn of several calls: after a pause the first call is slower."""
         assert self.run is not None, "no case is prepared"
         seen = [self.clock(self.run)]
         while sum(seen) < TURN:
@@ -77,13 +77,13 @@ class Bench:
 def main(root: str, table: str, device: str) -> None:
     sys.path.insert(0, root)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever is printed must not come between the answers
+    os.dup2(2, 1)  # prints must not mix with the answers
     bench = Bench(Path(root).resolve(), table, device)
     for line in sys.stdin:
         what, *details = json.loads(line)
         try:
             answer = {"answer": getattr(bench, what)(*details)}
-        except Exception as error:  # noqa: BLE001 another commit may fail in any way; the row says how
+        except Exception as error:  # noqa: BLE001 another commit may fail in any way; the row has the reason
             answer = {"error": reason(error)}
         print(json.dumps(answer), file=answers)
 

@@ -1,5 +1,5 @@
-"""The yardstick of a case, row "ceiling": its bare matrix products, gate and up joined or apart, whichever is
-faster; with few tokens, if that takes longer, reading the weights at the speed of a copy.
+"""The yardstick of a case, row "ceiling": its bare matmuls, with gate and up joined or separate, whichever is
+faster. With few tokens it is the time to read the weights at the speed of a copy, if that is longer.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,17 +15,17 @@ from benchmarks.timing import CACHE_BYTES, Rotation, Run
 from ffn.ops import hardware
 from ffn.ops.matmul import float32_in_onednn
 
-FEW = 64  # tokens up to which reading the weights may take longer than multiplying
+FEW = 64  # up to so many tokens reading the weights may take longer than the matmuls
 
 
 def fast_products(x: Tensor) -> AbstractContextManager:
-    """Within it bare products like x go to the library that multiplies them fastest."""
+    """Context: bare matmuls of x's dtype and device run in the fastest library."""
     onednn = x.is_cpu and x.dtype == torch.float32 and hardware.float32_faster_in_onednn()
     return float32_in_onednn() if onednn else nullcontext()
 
 
 def products(case: Case, x: Tensor, dy: Tensor, joined: bool) -> Run:
-    """The matrix products of the case alone, on operands of their shapes, gate and up as one or apart."""
+    """Return the bare matmuls of the case on operands of their shapes, gate and up joined or separate."""
     block, dtype = case.block, torch.float32 if case.dtype == "float32" else torch.bfloat16
     new = partial(torch.randn, dtype=dtype, device=x.device)
     parts, width = (1, 2 * block.hidden_dim) if joined else (1 + block.gated, block.hidden_dim)
@@ -48,7 +48,7 @@ def products(case: Case, x: Tensor, dy: Tensor, joined: bool) -> Run:
 
 
 def copied_bytes(device: torch.device) -> int:
-    """How much a copy moves, for the speed of the memory: more than a cache holds."""
+    """Return the bytes of the copy that measures memory speed: more than a cache holds."""
     return 1 << (30 if device.type == "cuda" else 27)
 
 
@@ -58,18 +58,18 @@ def copying(device: torch.device) -> Run:
 
 
 def reads_weights(case: Case, x: Tensor) -> bool:
-    """Whether time goes into reading the weights, and blocks are timed in turn so that they are read."""
+    """Return True if reading the weights takes the time; then blocks are timed in turn, to read them."""
     return x.is_cpu and case.work == "inference" and case.tokens <= FEW
 
 
 def blocks_of(weights: Weights) -> int:
-    """How many blocks a cache does not hold, and one more; of toys, a single one."""
+    """Return one more than the number of blocks that exceeds the cache; 1 for toy blocks."""
     size = sum(w.nbytes for w in weights.values())
     return 1 + CACHE_BYTES // size if size >= 1 << 20 else 1
 
 
 def yardsticks(case: Case, weights: Weights, x: Tensor, dy: Tensor) -> dict[str, Run]:
-    """What the row "ceiling" may come from."""
+    """Return the candidates for the row "ceiling"."""
     runs: dict[str, Run] = {}
     for form in ("apart", "joined") if case.block.gated else ("apart",):
         count = blocks_of(weights) if reads_weights(case, x) else 1
@@ -81,7 +81,7 @@ def yardsticks(case: Case, weights: Weights, x: Tensor, dy: Tensor) -> dict[str,
 
 
 def yardstick(case: Case, weights: Weights, taken: dict[str, list[float]]) -> tuple[list[float], dict] | None:
-    """(seconds in each round, what is done a second), taking the yardsticks out; None if one failed."""
+    """Remove the yardsticks from `taken`; return (seconds per round, rates), or None if one failed."""
     found = {name: taken.pop(name) for name in list(taken) if name.startswith(CEILING)}
     copy = found.pop(f"{CEILING} copy", None)
     if not found:

@@ -2,22 +2,23 @@
 
     tokens -> Embedding -> Block(Norm, Attention, Norm, FeedForward) x L -> Norm -> Head -> loss
 
-The tree, in the order data flows through it:
+The package, in the order data flows through it:
 
-    activations     one table, one formula x -> (value, slope) a row
-    ops             functions on tensors: feed_forward, dropout; the autograd rule; no weights
+    activations     the table of activations: one formula x -> (value, slope) per row
+    files           files that are whole or absent: atomic writes, safetensors, strict JSON, TOML
+    ops             functions on tensors without weights: feed_forward, its autograd rule, dropout, attention
     nn              modules that hold weights: Embedding, norms, Attention, FeedForward, Block, Head
-    transformer     TransformerConfig and Transformer, the sentence above
     packing         pack: faster inference on the CPU from copies of the weights
-    generate        sampling with a key/value cache
-    tokenizer data  text in, tokens on disk out; batches makes them (B, T)
-    optim train     the loop; checkpoint saves it, recipe and config describe it, report shows it
-    classify        texts sorted into classes: a head on a model, its training, the folder it leaves
-    interop         swap, from_module: the block in models written elsewhere; checkpoints of other libraries
+    gpt             TransformerConfig and Transformer; generation, cost, freezing, adapters
+    text            tokenizers, tokens on disk, batches (B, T)
+    interop         swap, from_module: the block in other libraries' models; their checkpoints
+    disk            load, save and inspect a model
+    train           ffn train: configuration, optimizer, loop, checkpoints, exact resume
+    classify        ffn classify: a head on a model, its training and the folder of results
     cli             ffn train | generate | eval | classify | info | doctor
 
-The letters of shapes, everywhere: B batch, T time, S keys seen, N = B T tokens, D model width, H hidden
-width, O output width, Q query heads, G key/value heads, C head channels, V vocabulary.
+Letters in shapes: B batch, T time, S keys seen, N = B T tokens, D model width, H hidden width, O output
+width, Q query heads, G key/value heads, C head channels, V vocabulary.
 """
 
 from ffn.disk import load, load_tokenizer, save
@@ -28,6 +29,7 @@ from ffn.interop.swap.in_place import swap, unswap
 from ffn.nn import FeedForward, gated_hidden_dim
 from ffn.ops import feed_forward
 from ffn.packing.pack import pack, packing_error, unpack
+from ffn.version import __version__ as __version__
 
 __all__ = [
     "FeedForward",
@@ -46,3 +48,8 @@ __all__ = [
     "unpack",
     "unswap",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the public names, without the submodules."""
+    return sorted([*__all__, "__doc__", "__version__"])

@@ -1,4 +1,4 @@
-"""`python -m ffn` is `ffn`."""
+"""Run the command line: `python -m ffn` is the same as `ffn`."""
 
 import sys
 

@@ -1,10 +1,10 @@
-"""The activations: one row each, one formula x -> (value, slope), plain or gated.
+"""The table of activations: each row, plain or gated, has one formula x -> (value, slope).
 
-A formula is written over a module name `m`, so that any array library with exp, erf, log, sigmoid, abs and
-where can read it: torch does here, a kernel language may elsewhere. `value` is the activation, `slope` its
-derivative, so that backward rebuilds what forward threw away from one call.
+A formula calls functions of a module named `m`: exp, erf, log, sigmoid, abs and where. Any library with these
+functions can run it: torch here, Triton in the kernels. `value` is the activation and `slope` its derivative,
+so that one call in backward rebuilds both.
 
-A row may also name torch's own forward and backward, which the eager paths prefer for speed.
+A row may also name torch's own forward and backward, which the eager paths prefer because they are faster.
 """
 
 import difflib
@@ -91,12 +91,12 @@ def _widen(x: Tensor) -> Tensor:
 class Activation:
     """One row of the table.
 
-    name: how users ask for it.
+    name: the name in the table.
     formula: x -> (value, slope), both of x's shape; None for a callable that is not in the table.
-    forward: torch's own x -> value; None where the formula serves.
-    backward: torch's own (dvalue, x, grad_input=where it may write, on either) -> grad of x; None as above. A
-        named overload of an ATen op spares the search for one at each call.
-    gated: whether the block multiplies the value with a second product, up.
+    forward: torch's own x -> value; None to use the formula.
+    backward: torch's own (dvalue, x, grad_input=output buffer, may be dvalue or x) -> gradient of x; None to
+        use the formula. A named overload of an ATen op saves the overload lookup in each call.
+    gated: whether the block multiplies the value by a second matmul, up.
     """
 
     name: str
@@ -106,16 +106,16 @@ class Activation:
     gated: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The value for a tensor of any shape and floating dtype, differentiable."""
+        """Return the value for a tensor of any shape and floating dtype; differentiable."""
         if self.forward is not None:
             return self.forward(x)
         assert self.formula is not None
         return self.formula(_widen(x))[0].to(x.dtype)
 
     def grad(self, dvalue: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """The gradient of x, dvalue * slope(x), in `out`, which may be either of the two.
+        """Write the gradient of x, dvalue * slope(x), to `out` and return it; `out` may be dvalue or x.
 
-        Half precision computes in float32.
+        Half precision is computed in float32.
         """
         if self.backward is not None:
             return self.backward(dvalue, x, grad_input=out)
@@ -149,7 +149,7 @@ GATES = {"glu": "sigmoid", "bilinear": "identity", "reglu": "relu", "geglu": "ge
 TABLE = {row.name: row for row in PLAIN}
 TABLE |= {name: replace(TABLE[gate], name=name, gated=True) for name, gate in GATES.items()}
 
-# Other libraries' spellings, where they mean exactly one row: Hugging Face's, torch's functions.
+# Names in other libraries that mean exactly one row: Hugging Face's names, torch's functions.
 ALIASES = {"swish": "silu", "linear": "identity", "gelu_python": "gelu"}
 ALIASES |= dict.fromkeys(["gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"], "gelu_tanh")
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.leaky_relu: "leaky_relu", F.gelu: "gelu", F.silu: "silu",
@@ -158,7 +158,7 @@ FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.leaky_relu: "leaky_relu", F.g
 
 
 def _module_row(module: nn.Module) -> str | None:
-    """The name of the row that computes exactly what this torch.nn activation computes, or None."""
+    """Return the name of the row that computes exactly the same as this torch.nn activation, or None."""
     if not type(module).__module__.startswith("torch.nn."):  # a subclass may compute something else
         return None
     match module:
@@ -174,14 +174,14 @@ def _module_row(module: nn.Module) -> str | None:
 
 
 def resolve(activation: str | Callable | type[nn.Module] | Activation) -> Activation:
-    """The row for a name, a torch.nn activation (class or instance) or any callable.
+    """Return the row for a name, a torch.nn activation (class or instance) or any callable.
 
-    A callable without a row, or a row that is not the table's, becomes a row without a formula: it runs
+    A callable without a row, or a row that is not in the table, becomes a row without a formula and runs
     through plain autograd.
 
     Raises:
-        ValueError: the name is in neither the table nor its aliases.
-        TypeError: neither a name nor callable.
+        ValueError: if the name is neither in the table nor an alias.
+        TypeError: if the argument is neither a name nor callable.
     """
     if isinstance(activation, Activation):
         known = activation.formula is None or TABLE.get(activation.name) == activation
@@ -191,15 +191,13 @@ def resolve(activation: str | Callable | type[nn.Module] | Activation) -> Activa
         if name not in TABLE:
             close = difflib.get_close_matches(activation.lower(), [*TABLE, *ALIASES], 1)
             near = "".join(f"; did you mean {found}?" for found in close)
-            raise ValueError(
-                f"activation={activation!r}: no such row; choose one of {', '.join(TABLE)}{near}"
-            )
+            raise ValueError(f"activation must be one of {', '.join(TABLE)}; got {activation!r}{near}")
         return TABLE[name]
     if isinstance(activation, type) and issubclass(activation, nn.Module):
         activation = activation()
     if not callable(activation):
         given = type(activation).__name__ if hasattr(activation, "shape") else repr(activation)  # no dump
-        raise TypeError(f"activation={given}: want a name, a torch.nn activation or a callable")
+        raise TypeError(f"activation must be a name, a torch.nn activation or a callable, got {given}")
     if isinstance(activation, nn.Module):
         name = _module_row(activation)
     else:

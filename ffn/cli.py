@@ -1,7 +1,7 @@
-"""The door: `ffn train | generate | eval | classify | info | doctor`. Arguments in, calls out.
+"""The command line: `ffn train | generate | eval | classify | info | doctor`.
 
-Exit codes: 0 done; 1 stopped by what happened (a full disk, too little memory, a loss that is not finite);
-2 asked for what cannot be; 130 interrupted, and saved where training had begun.
+Exit codes: 0 success; 1 a failure at run time (a full disk, too little memory, a loss that is not finite);
+2 a mistake in the arguments; 130 interrupted (training that had begun is saved).
 """
 
 from __future__ import annotations
@@ -34,19 +34,22 @@ from ffn.train.loop import train
 from ffn.train.report import printable
 from ffn.train.run_folder import read_config
 from ffn.train.steps import evaluate
+from ffn.version import __version__
 
+DISTRIBUTION = "torch-ffn"
+REMEDY = "run `pip uninstall ffn`, then `pip install --force-reinstall --no-deps .` in a clone"
 MODEL_FILES = {".safetensors", ".json", *PICKLES}
-ALLOCATOR = "DefaultCPUAllocator"  # on the CPU torch says so, and raises a plain RuntimeError
+ALLOCATOR = "DefaultCPUAllocator"  # in the message of the RuntimeError that torch raises without CPU memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return the exit code."""
     arguments = _parse(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a sample shall not stop a run for want of a character
+        sys.stdout.reconfigure(errors="replace")  # a character the terminal lacks must not stop a run
     try:
         return arguments.command(arguments)
-    except BrokenPipeError:  # the reader of our output has left; say nothing more, at exit neither
+    except BrokenPipeError:  # the reader closed the pipe; print nothing more, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except RuntimeError as error:
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; words on both sides of an option are words, where argparse takes one side alone."""
+    """Parse the arguments; unlike argparse, accept words on both sides of an option."""
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
     if more and ("words" not in arguments or any(word.startswith("-") and word != "-" for word in more)):
@@ -84,44 +87,48 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ffn", description="Train a Transformer on text and use it.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"ffn {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=lambda _: parser.print_help() or 0, key="")
+    commands = parser.add_subparsers(metavar="COMMAND")
     command = partial(_add_command, commands)
 
-    usual = "Without a config and keys, a small model of Python's standard library goes into runs/stdlib. "
+    usual = "Without arguments it trains a small model on Python's standard library in runs/stdlib. "
     usual += "The config.toml in the folder of a run lists every key."
-    summary = "train, or go on where the same command was interrupted"
+    summary = "train a model, or resume where the same command stopped"
     add = command("train", _train, summary, usual, "train.steps=3")
-    words = "a TOML file, then keys such as train.steps=100"
+    words = "a TOML file and keys such as train.steps=100"
     add("words", nargs="*", metavar="CONFIG key=value", help=words)
-    base = "start from this model: a run, a checkpoint, a folder of Hugging Face; the same as base=PATH"
+    base = "start from this run, checkpoint or Hugging Face folder; the same as base=PATH"
     add("--from", dest="base", metavar="PATH", help=base)
 
     add = command("generate", _generate, "continue a prompt with a trained model")
     add("run", help="the folder of a run")
-    add("--prompt", help="what to continue (default: a line end)")
-    add("--tokens", type=int, help="how many at most (default: what the window holds)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    add("--top-k", type=int, help="draw among the k likeliest tokens")
-    add("--top-p", type=float, help="draw among the likeliest tokens that hold this probability")
-    add("--seed", type=int, help="for the same text each time")
+    add("--prompt", help="the text to continue (default: a line break)")
+    add("--tokens", type=int, help="the most tokens to generate (default: until the window is full)")
+    add("--temperature", type=float, default=0.8, help="0 always takes the most likely token (default: 0.8)")
+    add("--top-k", type=int, help="sample from the k most likely tokens")
+    add("--top-p", type=float, help="sample from the most likely tokens with this total probability")
+    add("--seed", type=int, help="make the text repeatable")
     add("--device", default="auto", help=DEVICE)
 
-    add = command("eval", _eval, "the loss over the whole validation text of a run")
+    add = command("eval", _eval, "print the loss over the whole validation text of a run")
     add("run", help="the folder of a run")
-    add("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
+    add("--batch-size", type=int, default=32, help="windows per batch (default: 32)")
     add("--device", default="auto", help=DEVICE)
 
-    summary = "train a classifier of texts, and use it"
+    summary = "train and use a text classifier"
     classify = commands.add_parser("classify", help=summary, description=_sentence(summary))
     add_commands(partial(_add_command, classify.add_subparsers(required=True, metavar="COMMAND")))
 
-    summary = "parameters, operations and kept memory of a model, part by part"
+    summary = "print parameters, FLOPs and saved memory of a model, part by part"
     add = command("info", _info, summary, key="model.dim=64")
-    what = "as for train; or the folder of a run, of a model (Hugging Face's too), or its config.json"
+    what = (
+        "a config as for train, or the folder of a run or of a model (Hugging Face's too), or its config.json"
+    )
     add("words", nargs="*", metavar="CONFIG|FOLDER key=value", help=what)
 
-    command("doctor", _doctor, "versions, devices, and what would run")
+    command("doctor", _doctor, "print versions, devices and the code that would run")
     return parser
 
 
@@ -133,9 +140,12 @@ def _add_command(
     more: str = "",
     key: str = "",
 ) -> Callable[..., object]:
-    """Add a command to what `add_subparsers` gave; returns what adds its arguments.
+    """Add a command and return the function that adds its arguments.
 
-    more: of its own help, after the summary. key: what a key looks like, if it takes such.
+    Args:
+        commands: the result of `add_subparsers`.
+        more: text of the command's own help after the summary.
+        key: an example of a key, for commands that take keys.
     """
     added = commands.add_parser(name, help=summary, description=f"{_sentence(summary)} {more}")
     added.set_defaults(command=run, key=key)
@@ -150,7 +160,7 @@ def _file_and_keys(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Split `[CONFIG|RUN] [key=value ...]` into the file of the configuration and the keys."""
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
-        raise ValueError(f"{' '.join(names)}: wants one config and then key=value, as in train.steps=100")
+        raise ValueError(f"{' '.join(names)}: give one config, then key=value as in train.steps=100")
     file = Path(names[0]) if names else None
     if file is not None and file.is_dir():
         file = file / "config.toml"
@@ -190,7 +200,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """What is asked for, else a line end; where the run's tokenizer has none, what its text begins with."""
+    """Return the prompt and its tokens; by default a line break, or else how the training text begins."""
     if arguments.prompt is not None:
         return arguments.prompt, tokenizer.encode(arguments.prompt)
     corpus = open_corpus(Path(arguments.run))
@@ -200,7 +210,7 @@ def _prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, l
 
 
 def _print_stream(tokens, tokenizer: Tokenizer) -> None:
-    """Print text as it comes; a character whose bytes are still incomplete waits for the rest."""
+    """Print text as it arrives; an incomplete character waits for its last byte."""
     ids: list[int] = []
     printed = ""
     for token in tokens:
@@ -217,44 +227,46 @@ def _eval(arguments: argparse.Namespace) -> int:
     device, _ = choose_device(arguments.device)
     file, state = disk.find_model(run, _complain)
     if not (run / "config.toml").is_file():
-        raise ValueError(f"{run}: eval wants the folder of a run, which holds its config.toml")
+        raise ValueError(f"{run}: must be the folder of a run, with its config.toml")
     model = disk.read_model(file, device)
     corpus = open_corpus(run)
     if corpus is None or state is None or corpus.fingerprint != state["data"]:
         raise ValueError(
-            f"{run / 'data'} is absent, damaged or not what the model was trained on; "
-            f"to make it again from the same text: ffn train {run / 'config.toml'} out={run}"
+            f"{run / 'data'} is absent, damaged or not the data of this model; "
+            f"to prepare it again from the same text, run: ffn train {run / 'config.toml'} out={run}"
         )
     loss = evaluate(model, corpus.val, batch_size=arguments.batch_size)
     per_byte = loss * len(corpus.val) / corpus.val_bytes
     print(f"model        {file}")
     size = f"{len(corpus.val):,} tokens, {corpus.val_bytes:,} bytes"
     print(f"validation   {size}, in windows of {model.config.max_seq_len}")
-    print(f"loss         {loss:.4f} nats a token, {per_byte:.4f} nats a byte")
+    print(f"loss         {loss:.4f} nats per token, {per_byte:.4f} nats per byte")
     return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:
     path = Path(arguments.words[0]) if arguments.words else Path()
-    model_file = path.suffix in MODEL_FILES and ("=" not in str(path) or path.exists())  # else a key's value
+    model_file = path.suffix in MODEL_FILES and (
+        "=" not in str(path) or path.exists()
+    )  # else it is the value of a key
     stored = model_file or (path.is_dir() and not (path / "config.toml").is_file())
     if arguments.words and stored:
         if rest := arguments.words[1:]:
-            raise ValueError(f"{' '.join(rest)}: the model in {path} is as it is; leave that out")
+            raise ValueError(f"{' '.join(rest)}: keys cannot change the model in {path}; leave them out")
         model, architecture, shards = disk.inspect(path)
     else:
         config = read_config(*_file_and_keys(arguments.words))
         model, architecture, shards = config.model, "ffn", None
         if config.data.tokenizer != "byte" and not path.is_dir():
             size = model.vocab_size
-            print(f"with vocab_size={size}; when training begins, the tokenizer's takes its place")
+            print(f"assuming vocab_size={size}; training uses the tokenizer's size")
     kind = "decoder" if model.causal else "encoder"
     layers = f"{model.num_layers} layers of {model.dim}, {model.activation}"
     print(f"architecture {architecture}: {kind}, {layers}")
     if shards is not None:
         print(f"weights      {_sizes(shards)}")
     print(render_table(model))
-    print(f"training a token costs {flops_per_token(model, training=True):,} FLOPs\n")
+    print(f"training costs {flops_per_token(model, training=True):,} FLOPs per token\n")
     print(render_kept(model))
     return 0
 
@@ -267,9 +279,11 @@ def _sizes(shards: Shards) -> str:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    versions = ["ffn", "torch", "einops", "safetensors", "tokenizers", "tqdm", "matplotlib", "triton"]
     print(f"python       {platform.python_version()} on {platform.platform()}")
-    for name in versions:
+    print(f"ffn          {__version__}, the distribution {DISTRIBUTION} (`ffn` on PyPI is a finance library)")
+    if others := sorted({*metadata.packages_distributions().get("ffn", [])} - {DISTRIBUTION}):
+        print(f"conflict     {', '.join(others)} also installs a package named ffn; {REMEDY}")
+    for name in ("torch", "einops", "numpy", "safetensors", "tokenizers", "tqdm", "matplotlib", "triton"):
         try:
             print(f"{name:12} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

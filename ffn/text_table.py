@@ -1,11 +1,11 @@
-"""Rows of cells as lines of plain text, in columns."""
+"""Format rows of cells as lines of plain text with aligned columns."""
 
 import unicodedata
 from collections.abc import Sequence
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """A line for each row, every column as wide as its widest cell; the first `left` begin at the left.
+    """Return one line per row; columns are as wide as their widest cell, the first `left` are left-aligned.
 
     >>> columns([("part", "size"), ("head", "1,024")])
     ['part   size', 'head  1,024']
@@ -21,5 +21,5 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def _width(text: str) -> int:
-    """The columns of a screen that a text takes, where Chinese characters take two."""
+    """Return the number of screen columns of a text; a Chinese character takes two."""
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)

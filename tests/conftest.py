@@ -1,4 +1,4 @@
-"""What every test shares: the hypothesis profile, a fixed seed, and the way to data kept beside the checkout.
+"""Shared by all tests: the hypothesis profile, a fixed seed, fixtures, and data beside the checkout.
 
 Helpers are imported, not injected: ``from tests.conftest import shared_data``.
 """
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A deadline would time the machine, not the code. CI draws the same examples each time, people new ones.
+# A deadline would time the machine, not the code. CI draws the same examples each time, other runs new ones.
 settings.register_profile(
     "ffn", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -21,26 +21,26 @@ settings.load_profile("ffn")
 
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if WORKER:  # one thread each, here and in the processes that tests start: contending threads are slower
+if WORKER:  # one thread per worker and per process that tests start: contending threads are slower
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The whole suite runs in two processes where pytest-xdist is installed and no -n says otherwise."""
+    """Run the whole suite in two processes if pytest-xdist is installed and -n is not given."""
     whole = config.args == config.getini("testpaths")
     if whole and not WORKER and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The one test that is a process of minutes comes first: the others run beside it."""
+    """Run the one test of several minutes first, so that the others run beside it."""
     items.sort(key=lambda item: item.path.name != "test_interpreted.py")
 
 
 def shared_data(name: str) -> Path:
-    """The file ``shared/data/NAME`` in or above the checkout; skips the test where there is none."""
+    """Return the file ``shared/data/NAME`` in or above the checkout; skip the test if there is none."""
     for folder in (ROOT, *ROOT.parents):
         path = folder / "shared" / "data" / name
         if path.exists():
@@ -55,7 +55,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def nothing_compiled() -> Iterator[None]:
-    """Dynamo has forgotten all graphs: it compiles one piece of code a few times only, whoever asks."""
+    """Reset Dynamo before and after: it compiles the same code only a few times per process."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

@@ -35,7 +35,7 @@ variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 
 
 def build(dtype: torch.dtype = F64, **options) -> Transformer:
-    """Large weights, so that nothing is hidden by being small."""
+    """Draw large weights, so that no error is hidden by small values."""
     model = Transformer(dataclasses.replace(SMALL, **options), dtype=dtype)
     with torch.no_grad():
         for p in model.parameters():

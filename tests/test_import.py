@@ -1,20 +1,21 @@
-"""The package in a fresh Python: it needs none of its optional packages, and importing it brings none in."""
+"""Import in a fresh Python: no optional package is needed or imported, and nothing warns."""
 
 import subprocess
 import sys
 
+import ffn
 from tests.conftest import ROOT
 
 OPTIONAL = ["triton", "tqdm", "matplotlib", "tokenizers", "transformers"]
 
 
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run_python(code: str, *options: str) -> str:
+    done = subprocess.run([sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_cpu_path_runs_where_no_optional_package_can_be_imported() -> None:
+def test_cpu_path_runs_without_optional_packages() -> None:
     code = f"""
 import sys
 
@@ -37,7 +38,7 @@ print("ran")
     assert run_python(code).split() == ["ran"]
 
 
-def test_import_brings_in_no_optional_package_and_no_compiler() -> None:
+def test_import_loads_no_optional_package_and_no_compiler() -> None:
     heavy = [*OPTIONAL, "torch._dynamo", "torch._inductor"]
     code = f"""
 import sys
@@ -47,3 +48,13 @@ import ffn
 print(*sorted((set(sys.modules) - before) & set({heavy!r})))
 """
     assert run_python(code).split() == []
+
+
+def test_import_warns_of_nothing() -> None:
+    run_python("import ffn", "-W", "error")
+
+
+def test_dir_lists_the_public_names_and_no_submodules() -> None:
+    names = {name for name in dir(ffn) if not name.startswith("__")}
+    assert names == set(ffn.__all__)
+    assert all(hasattr(ffn, name) for name in dir(ffn))

@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 
 # The rooms in the order data flows: a room imports only from those before it, and from itself.
 ROOMS = [
-    "activations", "text_table", "files", "ops", "nn", "packing", "gpt", "text", "interop", "disk", "train",
-    "classify", "cli", "__main__",
+    "version", "activations", "text_table", "files", "ops", "nn", "packing", "gpt", "text", "interop", "disk",
+    "train", "classify", "cli", "__main__",
 ]  # fmt: skip
 
 

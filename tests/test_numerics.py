@@ -1,4 +1,4 @@
-"""The laws of the block, over whatever shape, dtype, activation, strides and backend hypothesis draws."""
+"""Laws of the block over shapes, dtypes, activations, strides and backends that hypothesis draws."""
 
 import math
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Case:
 
     @property
     def tolerance(self) -> dict[str, float]:
-        """Room for another order of summation: some ulps of values of order one to ten."""
+        """Allow another order of summation: some ulps of values of order one to ten."""
         eps = torch.finfo(self.arguments.x.dtype).eps
         return {"rtol": 16 * eps, "atol": 64 * eps}
 
@@ -148,7 +148,7 @@ def test_strided_is_contiguous(case: Case, kind: str) -> None:
 
 
 @given(cases(dropout=True))
-def test_what_is_kept_changes_nothing(case: Case) -> None:
+def test_save_mode_changes_nothing(case: Case) -> None:
     first, *others = (all_gradients(case, **{"chunk_tokens": None, **save}) for save in SAVES)
     for other in others:
         assert_close(other, first, case)
@@ -166,7 +166,7 @@ def test_splitting_a_batch_splits_outputs_and_adds_gradients(case: Case, seed: i
 
 
 @given(cases(dropout=True), st.floats(-4.0, 4.0))
-def test_gradients_are_linear_in_what_comes_back(case: Case, factor: float) -> None:
+def test_gradients_are_linear_in_dy(case: Case, factor: float) -> None:
     case = Case(case.arguments.to(F64), case.options)
     y, *grads = all_gradients(case)
     _, *scaled = all_gradients(case, dy=torch.full_like(y, factor))
@@ -255,7 +255,7 @@ def test_backward_twice_gives_the_same(case: Case) -> None:
 
 
 @given(cases(dropout=True))
-def test_a_seed_decides_everything(case: Case) -> None:
+def test_same_seed_gives_the_same_results(case: Case) -> None:
     first, again = all_gradients(case), all_gradients(case)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

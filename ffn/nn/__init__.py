@@ -1,4 +1,4 @@
-"""Modules that hold weights and call ops, in the order tokens meet them."""
+"""Modules that hold weights and call ops."""
 
 from ffn.nn.feed_forward import FeedForward, gated_hidden_dim
 

@@ -1,4 +1,4 @@
-"""Attention: the tokens of a sequence look at one another; multi-head or grouped-query, causal or not."""
+"""Attention, its key/value cache and its masks; multi-head or grouped-query, causal or not."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,27 +22,32 @@ class Attention(nn.Module):
         y = o_proj(softmax(scale q k^T) v)        q, k, v = q_proj(x), k_proj(x), v_proj(x)
 
     Args:
-        dim: D. num_heads: Q. num_kv_heads: G, which divides Q; Q if left out. head_dim: C; D / Q if left out.
-        causal: whether a token sees only itself and what came before.
-        dropout: probability to drop an attention weight, out_dropout an output value, while training.
-        qkv_bias, out_bias: whether q, k and v, and the output, have a bias.
-        qk_norm: builds a norm over the C channels of each query and key head, e.g. torch.nn.RMSNorm; with
-            qk_norm_scope="all" over all heads' channels together.
-        window: how many positions back a token sees, its own counted; None for all.
-        scale: of the scores; 1/sqrt(C) if left out.
-        softcap: scores s become softcap tanh(s / softcap).
+        dim: D.
+        num_heads: Q.
+        num_kv_heads: G, a divisor of Q; Q by default.
+        head_dim: C; D / Q by default.
+        causal: True if a token attends only to itself and earlier tokens.
+        dropout: probability of dropping an attention weight in training.
+        out_dropout: probability of dropping an output value in training.
+        qkv_bias, out_bias: True to add biases to q, k and v, and to the output.
+        qk_norm: builds a norm over the C channels of each query and key head, e.g. torch.nn.RMSNorm.
+        qk_norm_scope: "all" to norm the channels of all heads together, "head" for each head alone.
+        window: number of positions that a token attends to, its own included; None for all.
+        scale: factor on the scores; 1/sqrt(C) by default.
+        softcap: if set, scores s become softcap tanh(s / softcap).
 
     Shape:
         x (B, T, D) -> (B, T, D). rotary: the tables of `ffn.nn.rotary.rotary_tables`.
-        mask: bool, broadcast to (B, 1, T, S), S the number of keys, True where a token may look; it replaces
-            the causal rule.
-        cache: the keys and values of what came before; x continues it, and S = cache.length + T.
+        mask: bool, broadcast to (B, 1, T, S) for S keys, True where a token may attend; it replaces the
+            causal mask.
+        cache: the keys and values of earlier positions; x continues them, and S = cache.length + T.
 
-    On the CPU the scores are always computed in float32, whose kernels are several times faster there than
-    bfloat16's, above all backward and for one query.
+    On the CPU the scores are always computed in float32: its kernels are several times faster there than
+    bfloat16's, above all in backward and for one query.
 
     Raises:
-        ValueError: widths that are not positive or do not divide, no such scope, a window without causal.
+        ValueError: if a size is not positive or does not divide, the scope is unknown, or window is set
+            without causal.
 
     Sources: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Henry et al. 2020 (q/k norm);
     Beltagy et al. 2020 (windows); Gemma Team 2024 (softcap).
@@ -71,9 +76,13 @@ class Attention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads, num_kv_heads, head_dim)
         if window is not None and not (causal and window > 0):
-            raise ValueError(f"window={window}, causal={causal}: want a positive window, and causal=True")
+            raise ValueError(
+                f"window must be positive and needs causal=True, got window={window}, causal={causal}"
+            )
         if qk_norm_scope not in QK_NORM_SCOPES:
-            raise ValueError(f"qk_norm_scope={qk_norm_scope!r}: want one of {', '.join(QK_NORM_SCOPES)}")
+            raise ValueError(
+                f"qk_norm_scope must be one of {', '.join(QK_NORM_SCOPES)}, got {qk_norm_scope!r}"
+            )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim = head_dim or dim // num_heads
         self.causal, self.dropout, self.out_dropout = causal, dropout, out_dropout
@@ -96,7 +105,7 @@ class Attention(nn.Module):
         cache: "LayerCache | None" = None,
     ) -> Tensor:
         if autocasts(x):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, rather than in each of the products
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, instead of once in each matmul
         return self.mix((self.q_proj(x), self.k_proj(x), self.v_proj(x)), rotary, mask, cache)
 
     def mix(
@@ -106,7 +115,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: "LayerCache | None" = None,
     ) -> Tensor:
-        """What `forward` makes of q_proj(x), k_proj(x) and v_proj(x), (B, T, heads C) each."""
+        """Compute the output from q_proj(x), k_proj(x) and v_proj(x), each (B, T, heads C)."""
         dtype, device, autocast = projected[0].dtype, projected[0].device.type, autocasts(projected[0])
         q, k, v = map(self._heads, projected)
         if self.q_norm is not None and self.k_norm is not None:
@@ -124,7 +133,9 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         half = x.dtype in (torch.bfloat16, torch.float16)
         x = x.float() if half and x.device.type == "cpu" else x
-        return x.reshape(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)  # of no tokens too
+        return x.reshape(
+            *x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim
+        )  # works without tokens too
 
     def _norm(self, norm: nn.Module, x_BTQC: Tensor) -> Tensor:
         x = x_BTQC.flatten(2) if self.qk_norm_scope == "all" else x_BTQC
@@ -162,10 +173,10 @@ class Attention(nn.Module):
 
 
 class LayerCache:
-    """The keys and values (B, G, S, C) of one layer, S positions so far, up to `capacity`.
+    """The keys and values (B, G, S, C) of one layer for the S positions so far, at most `capacity`.
 
-    The memory is taken once, at the first `append`, in the shape, dtype and device of what comes. It is
-    written in place, so that nothing can be differentiated through it.
+    The first `append` allocates the memory, with the shape, dtype and device of its tensors. The cache is
+    written in place, so gradients cannot flow through it.
     """
 
     def __init__(self, capacity: int):
@@ -173,14 +184,14 @@ class LayerCache:
         self.memory: tuple[Tensor, Tensor] | None = None  # both (B, G, capacity, C)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in k and v (B, G, T, C); return all keys and values so far, (B, G, S, C), as views.
+        """Append k and v (B, G, T, C); return all keys and values so far, (B, G, S, C), as views.
 
         Raises:
-            ValueError: more than the capacity.
+            ValueError: if there are more positions than the capacity.
         """
         start, end = self.length, self.length + k.shape[2]
         if end > self.capacity:
-            raise ValueError(f"a cache of {self.capacity} positions got {end}; give it a larger capacity")
+            raise ValueError(f"capacity must be at least {end} for this sequence, got {self.capacity}")
         if self.memory is None:
             shape = *k.shape[:2], self.capacity, k.shape[3]
             self.memory = k.new_empty(shape), v.new_empty(shape)
@@ -192,9 +203,9 @@ class LayerCache:
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + R/2) of x (B, T, Q, C) by its angle; see `rotary_tables`.
+    """Rotate each pair of channels (i, i + R/2) of x (B, T, Q, C) by its angle; see `rotary_tables`.
 
-    Where the tables have fewer than C channels, R, the first R turn and the others stay.
+    If the tables have R < C channels, only the first R rotate.
     """
     R = cos.shape[-1]
     turning, staying = (x, None) if x.shape[-1] == R else (x[..., :R], x[..., R:])
@@ -204,14 +215,14 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 
 def causal_mask(T: int, S: int, device) -> Tensor:
-    """bool (T, S): True where the query, one of the last T of S positions, does not come before the key."""
+    """Return bool (T, S): True unless the key is after the query, one of the last T of S positions."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def padding_mask(real: Tensor, T: int, causal: bool) -> Tensor:
-    """The mask (B, 1, T, S) for the last T of S positions when only some keys are real tokens.
+    """Return the mask (B, 1, T, S) for the last T of S positions when some keys are padding.
 
-    A position may always look at itself, so that what is computed for padding is finite.
+    A position may always attend to itself, so that the values at padding stay finite.
 
     Args:
         real: bool (B, S), True at tokens, False at padding.
@@ -234,10 +245,10 @@ def attend_in_full(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v from the whole matrix of scores, with dropout on the weights and a soft cap.
+    """Return softmax(scale q k^T) v from the full score matrix, with dropout on the weights and a soft cap.
 
-    For dropout on the CPU, where torch's scaled_dot_product_attention has no fused kernel either, and its
-    dropout is slower and keeps its mask; and for soft caps, which it has nowhere.
+    Used for dropout on the CPU, where torch's scaled_dot_product_attention has no fused kernel, is slower and
+    saves the dropout mask; and for soft caps, which torch does not have.
     """
     B, Q, T, C = q_BQTC.shape
     group = Q // k_BGSC.shape[1]
@@ -257,7 +268,7 @@ def attend_in_full(
 
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:
-    """Raise ValueError unless dim splits into heads and the heads into groups."""
+    """Raise ValueError unless num_heads divides dim, num_kv_heads divides num_heads, and all are positive."""
     check_size("dim", dim)
     check_size("num_heads", num_heads)
     for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
@@ -265,9 +276,7 @@ def check_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: in
             check_size(name, size)
     if head_dim is None and dim % num_heads:
         raise ValueError(
-            f"dim={dim} does not split into num_heads={num_heads} heads; choose a divisor, or a head_dim"
+            f"dim must be a multiple of num_heads={num_heads} unless head_dim is given, got {dim}"
         )
     if num_kv_heads is not None and num_heads % num_kv_heads:
-        raise ValueError(
-            f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}; choose a divisor of it"
-        )
+        raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, got {num_heads}")

@@ -1,4 +1,4 @@
-"""The block: attention and the feed-forward, each behind its norm, written into the residual stream."""
+"""One layer of the transformer: attention, feed-forward, their norms and the residual stream."""
 
 from collections.abc import Callable
 
@@ -20,16 +20,18 @@ class Block(nn.Module):
         post, parallel  norm(x + attention(x) + feed_forward(x))
 
     Args:
-        attention: called as attention(x, rotary, mask, cache). feed_forward: called as feed_forward(x). Both
-            (B, T, D) -> (B, T, D); they drop their own output.
-        norm: builds one norm over D. A parallel block has one, `attention_norm`; the others have
-            `feed_forward_norm` as well, and in a sandwich each has an `_out_norm` beside it.
+        attention: module (B, T, D) -> (B, T, D), called as attention(x, rotary, mask, cache); it applies its
+            own output dropout.
+        feed_forward: module (B, T, D) -> (B, T, D), called as feed_forward(x); it applies its own output
+            dropout.
+        norm: builds one norm over D. A parallel block has one, `attention_norm`; other blocks also have
+            `feed_forward_norm`, and sandwich blocks an `_out_norm` for each of the two.
         norm_position: "pre", "post", "output" or "sandwich".
-        parallel: whether both read the same input, with pre or post.
-        shared_norm: with pre and parallel, whether one norm serves both; else each has its own.
+        parallel: True if attention and feed_forward read the same input; needs "pre" or "post".
+        shared_norm: False to give attention and feed_forward a norm each; needs "pre" and parallel.
 
     Raises:
-        ValueError: no such norm_position, or one that does not go with parallel or shared_norm.
+        ValueError: if norm_position is unknown, or does not allow parallel or shared_norm.
 
     Sources: Vaswani et al. 2017 (post); Xiong et al. 2020 (pre); Wang, Komatsuzaki 2021 (parallel); Liu et
     al. 2021 (output); Ding et al. 2021 (sandwich).
@@ -84,7 +86,7 @@ class Block(nn.Module):
         return x + second_out_norm(self.feed_forward(second_norm(x)))
 
     def _both(self, x: Tensor, rotary, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
-        """Attention and feed-forward side by side."""
+        """Run attention and feed-forward in parallel."""
         if self.norm_position == "post":
             return self.attention_norm(x + self.attention(x, rotary, mask, cache) + self.feed_forward(x))
         n = self.attention_norm(x)
@@ -96,10 +98,10 @@ class Block(nn.Module):
 
 
 def check_norms(norm_position: str, parallel: bool, shared_norm: bool) -> None:
-    """Raise ValueError unless there is such a block."""
+    """Raise ValueError unless the three options fit together."""
     if norm_position not in NORM_POSITIONS:
-        raise ValueError(f"norm_position={norm_position!r}: want one of {', '.join(NORM_POSITIONS)}")
+        raise ValueError(f"norm_position must be one of {', '.join(NORM_POSITIONS)}, got {norm_position!r}")
     if parallel and norm_position not in ("pre", "post"):
-        raise ValueError(f"parallel=True with norm_position={norm_position!r}: want pre or post")
+        raise ValueError(f"norm_position must be pre or post with parallel=True, got {norm_position!r}")
     if not (shared_norm or (parallel and norm_position == "pre")):
-        raise ValueError("shared_norm=False: want parallel=True and norm_position='pre'")
+        raise ValueError("shared_norm=False needs parallel=True and norm_position='pre'")

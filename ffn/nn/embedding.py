@@ -1,4 +1,4 @@
-"""Tokens become vectors here."""
+"""The embedding: tokens, token types and positions to vectors."""
 
 from collections.abc import Callable
 
@@ -9,28 +9,28 @@ from ffn import ops
 
 
 class Embedding(nn.Module):
-    """One row of a table a token, plus one of a second table a position where positions are learned.
+    """Token embedding, with optional token types, learned positions, norm and dropout.
 
-        dropout(norm(scale * token[t] + token_type[k] + position[offset + p]))      what is absent is left out
+        dropout(norm(scale * token[t] + token_type[k] + position[offset + p]))
 
     Args:
-        vocab_size: V, rows of `token`.
+        vocab_size: V, number of rows of `token`.
         dim: D.
-        max_seq_len: positions in `position`; None for no learned positions.
-        dropout: probability to drop a value while training.
-        position_offset: rows of `position` before that of position 0.
-        num_token_types: rows of `token_type`; 0 for none.
-        scale: of the token's row.
-        norm: builds a norm over D; None for none.
+        max_seq_len: number of learned positions; None for no `position` table.
+        dropout: probability of dropping a value in training.
+        position_offset: number of rows of `position` before position 0.
+        num_token_types: number of rows of `token_type`; 0 for no table.
+        scale: factor on the token's row.
+        norm: builds a norm over D; None for no norm.
 
     Shape:
         tokens (B, T) int64 or int32, positions (T) or (B, T) int64 -> (B, T, D).
-        token_types: as tokens; 0 everywhere if left out.
+        token_types: like tokens; all 0 by default.
 
     Raises:
-        ValueError: an index outside its table (on the CPU; a GPU asserts by itself), or token types that
-            there is no table for.
-        TypeError: tokens that are not integers.
+        ValueError: if an index is outside its table (on the CPU; a GPU raises its own assertion), or
+            token_types are given without a table.
+        TypeError: if tokens are not integers.
     """
 
     def __init__(
@@ -60,22 +60,24 @@ class Embedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The token table (V, D), which a tied head reads too."""
+        """The token table (V, D); a tied head reads it too."""
         return self.token.weight
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
         if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens want int64 or int32; got {str(tokens.dtype)[6:]}; cast with .long()")
+            raise TypeError(f"tokens must be int64 or int32, got {str(tokens.dtype)[6:]}; cast with .long()")
         x = _look_up(self.token, tokens, "tokens")
         if self.scale != 1.0:
-            x = x * torch.full((), self.scale, dtype=x.dtype, device=x.device)  # rounded as the weights are
+            x = x * torch.full(
+                (), self.scale, dtype=x.dtype, device=x.device
+            )  # rounded to the weights' dtype
         if self.token_type is not None:
             types = torch.zeros_like(tokens) if token_types is None else token_types
             x = x + _look_up(self.token_type, types, "token_types")
         elif token_types is not None:
-            raise ValueError("token_types: this embedding has no table for them; leave them out")
+            raise ValueError("token_types must be None: this embedding has no token types")
         if self.position is not None:
             if positions is None:
                 positions = torch.arange(tokens.shape[-1], device=tokens.device)
@@ -96,6 +98,6 @@ def _look_up(table: nn.Embedding, index: Tensor, name: str) -> Tensor:
     except IndexError:
         low, high = int(index.min()), int(index.max())
         raise ValueError(
-            f"{name} want 0 <= index < {table.num_embeddings}; got {low} to {high}; "
-            "check that the vocabulary and the window are the model's"
+            f"{name} must be in [0, {table.num_embeddings}), got {low} to {high}; "
+            "check that the tokenizer and the sequence length fit the model"
         ) from None

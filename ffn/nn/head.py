@@ -1,4 +1,4 @@
-"""The head: hidden states become scores for every entry of the vocabulary, or a loss without storing them."""
+"""The head: hidden states to logits over the vocabulary, or to a loss without storing the logits."""
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,18 @@ from ffn.nn.loss import cap, linear_cross_entropy
 
 
 class HeadTransform(nn.Module):
-    """norm(act(dense(hidden))), what BERT does before the product with the vocabulary.
+    """norm(act(dense(hidden))), as in BERT before the matmul with the vocabulary.
 
     Args:
-        dim: D. activation: a plain one of the table. norm: over D.
+        dim: D.
+        activation: the name of a plain activation of the table.
+        norm: a norm over D.
 
     Shape:
         (..., D) -> (..., D).
 
     Raises:
-        ValueError: no such activation, or a gated one.
+        ValueError: if the activation is unknown or gated.
 
     Source: Devlin et al. 2019.
     """
@@ -39,31 +41,32 @@ class HeadTransform(nn.Module):
 
 
 def check_head_activation(activation: str) -> None:
-    """Raise ValueError unless it is a plain one of the table."""
+    """Raise ValueError unless this is the name of a plain activation of the table."""
     if activations.resolve(activation).gated:
-        raise ValueError(f"head_activation={activation!r}: want a plain one, such as gelu")
+        raise ValueError(f"head_activation must be a plain activation such as gelu, got {activation!r}")
 
 
 class Head(nn.Module):
-    """The output matrix (V, D), with what may stand before and behind its product.
+    """The output matrix (V, D), with an optional transform, bias and soft cap.
 
         logits = cap(transform(hidden) weight^T + bias)        cap(z) = softcap tanh(z / softcap)
 
-    A tied head owns no matrix: the token table is handed to each call. The table thus exists once, in the
-    state dict and in memory, and no way of moving or loading a model can part the two.
+    A tied head owns no matrix: each call passes the token table. The table exists once, in the state dict and
+    in memory, so moving or loading a model cannot separate the two.
 
     Args:
-        dim: D. vocab_size: V.
-        tied: whether calls bring the matrix.
-        bias: whether there is one.
-        softcap: bounds the logits; None leaves them.
-        transform: a module (..., D) -> (..., D) before the product; None for none.
+        dim: D.
+        vocab_size: V.
+        tied: True if each call passes the matrix.
+        bias: True to add a bias (V).
+        softcap: bound on the logits; None for no bound.
+        transform: a module (..., D) -> (..., D) before the matmul; None for no transform.
 
     Shape:
-        hidden (..., D) -> (..., V); a tied head's calls bring the table (V, D).
+        hidden (..., D) -> (..., V); a tied head also takes the table (V, D).
 
     Raises:
-        ValueError: a tied head without the table, or an untied one with it.
+        ValueError: if a tied head is called without the table, or an untied head with it.
 
     Sources: Press, Wolf 2017 for tying; Gemma Team 2024 for the softcap.
     """
@@ -94,7 +97,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal, 0.02; biases 0."""
+        """Draw weights from a normal distribution of standard deviation 0.02; set biases to 0."""
         if isinstance(self.transform, HeadTransform):
             init_linear(self.transform.dense, "gpt2", generator=generator)
         if self.weight is not None and not self.weight.is_meta:
@@ -103,11 +106,11 @@ class Head(nn.Module):
             self.bias.zero_()
 
     def forward(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
-        """Logits (..., V) of hidden (..., D); `table` (V, D) is the token table of a tied head."""
+        """Return the logits (..., V) of hidden (..., D); `table` (V, D) is the token table of a tied head."""
         return cap(F.linear(self.transformed(hidden), self._matrix(table), self.bias), self.softcap)
 
     def transformed(self, hidden: Tensor) -> Tensor:
-        """What the product reads."""
+        """Return the input of the matmul."""
         return hidden if self.transform is None else self.transform(hidden)
 
     def loss(
@@ -119,7 +122,7 @@ class Head(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """The mean cross entropy of hidden (..., D) and targets (...); see `ffn.nn.loss`."""
+        """Return the mean cross entropy of hidden (..., D) and targets (...); see `ffn.nn.loss`."""
         return linear_cross_entropy(
             self.transformed(hidden),
             self._matrix(table),
@@ -133,7 +136,7 @@ class Head(nn.Module):
     def _matrix(self, table: Tensor | None) -> Tensor:
         weight = self.weight if table is None else table
         if weight is None or (table is not None and self.weight is not None):
-            raise ValueError("a tied head wants the token table with each call, an untied one wants none")
+            raise ValueError("table must be given to a tied head and left out for an untied one")
         return weight
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The named initialisations of Linears: those that read the residual stream and those that write into it."""
+"""The named initialisations of Linears, with special cases for Linears that write to the residual stream."""
 
 import math
 
@@ -9,9 +9,9 @@ INITS = ("torch", "xavier", "he", "gpt2", "depth_scaled", "zero_out")
 
 
 def check_init(init: str) -> None:
-    """Raise ValueError for a name that is not in INITS."""
+    """Raise ValueError unless the name is in INITS."""
     if init not in INITS:
-        raise ValueError(f"init={init!r}: no such initialisation; choose one of {', '.join(INITS)}")
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
 
 
 @torch.no_grad()
@@ -24,22 +24,23 @@ def init_linear(
     layer: int = 0,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Fill a Linear's weight (out, in) and bias (out) in place; meta tensors are left alone.
+    """Fill a Linear's weight (out, in) and bias (out) in place; meta tensors stay unchanged.
 
     Args:
         init: "torch" uniform +-1/sqrt(in), bias too (torch's nn.Linear);
             "xavier" uniform +-sqrt(6/(in+out)), bias 0 (Glorot, Bengio 2010);
             "he" normal sqrt(2/in), bias 0 (He et al. 2015);
-            "gpt2" normal 0.02, residual ones 0.02/sqrt(2 num_layers), bias 0 (Radford et al. 2019);
-            "depth_scaled" normal cut at two sigma, 0.02, residual ones 0.02/sqrt(2 (layer + 1)), bias 0;
-            "zero_out" uniform of standard deviation 1/sqrt(in), residual ones 0, bias 0, so that every block
-            starts as the identity.
-        residual: whether the output is added to the residual stream.
-        num_layers, layer: the depth of the model, and which layer this is, from 0.
-        generator: where the numbers come from; None is torch's own.
+            "gpt2" normal 0.02, residual 0.02/sqrt(2 num_layers), bias 0 (Radford et al. 2019);
+            "depth_scaled" normal truncated at two sigma, 0.02, residual 0.02/sqrt(2 (layer + 1)), bias 0;
+            "zero_out" uniform with standard deviation 1/sqrt(in), residual 0, bias 0: every block starts as
+            the identity.
+        residual: True if the output is added to the residual stream.
+        num_layers: the number of layers of the model.
+        layer: the index of this layer, from 0.
+        generator: the source of random numbers; torch's global generator by default.
 
     Raises:
-        ValueError: init is not a name of INITS.
+        ValueError: if init is not in INITS.
     """
     check_init(init)
     weight, bias = linear.weight, linear.bias

@@ -1,4 +1,4 @@
-"""The loss: cross entropy straight from hidden states; the logits of a large vocabulary never all exist."""
+"""The loss: cross entropy from hidden states, without storing all logits of a large vocabulary."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from ffn.ops import torch_modes
 
-# 128 MiB in float32, where products over some 500 tokens already run at full speed; 512 MiB on a GPU, where
-# the gradient of the table, read and written for each chunk, would cost more than the products save.
+# 128 MiB in float32: matmuls over about 500 tokens already run at full speed. 512 MiB on a GPU: each chunk
+# reads and writes the gradient of the table, which would cost more in smaller chunks.
 LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_ON_GPU = 1 << 25, 1 << 27
 
 
@@ -24,37 +24,39 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """F.cross_entropy(hidden weight^T + bias, targets), in nats, averaged over the targets that count.
+    """Return F.cross_entropy(hidden weight^T + bias, targets), the mean in nats over the counted targets.
 
-    When all logits fit one chunk it is just that. Otherwise the tokens are taken a chunk at a time and each
-    chunk's logits are turned into its part of the gradients before they are dropped: what is kept for
-    backward are the gradients themselves, N D + V D elements, where plain torch keeps N V and more. No
-    product is computed twice.
+    If all logits fit in one chunk, plain torch computes the loss. Otherwise the tokens are processed in
+    chunks: each chunk's logits become its part of the gradients and are then freed. The gradients,
+    N D + V D elements, are saved for backward, where plain torch saves N V elements and more. No matmul is
+    computed twice.
 
     Args:
-        hidden: (..., D). weight: (V, D), of hidden's dtype unless autocast is on.
-        bias: (V), of weight's dtype; None for none.
-        softcap: logits z become softcap tanh(z / softcap); None leaves them.
-        targets: (...) int64 or another integer dtype, 0 <= target < V or ignore_index.
-        ignore_index: targets that do not count.
+        hidden: (..., D).
+        weight: (V, D), in hidden's dtype unless autocast is on.
+        targets: (...) of any integer dtype, each in [0, V) or ignore_index.
+        bias: (V), in weight's dtype; None for no bias.
+        softcap: if set, logits z become softcap tanh(z / softcap).
+        ignore_index: value of targets that do not count.
         label_smoothing: share of each target spread evenly over the vocabulary.
-        chunk_tokens: tokens a chunk at most; left out, as many as make 2^25 logits (2^27 on a GPU).
+        chunk_tokens: most tokens in a chunk; by default as many as make 2^25 logits (2^27 on a GPU).
 
     Returns:
-        a scalar, float32 (float64 for float64); nan when no target counts, as in torch.
+        A scalar in float32 (float64 for float64); nan if no target counts, as in torch.
 
     Raises:
-        ValueError: shapes that do not fit, chunks of no tokens, a smoothing outside [0, 1], a target outside
-            the vocabulary (on the CPU; a GPU asserts by itself). TypeError: dtypes that do not fit.
-        RuntimeError: a second derivative through chunks.
+        ValueError: if shapes do not fit, chunk_tokens is not positive, label_smoothing is outside [0, 1] or a
+            target is outside the vocabulary (on the CPU; a GPU raises its own assertion).
+        TypeError: if dtypes do not fit.
+        RuntimeError: on a second derivative through chunks.
 
-    Source: the derivation is F.cross_entropy's; Hsu et al. 2024 keep gradients instead of logits likewise.
+    Source: the derivation is F.cross_entropy's; Hsu et al. 2024 also save gradients instead of logits.
     """
     autocast = torch_modes.autocasts(hidden) and torch_modes.autocasts(weight)
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
     _check(hidden, weight, bias, targets, chunk_tokens, autocast)
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing={label_smoothing}: want a share in [0, 1]")
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     logits = LOGITS_PER_CHUNK_ON_GPU if hidden.is_cuda else LOGITS_PER_CHUNK
     tokens, most = hidden.shape[0], chunk_tokens or max(1, logits // weight.shape[0])
@@ -81,41 +83,42 @@ def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
 
 
 def cap(logits: Tensor, softcap: float | None) -> Tensor:
-    """softcap tanh(logits / softcap), or the logits as they are."""
+    """Return softcap tanh(logits / softcap), or the logits unchanged if softcap is None."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _check_range(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Asked once the loss has failed: until then the answer would cost a pass, and on a GPU a wait."""
+    """Raise ValueError for a target out of range; called only after a failure, because it costs a pass."""
     if targets.is_cpu:
         wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
         if wrong.numel():
-            rule = f"0 <= target < {vocab_size} or ignore_index={ignore_index}"
-            raise ValueError(f"targets want {rule}; got {int(wrong[0])}") from None
+            rule = f"in [0, {vocab_size}) or ignore_index={ignore_index}"
+            raise ValueError(f"targets must be {rule}, got {int(wrong[0])}") from None
 
 
 def _check(hidden: Tensor, weight: Tensor, bias, targets: Tensor, chunk_tokens: int | None, autocast: bool):
     if targets.shape != hidden.shape[:-1] or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"linear_cross_entropy wants hidden (..., D), weight (V, D), targets (...); got hidden "
+            f"hidden, weight and targets must be (..., D), (V, D) and (...), got hidden "
             f"{tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        got = f"{tuple(bias.shape)} with weight {tuple(weight.shape)}"
-        raise ValueError(f"linear_cross_entropy wants bias (V); got {got}")
+        raise ValueError(
+            f"bias must be ({weight.shape[0]},), a value per row of weight, got {tuple(bias.shape)}"
+        )
     if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens}: want at least 1, or None")
+        raise ValueError(f"chunk_tokens must be a positive integer or None, got {chunk_tokens}")
     if hidden.dtype != weight.dtype and not autocast:
         raise TypeError(
-            f"linear_cross_entropy wants hidden and weight of one dtype; got {str(hidden.dtype)[6:]} and "
+            f"hidden and weight must have the same dtype, got {str(hidden.dtype)[6:]} and "
             f"{str(weight.dtype)[6:]}; cast one with .to(dtype), or use autocast"
         )
     if targets.is_floating_point():
-        raise TypeError(f"targets want integers; got {str(targets.dtype)[6:]}; cast with .long()")
+        raise TypeError(f"targets must be integers, got {str(targets.dtype)[6:]}; cast with .long()")
 
 
 class Plan(NamedTuple):
-    """What the rule must know besides tensors; step: tokens a chunk, dtype: of the products."""
+    """The options of the rule: step is tokens per chunk, dtype that of the matmuls."""
 
     ignore_index: int
     smoothing: float
@@ -129,12 +132,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The rule over hidden (N, D), weight (V, D), bias (V), targets (N): forward computes the gradients too.
+    """The loss of hidden (N, D), weight (V, D), bias (V), targets (N); forward computes the gradients too.
 
-    With l the log-softmax of a token's logits z, e the smoothing and M the number of targets that count:
+    With l the log-softmax of a token's logits z, e the smoothing and M the number of counted targets:
         loss = -sum((1 - e) l_target + e mean l) / M        dz = (exp l - (1 - e) onehot - e / V) / M
-    and times 1 - (z / cap)^2 where z = cap tanh(...) is capped.
-    The gradients' division by M waits for backward: float16 could not hold them in between.
+    With a soft cap, z = cap tanh(...), dz is multiplied by 1 - (z / cap)^2. Backward divides by M, because
+    float16 could not hold the divided gradients.
     """
 
     @staticmethod
@@ -148,8 +151,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise RuntimeError(
-                "linear_cross_entropy in chunks cannot be differentiated twice; "
-                "pass chunk_tokens as large as the number of tokens"
+                "linear_cross_entropy in chunks has no second derivative; "
+                "set chunk_tokens to at least the number of tokens"
             )
         share, dhidden, dweight, dbias = ctx.saved_tensors
         scale = grads[0] * share
@@ -160,7 +163,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _in_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: Plan, wants):
-    """The summed loss, 1 / M where M targets count, and M times the gradients that are wanted, else None."""
+    """Return the summed loss, 1 / M for M counted targets, and M times each wanted gradient, else None."""
     counts = targets != plan.ignore_index
     targets = torch.where(counts, targets, 0)
     share = _wide(hidden.new_ones(())) / counts.sum()
@@ -192,13 +195,13 @@ def _in_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
 
 
 def _each(log_p: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """The loss of each token, (n, 1), from its log-probabilities (n, V)."""
+    """Return the loss of each token, (n, 1), from its log-probabilities (n, V)."""
     each = (smoothing - 1.0) * log_p.gather(1, target)
     return each - smoothing * log_p.mean(-1, keepdim=True) if smoothing > 0.0 else each
 
 
 def _dlogits_(log_p: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """The gradient of `_each` to the logits (n, V), written over log_p."""
+    """Return the gradient of `_each` with respect to the logits (n, V), written over log_p."""
     dz = log_p.exp_()
     if smoothing > 0.0:
         dz.sub_(smoothing / log_p.shape[1])
@@ -206,7 +209,7 @@ def _dlogits_(log_p: Tensor, target: Tensor, smoothing: float) -> Tensor:
 
 
 def _accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """total += dlogits^T hidden, which the product itself can do when the dtypes agree."""
+    """Add dlogits^T hidden to total, within the matmul if the dtypes agree."""
     if total.dtype == dlogits.dtype:
         total.addmm_(dlogits.t(), hidden)
     else:

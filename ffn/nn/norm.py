@@ -1,4 +1,4 @@
-"""The norms: torch's own modules, and for RMSNorm a rule with which the CPU trains several times faster."""
+"""The norms: torch's modules, and a rule for RMSNorm that trains several times faster on the CPU."""
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,17 @@ NORMS = ("rmsnorm", "layernorm", "rmsnorm1p")
 
 
 def build_norm(name: str, dim: int, eps: float = 1e-5, *, device=None, dtype=None) -> nn.Module:
-    """A norm over the last dimension D = dim, with a weight (and a bias for layernorm).
+    """Build a norm over the last dimension D = dim, with a weight (and a bias for layernorm).
 
-    rmsnorm1p stores what is added to a weight of 1 (Gemma's).
+    rmsnorm1p stores its weight minus 1, as in Gemma.
 
     Raises:
-        ValueError: the name is not one of NORMS.
+        ValueError: if the name is not in NORMS.
 
     Sources: Ba et al. 2016 (layernorm); Zhang, Sennrich 2019 (rmsnorm).
     """
     if name not in NORMS:
-        raise ValueError(f"norm={name!r}: no such norm; choose one of {', '.join(NORMS)}")
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")
     norm = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm, "rmsnorm1p": RMSNorm1p}[name]
     return norm(dim, eps=eps, device=device, dtype=dtype)
 
@@ -36,7 +36,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class RMSNorm1p(RMSNorm):
-    """RMSNorm with the weight 1 + `weight`; half precision computes in float32, as Gemma does."""
+    """RMSNorm with the weight 1 + `weight`; half precision is computed in float32, as in Gemma."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -48,17 +48,18 @@ class RMSNorm1p(RMSNorm):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; saves x and one number a row for backward.
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension; saves x and one number per row.
 
     Args:
-        x: (..., D) of any floating dtype. weight: (D).
-        eps: added to the mean; None is the machine epsilon of x's dtype.
+        x: (..., D) of any floating dtype.
+        weight: (D).
+        eps: added to the mean; None for the machine epsilon of x's dtype.
 
     Returns:
         (..., D) in x's dtype.
     """
     if (
-        x.device.type == "cpu"  # elsewhere torch has a fused kernel, and a compiler writes its own
+        x.device.type == "cpu"  # other devices have a fused kernel, and a compiler writes its own
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and torch.is_grad_enabled()

@@ -1,14 +1,14 @@
-"""Whether calling a Linear does nothing but F.linear with its own two parameters."""
+"""Check that calling a Linear only computes F.linear with its own two parameters."""
 
 from types import MethodType
 
 from torch import Tensor, nn
 
-LINEAR_FORWARD = nn.Linear.forward  # as it was at import: a patch of the class must take effect too
+LINEAR_FORWARD = nn.Linear.forward  # stored at import, so that a later patch of the class is noticed
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook of the module's own runs when it is called or differentiated."""
+    """Return True if the module has forward or backward hooks of its own."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -18,10 +18,10 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def plain_parameters(linear: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) if calling this Linear does nothing but F.linear with these two plain parameters."""
+    """Return (weight, bias) if calling this Linear only computes F.linear with these two, else None."""
     if type(linear) is not nn.Linear:
         return None
-    forward = linear.forward  # torch.compile watches the attribute, and not __dict__, for a later change
+    forward = linear.forward  # torch.compile guards the attribute, but not __dict__, against later changes
     if type(forward) is not MethodType or forward.__func__ is not LINEAR_FORWARD or is_hooked(linear):
         return None
     weight, bias = map(linear._parameters.get, ("weight", "bias"))

@@ -120,7 +120,7 @@ class HFTokenizer:
             from tokenizers import Tokenizer as FastTokenizer
         except ImportError:
             raise ImportError(
-                "a tokenizer.json requires the package tokenizers: pip install 'ffn[hf]'"
+                "a tokenizer.json requires the package tokenizers: pip install 'torch-ffn[hf]'"
             ) from None
         try:
             self._tokenizer = FastTokenizer.from_str(specification)

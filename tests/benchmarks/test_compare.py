@@ -1,4 +1,4 @@
-"""What counts as a change between two files of rows."""
+"""compare: significant changes between two files of rows."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def write(file: Path, *rows: dict) -> str:
     return str(file)
 
 
-def test_a_change_is_what_intervals_do_not_share(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_change_needs_separate_intervals(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = write(tmp_path / "a.jsonl", row("up", 1.0), row("down", 2.0), row("same", 1.0), row("gone", 1.0))
     after = write(tmp_path / "b.jsonl", row("up", 1.3), row("down", 1.7), row("same", 1.19), row("new", 1.0))
     main([before, after])
@@ -28,7 +28,7 @@ def test_a_change_is_what_intervals_do_not_share(tmp_path: Path, capsys: pytest.
     assert verdict == "1 faster, 1 slower, 1 within the noise; 2 cases are in one file only"
 
 
-def test_a_change_of_less_than_five_percent_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_change_needs_five_percent(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     speedups = {"a": 1.04, "b": 0.96, "c": 1.06, "d": 0.94}
     before = write(tmp_path / "a.jsonl", *(row(case, 1.0, 0.001) for case in speedups))
     after = write(tmp_path / "b.jsonl", *(row(case, now, 0.001) for case, now in speedups.items()))
@@ -38,14 +38,14 @@ def test_a_change_of_less_than_five_percent_is_none(tmp_path: Path, capsys: pyte
     assert verdict.startswith("1 faster, 1 slower, 2 within the noise")
 
 
-def test_the_newest_row_of_a_case_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_newest_row_of_a_case_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = write(tmp_path / "a.jsonl", row("x", 9.0), row("x", 1.0, dropout=0.1), row("x", 1.0))
     after = write(tmp_path / "b.jsonl", row("x", 1.0), row("x", 3.0, dropout=0.1), {"case": "x"})
     main([before, after])
     assert "1 faster, 0 slower, 1 within the noise; 0 cases" in capsys.readouterr().out
 
 
-def test_the_baseline_and_the_ceiling_are_no_news(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_baseline_and_ceiling_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     files = []
     for name, speedup in (("a", 1.0), ("b", 2.0)):
         rows = [row("x", speedup) | {"implementation": each} for each in ("ceiling", "ffn", "torch")]
@@ -54,9 +54,7 @@ def test_the_baseline_and_the_ceiling_are_no_news(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out.count("\n| ") == 1
 
 
-def test_cases_are_told_apart_by_all_that_rows_say_of_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_every_column_of_a_case_tells_cases_apart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     block = {"block": "gpt2", "tokens": 16, "dtype": "float32", "work": "training", "dropout": 0.0}
     decoder = {"shape": "gpt2", "batch": 8, "dtype": "float32", "work": "generation", "dropout": 0.0}
     cases = [block, decoder]
@@ -70,7 +68,7 @@ def test_cases_are_told_apart_by_all_that_rows_say_of_them(
     assert [line.split(" | ")[-1] for line in lines[2:]] == [f"{2 + i} |" for i in range(len(cases))]
 
 
-def test_a_file_that_holds_no_rows(tmp_path: Path) -> None:
+def test_file_without_rows_exits(tmp_path: Path) -> None:
     good = write(tmp_path / "a.jsonl", row("x", 1.0))
     for name, text in {"words": "words\n", "empty": "", "list": "[1]\n[2]\n"}.items():
         (tmp_path / name).write_text(text)

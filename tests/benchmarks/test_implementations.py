@@ -1,4 +1,4 @@
-"""Every contender is the plain block: its output and gradients, or a reason why it takes no part."""
+"""Every implementation equals the plain block in output and gradients, or raises with a reason."""
 
 import sys
 from dataclasses import replace
@@ -59,7 +59,7 @@ def error_of(found: Tensor, exact: Tensor) -> float:
 
 
 def check(contender: Contender, case: Case, weights: Weights) -> None:
-    """Output and, when training, gradients are those of the plain block in float64."""
+    """Check output and, in training, gradients against the plain block in float64."""
     exact = plain_of(case).double()
     exact.load_state_dict(weights)
     x, dy = torch.randn(2, case.tokens, case.block.dim).unbind()
@@ -80,7 +80,7 @@ def check(contender: Contender, case: Case, weights: Weights) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), EACH, ids=str)
-def test_output_and_gradients_are_those_of_the_plain_block(name: str, case: Case) -> None:
+def test_output_and_gradients_equal_the_plain_block(name: str, case: Case) -> None:
     weights = plain_of(case).state_dict()
     kept = {key: w.clone() for key, w in weights.items()}
     contender = build(name, case, weights)
@@ -91,7 +91,7 @@ def test_output_and_gradients_are_those_of_the_plain_block(name: str, case: Case
 
 
 @pytest.mark.parametrize("name", ["x-transformers", "timm", "ffn", "hf LlamaMLP"])
-def test_biases_of_a_gated_block_go_along(name: str) -> None:
+def test_biases_of_a_gated_block_are_copied(name: str) -> None:
     case = replace(SWIGLU, block=replace(SWIGLU.block, bias=True))
     weights = plain_of(case).state_dict()
     check(build(name, case, weights), case, weights)
@@ -99,7 +99,7 @@ def test_biases_of_a_gated_block_go_along(name: str) -> None:
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_follows_the_activation_and_nothing_else(name: str) -> None:
-    case = replace(GELU, dropout=0.999999)  # of 65 values all
+    case = replace(GELU, dropout=0.999999)  # drops all of the 65 values
     weights = plain_of(case).state_dict()
     contender = build(name, case, weights)
     y = contender.module.train()(torch.randn(case.tokens, case.block.dim))
@@ -124,7 +124,7 @@ def test_compiled_is_the_block_compiled() -> None:
         assert note == ("backend eager, compiled" if name == "ffn compiled" else "")
 
 
-def test_the_packed_block_is_for_inference_on_the_cpu() -> None:
+def test_packed_block_equals_the_plain_one_in_inference() -> None:
     weights = plain_of(WIDE).state_dict()
     contender = build("ffn packed", WIDE, weights)
     assert contender.note == "backend packed"
@@ -151,7 +151,7 @@ REFUSED += [(name, case, "^runs on GPUs$") for name in ON_GPUS for case in (SWIG
 
 
 @pytest.mark.parametrize(("name", "case", "reason"), REFUSED, ids=str)
-def test_what_cannot_be_served_is_refused(name: str, case: Case, reason: str) -> None:
+def test_unsupported_cases_raise(name: str, case: Case, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         IMPLEMENTATIONS[name](case, plain_of(case).state_dict())
 
@@ -172,14 +172,14 @@ REFUSED_ON_GPUS = [
 
 
 @pytest.mark.parametrize(("name", "case", "reason"), REFUSED_ON_GPUS, ids=str)
-def test_what_cannot_be_served_is_refused_on_gpus(name: str, case: Case, reason: str) -> None:
+def test_unsupported_cases_on_gpus_raise(name: str, case: Case, reason: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=reason):
         IMPLEMENTATIONS[name](case, plain_of(case).state_dict())
 
 
 @TORCHS_OWN
 @pytest.mark.parametrize("name", ["liger", "liger fused", "liger tiled", "torchao float8"])
-def test_those_for_gpus_take_the_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_implementations_get_the_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "require_gpu", lambda weights: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     weights = plain_of(SWIGLU).state_dict()
@@ -191,7 +191,7 @@ def test_those_for_gpus_take_the_weights(name: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu_tanh"])
-def test_quack_gets_gate_and_up_by_turns(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quack_gets_gate_and_up_interleaved(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class MLP(nn.Module):  # with quack's layout of weights
         def __init__(self, in_features, hidden_features, *, activation: str, bias1, bias2, tuned):
             super().__init__()
@@ -217,7 +217,7 @@ def test_quack_gets_gate_and_up_by_turns(activation: str, monkeypatch: pytest.Mo
     check(contender, case, weights)
 
 
-def test_what_is_fused_is_pinned_for_a_while() -> None:
+def test_pinned_replaces_the_choice_within_its_context() -> None:
     choose = tilings.choose
     case = (True, (9, 0), "bfloat16", True, 4096, 14336, 8192)
     with pinned(always):
@@ -227,7 +227,7 @@ def test_what_is_fused_is_pinned_for_a_while() -> None:
     assert tilings.choose is choose
 
 
-def test_the_pinned_contenders_run_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_and_unfused_run_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "require_gpu", lambda weights: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(ValueError, match="has no tiles for this GPU"):
@@ -240,7 +240,7 @@ def test_the_pinned_contenders_run_pinned(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", [*MODULES, *activations.GATES])
-def test_the_plain_block_computes_what_the_table_says(name: str) -> None:
+def test_plain_block_equals_the_table(name: str) -> None:
     case = Case(Block("", 5, 6, name, True, ""), 3)
     plain, x = plain_of(case).double(), torch.randn(3, 5, dtype=torch.float64)
     act, up = activations.TABLE[name], plain.up_proj(x)

@@ -1,4 +1,4 @@
-"""Loading allocates the model and at most one tensor more; measured in a process of its own."""
+"""Loading allocates the model and at most one more tensor."""
 
 import sys
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 from benchmarks import loading
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-ROOM = 12.0  # MB, of Python's and the allocator's own
+ROOM = 12.0  # MB for Python and the allocator
 
 
-def test_loading_takes_the_model_and_a_tensor(tmp_path: Path) -> None:
+def test_loading_allocates_the_model_and_at_most_one_more_tensor(tmp_path: Path) -> None:
     facts = loading.write(tmp_path, dim=256, size=64 * 2**20)
     assert 50 < facts["model_MB"] < 70
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -24,6 +24,6 @@ def test_loading_takes_the_model_and_a_tensor(tmp_path: Path) -> None:
     assert 0.9 * half < row["anon_MB"] < half + facts["largest_MB"] / 2 + ROOM
 
 
-def test_a_failure_is_a_note(tmp_path: Path) -> None:
+def test_failure_becomes_a_note(tmp_path: Path) -> None:
     row = loading.measure("ffn", tmp_path)
     assert "config.json: cannot read this file" in row["note"]

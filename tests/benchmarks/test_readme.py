@@ -1,4 +1,4 @@
-"""The measured tables of the README and of docs/measured.md are those that the committed rows give."""
+"""The tables of README.md and docs/measured.md equal those made from the committed rows."""
 
 import json
 
@@ -11,13 +11,13 @@ TABLES = [(page, make) for page, tables in PAGES.items() for make in tables]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_page_has_what_was_measured(page) -> None:
+def test_tables_equal_the_rows(page) -> None:
     text = page.read_text("utf-8")
     assert rewritten(page, text) == text, "run `python -m benchmarks readme`"
 
 
 @pytest.mark.parametrize(("page", "make"), TABLES)
-def test_a_number_of_its_own_is_written_over(page, make) -> None:
+def test_changed_and_missing_lines_are_restored(page, make) -> None:
     text, row = page.read_text("utf-8"), make()[2]
     label, _, numbers = row[2:].partition(" | ")
     changed = f"| {label} | " + numbers.translate(str.maketrans("0123456789", "1234567890"))
@@ -25,16 +25,16 @@ def test_a_number_of_its_own_is_written_over(page, make) -> None:
     assert rewritten(page, text.replace(row + "\n", "")) == text
 
 
-def test_a_table_that_is_not_there() -> None:
+def test_missing_or_duplicate_table_raises() -> None:
     text, head = README.read_text("utf-8"), of_the_block()[0]
     for other in (text.replace(head, ""), text + head + "\n"):
         with pytest.raises(
-            ValueError, match=r"^README.md wants one table that begins with \| shape, tokens "
+            ValueError, match=r"^README.md must have one table that begins with \| shape, tokens "
         ):
             rewritten(README, other)
 
 
-def test_a_case_is_of_one_run_which_timed_something(tmp_path, monkeypatch) -> None:
+def test_rows_of_a_case_are_from_its_last_timed_run(tmp_path, monkeypatch) -> None:
     case = {"block": "small", "tokens": 512, "dtype": "float32", "work": "training", "dropout": 0.0}
 
     def run(hour: int, **seconds: float | None) -> list[dict]:

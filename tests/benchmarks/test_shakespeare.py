@@ -1,4 +1,4 @@
-"""The plain GPT and the recipe that it is trained by."""
+"""The plain GPT and its training recipe."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from benchmarks import shakespeare
 from benchmarks.baseline import GPT
 
 
-def test_the_baseline_has_the_parameters_of_the_recipe_and_looks_at_no_future() -> None:
+def test_baseline_has_the_recipes_parameters_and_is_causal() -> None:
     model = GPT(65, 128, 4, 4, 64, bias=False).eval()
     assert sum(p.numel() for p in model.parameters()) == 4 * (12 * 128**2 + 2 * 128) + (65 + 64 + 1) * 128
     tokens = torch.randint(65, (2, 9))
@@ -20,7 +20,7 @@ def test_the_baseline_has_the_parameters_of_the_recipe_and_looks_at_no_future() 
     assert model.generate(tokens, 3).shape == (2, 12)
 
 
-def test_the_validation_loss_reads_every_full_window_once() -> None:
+def test_validation_loss_reads_every_full_window_once() -> None:
     tokens = torch.randint(7, (3 * 4 + 3,))
     seen: list[torch.Tensor] = []
 
@@ -33,7 +33,7 @@ def test_the_validation_loss_reads_every_full_window_once() -> None:
     assert torch.equal(torch.cat(seen).flatten(), tokens[:12])
 
 
-def test_the_recipe_warms_up_decays_and_learns() -> None:
+def test_recipe_warms_up_decays_and_learns() -> None:
     rates = [shakespeare.learning_rate(step, 2000) for step in range(2001)]
     assert max(rates) == rates[100] == shakespeare.PEAK
     assert rates[2000] == pytest.approx(shakespeare.FLOOR)

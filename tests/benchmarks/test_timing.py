@@ -1,4 +1,4 @@
-"""The instruments are right in what they count, compare and average."""
+"""Timing and counting: averages, comparisons, saved bytes."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from benchmarks.timing import Rotation, clock_of, speedup
 SECONDS = st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=9)
 
 
-def test_candidates_take_turns_and_warm_up_is_not_counted() -> None:
+def test_candidates_take_turns_and_warmup_is_not_counted() -> None:
     calls: list[str] = []
     candidates = {name: partial(calls.append, name) for name in ("a", "b")}
     seconds = timing.measure(candidates, rounds=5, warmup=2)
@@ -33,31 +33,31 @@ def test_a_speedup_is_the_ratio_of_medians() -> None:
 
 @given(SECONDS)
 @settings(max_examples=30)
-def test_its_interval_lies_within_what_the_rounds_allow(rounds: list[tuple[float, float]]) -> None:
+def test_interval_lies_within_the_range_of_the_rounds(rounds: list[tuple[float, float]]) -> None:
     base, other = (list(side) for side in zip(*rounds, strict=True))
     ratio, low, high = speedup(base, other, draws=50)
     assert ratio == median(base) / median(other)
     assert min(base) / max(other) <= low <= high <= max(base) / min(other)
 
 
-def test_a_row_says_what_the_rounds_give() -> None:
+def test_comparison_gives_median_spread_and_speedup() -> None:
     base, other = [2.0, 30.0, 2.0, 4.0], [1.0, 10.0, 1.0, 2.0]
     ratio, low, high = timing.speedup(base, other)
     row = timing.comparison(base, other)
     assert row == {"ms": 1500.0, "iqr": 3000.0, "speedup": ratio, "low": low, "high": high}
 
 
-def test_without_a_baseline_a_row_has_times_alone() -> None:
+def test_comparison_without_a_baseline_has_times_only() -> None:
     assert timing.comparison(None, [1.0, 10.0, 1.0, 2.0]) == {"ms": 1500.0, "iqr": 3000.0}
 
 
-def test_the_worst_error_is_the_one_that_is_no_number() -> None:
+def test_nan_is_the_worst_error() -> None:
     assert timing.worst([1.0, 3.0, 2.0]) == 3.0
     for errors in itertools.permutations([1.0, math.nan, math.inf]):
         assert math.isnan(timing.worst(errors))
 
 
-def test_no_cache_holds_what_fills_it(tmp_path: Path) -> None:
+def test_fill_size_is_twice_the_cache(tmp_path: Path) -> None:
     assert timing.twice_the_cache(tmp_path) == 64 << 20
     for level, size in enumerate(("32K", "32K", "2048K", "107520K")):
         (tmp_path / f"index{level}").mkdir()
@@ -67,7 +67,7 @@ def test_no_cache_holds_what_fills_it(tmp_path: Path) -> None:
     assert timing.twice_the_cache(tmp_path) == 64 << 20
 
 
-def test_a_cold_clock_fills_the_cache_before_each_call(monkeypatch) -> None:
+def test_cold_clock_fills_the_cache_before_each_call(monkeypatch) -> None:
     done = []
     buffer = SimpleNamespace(sum=lambda: done.append("fill"))
     monkeypatch.setattr(timing.torch, "zeros", lambda count, **how: done.append(4 * count) or buffer)
@@ -77,7 +77,7 @@ def test_a_cold_clock_fills_the_cache_before_each_call(monkeypatch) -> None:
     assert done == [timing.CACHE_BYTES, "fill", "run", "fill", "run"]
 
 
-def test_a_warm_clock_is_the_mean_of_calls_after_as_many(monkeypatch) -> None:
+def test_warm_clock_is_the_mean_of_calls_after_as_many_warm_ups(monkeypatch) -> None:
     called, now = [], [0.0]
 
     def run() -> None:
@@ -95,7 +95,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
     assert timing.saved_bytes(lambda: model(x), model.parameters()) == 4 * 7 * (3 + 5 + 5)
 
 
-def test_saved_bytes_count_what_a_function_holds_without_saving_it() -> None:
+def test_saved_bytes_count_attributes_of_functions() -> None:
     class Holding(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ def test_saved_bytes_count_what_a_function_holds_without_saving_it() -> None:
     assert timing.saved_bytes(x.detach, [x]) == 0
 
 
-def test_a_rotation_is_timed_block_by_block_after_one_that_is_not_counted(monkeypatch) -> None:
-    called, now, takes = [], [0.0], [50.0, 1.0, 2.0, 3.0, 7.0]  # the first one warms the code
+def test_rotation_is_timed_per_block_after_an_uncounted_call(monkeypatch) -> None:
+    called, now, takes = [], [0.0], [50.0, 1.0, 2.0, 3.0, 7.0]  # the first call warms the code
 
     def block(i: int) -> None:
         called.append(i)

@@ -1,4 +1,4 @@
-"""Three codes are one function of one set of weights."""
+"""The three twins compute the same function of the same weights."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def twin(name: str, shape: Shape, dtype: torch.dtype = torch.float64) -> Twin:
     return GENERATION[name](shape, 0.0, twins.draw(shape, CPU), dtype)
 
 
-def test_the_cache_changes_no_token() -> None:
+def test_cache_changes_no_token() -> None:
     model = twin("torch", TANH).model
     prompt = torch.randint(40, (3, 7))
     assert torch.equal(model.generate(prompt, 9), model.generate(prompt, 9, cache=False))
@@ -24,7 +24,7 @@ def test_the_cache_changes_no_token() -> None:
 
 @pytest.mark.parametrize("shape", [ERF, TANH], ids=["erf", "tanh"])
 @pytest.mark.parametrize("name", ["torch", "transformers", "ffn"])
-def test_all_are_one_function_of_the_weights(name: str, shape: Shape) -> None:
+def test_all_twins_compute_the_same(name: str, shape: Shape) -> None:
     tokens = torch.randint(shape.vocab_size, (2, 8))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     plain, other = twin("torch", shape), twin(name, shape)
@@ -33,13 +33,13 @@ def test_all_are_one_function_of_the_weights(name: str, shape: Shape) -> None:
         one.model.eval()
         one.loss(inputs, targets).backward()
     torch.testing.assert_close(other.logits(inputs), plain.logits(inputs), rtol=1e-11, atol=1e-11)
-    # transformers takes its loss in float32
+    # transformers computes its loss in float32
     torch.testing.assert_close(other.table.grad, plain.table.grad, rtol=1e-4, atol=1e-7)
     made = torch.as_tensor(other.generate(inputs[:, :3], 5))
     assert torch.equal(made, plain.generate(inputs[:, :3], 5))
 
 
-def test_no_weight_is_left_behind() -> None:
+def test_every_weight_is_copied() -> None:
     weights = twins.draw(TANH, CPU)
     assert not any((w == 0).any() or (w == 1).any() for w in weights.values())
 

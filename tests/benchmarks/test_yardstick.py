@@ -1,4 +1,4 @@
-"""The yardstick multiplies what a block does, and cases get the clock and yardstick they want."""
+"""The yardstick has the matmuls of the block; each case gets its clock and its yardstick."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def rows_of(case: Case, **builders) -> dict[str, dict]:
 
 @pytest.mark.parametrize(("block", "forms"), [(PLAIN, ["apart"]), (GATED, ["apart", "joined"])])
 @pytest.mark.parametrize("work", ["training", "inference"])
-def test_the_yardstick_multiplies_what_the_block_does(block: Block, forms: list[str], work: str) -> None:
+def test_yardstick_has_the_matmuls_of_the_block(block: Block, forms: list[str], work: str) -> None:
     case = Case(block, tokens=100, work=work)
     runs = yardstick.yardsticks(case, *set_up(case, CPU))
     assert list(runs) == [f"ceiling {form}" for form in forms]
@@ -36,7 +36,7 @@ def test_the_yardstick_multiplies_what_the_block_does(block: Block, forms: list[
     ("tokens", "work", "clock"),
     [(64, "inference", "cold"), (64, WARM, "warm"), (65, "inference", ""), (65, WARM, "warm")],
 )
-def test_each_case_has_its_clock_and_two_rounds_before(monkeypatch, tokens, work, clock) -> None:
+def test_each_case_gets_its_clock_and_two_warmup_rounds(monkeypatch, tokens, work, clock) -> None:
     asked, clock_of, measure = [], runner.clock_of, runner.measure
 
     def seen_clock(device, **kinds):
@@ -53,7 +53,7 @@ def test_each_case_has_its_clock_and_two_rounds_before(monkeypatch, tokens, work
     assert asked == [clock, 2]
 
 
-def test_there_are_more_blocks_than_the_cache_holds() -> None:
+def test_blocks_exceed_the_cache() -> None:
     for size in (1 << 20, 5 << 20, 2 * timing.CACHE_BYTES):
         weights = {"w": torch.empty(size, dtype=torch.int8)}
         assert yardstick.blocks_of(weights) * size > timing.CACHE_BYTES
@@ -63,7 +63,7 @@ def test_there_are_more_blocks_than_the_cache_holds() -> None:
     assert "blocks" not in rows_of(replace(case, tokens=65))["torch"]
 
 
-def test_eight_bits_may_err_more_and_have_no_ceiling() -> None:
+def test_int8_has_a_looser_limit_and_no_ceiling() -> None:
     def off(case: Case, weights) -> Contender:
         contender = IMPLEMENTATIONS["torch"](case, weights)
         contender.module.register_forward_hook(lambda module, args, y: 1.05 * y)
@@ -76,7 +76,7 @@ def test_eight_bits_may_err_more_and_have_no_ceiling() -> None:
 
 
 @pytest.mark.parametrize("products", [0.1, 0.0001])
-def test_few_tokens_are_measured_against_the_products_or_reading_the_weights(products: float) -> None:
+def test_ceiling_of_few_tokens_is_the_longer_of_matmuls_and_reading(products: float) -> None:
     case, weights = Case(GATED, 8, work="inference"), {"up_proj.weight": torch.zeros(1 << 18)}
     taken = {"ceiling joined": [2 * products] * 3, "ceiling apart": [products] * 3}
     taken |= {"ceiling copy": [1.0] * 3}

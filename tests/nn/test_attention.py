@@ -1,4 +1,4 @@
-"""Attention by its laws (who sees whom, what permuting does) and against the formula written out."""
+"""Attention: laws of masks and permutations, and the formula written out."""
 
 import math
 import warnings
@@ -20,7 +20,7 @@ build = partial(Attention, dtype=F64)
 
 
 def written_out(attention: Attention, x: Tensor, allowed: Tensor | None, rotary: bool) -> Tensor:
-    """One head at a time, one query at a time."""
+    """Compute attention one head and one query at a time."""
     B, T, _ = x.shape
     Q, G, C = attention.num_heads, attention.num_kv_heads, attention.head_dim
     q = attention.q_proj(x).view(B, T, Q, C)
@@ -45,7 +45,7 @@ def written_out(attention: Attention, x: Tensor, allowed: Tensor | None, rotary:
 @pytest.mark.parametrize("groups", [None, 4, 2, 1])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("norm", [None, partial(nn.RMSNorm, dtype=F64)], ids=["plain", "qk_norm"])
-def test_formula(groups: int | None, causal: bool, norm) -> None:
+def test_attention_equals_its_formula(groups: int | None, causal: bool, norm) -> None:
     attention = build(12, 4, groups, 6, causal=causal, qkv_bias=True, out_bias=True, qk_norm=norm)
     for part in filter(None, (attention.q_norm, attention.k_norm)):
         nn.init.normal_(part.weight)
@@ -56,7 +56,7 @@ def test_formula(groups: int | None, causal: bool, norm) -> None:
     torch.testing.assert_close(attention(x), written_out(attention, x, allowed, rotary=False))
 
 
-def test_a_token_sees_nothing_of_the_future() -> None:
+def test_causal_attention_ignores_later_tokens() -> None:
     attention = build(8, 2)
     x = torch.randn(1, 6, 8, dtype=F64)
     changed = x.clone()
@@ -67,7 +67,7 @@ def test_a_token_sees_nothing_of_the_future() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 32), (2, 0, 32), (0, 0, 32)])
-def test_no_tokens_at_all(shape: tuple[int, ...]) -> None:
+def test_no_tokens_work(shape: tuple[int, ...]) -> None:
     attention, x = Attention(32, 4, 2), torch.zeros(shape, requires_grad=True)
     y = attention(x)
     assert y.shape == shape
@@ -75,14 +75,14 @@ def test_no_tokens_at_all(shape: tuple[int, ...]) -> None:
     assert x.grad.shape == shape
 
 
-def test_without_order_tokens_can_be_permuted() -> None:
+def test_permuting_tokens_permutes_outputs_without_a_mask() -> None:
     attention = build(8, 2, causal=False)
     x = torch.randn(2, 6, 8, dtype=F64)
     order = torch.randperm(6)
     torch.testing.assert_close(attention(x[:, order]), attention(x)[:, order])
 
 
-def test_grouped_queries_are_repeated_heads() -> None:
+def test_grouped_queries_equal_repeated_key_value_heads() -> None:
     grouped, full = build(12, 6, 2), build(12, 6)
     C = grouped.head_dim
     full.load_state_dict(
@@ -97,14 +97,14 @@ def test_grouped_queries_are_repeated_heads() -> None:
     torch.testing.assert_close(grouped(x), full(x))
 
 
-def test_rotary_attention_does_not_move_with_the_window() -> None:
+def test_rotary_attention_depends_only_on_relative_positions() -> None:
     attention = build(16, 2)
     x = torch.randn(1, 5, 16, dtype=F64)
     at = [attention(x, rotary_tables(torch.arange(start, start + 5), 8)) for start in (0, 40)]
     torch.testing.assert_close(at[0], at[1], atol=1e-5, rtol=1e-5)
 
 
-def test_the_cache_continues_where_it_stopped() -> None:
+def test_cache_in_pieces_equals_one_pass() -> None:
     attention = build(8, 4, 2)
     x = torch.randn(2, 7, 8, dtype=F64)
     tables = rotary_tables(torch.arange(7), 2)
@@ -118,7 +118,7 @@ def test_the_cache_continues_where_it_stopped() -> None:
     assert cache.length == 7
 
 
-def test_the_cache_takes_its_memory_once() -> None:
+def test_cache_allocates_once() -> None:
     cache = LayerCache(4)
     k = torch.randn(2, 3, 2, 5)
     keys, values = cache.append(k, k + 1)
@@ -130,13 +130,13 @@ def test_the_cache_takes_its_memory_once() -> None:
     assert [keys.data_ptr(), values.data_ptr()] == [part.data_ptr() for part in memory]
     assert torch.equal(keys, torch.cat((k, k + 2), 2))
     assert torch.equal(values, torch.cat((k + 1, k + 3), 2))
-    with pytest.raises(ValueError, match="a cache of 4 positions got 6; give it a larger capacity"):
+    with pytest.raises(ValueError, match=r"capacity .* 6 .* 4"):
         cache.append(k, k)
-    assert cache.length == 4  # a refused append leaves it as it was
+    assert cache.length == 4  # a failed append changes nothing
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_padding_is_not_looked_at(causal: bool) -> None:
+def test_padding_changes_nothing(causal: bool) -> None:
     attention = build(8, 2, causal=causal)
     x = torch.randn(1, 6, 8, dtype=F64)
     real = torch.tensor([[False, False, True, True, True, True]])
@@ -145,7 +145,7 @@ def test_padding_is_not_looked_at(causal: bool) -> None:
     assert y.isfinite().all()
 
 
-def test_masks() -> None:
+def test_masks_select_the_allowed_keys() -> None:
     assert causal_mask(2, 4, "cpu").tolist() == [[True, True, True, False], [True, True, True, True]]
     real = torch.tensor([[False, True, True]])
     assert padding_mask(real, 1, True).tolist() == [[[[False, True, True]]]]
@@ -159,7 +159,7 @@ def test_masks() -> None:
 
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("masked", [None, "causal", "padding"])
-def test_the_scores_in_full_are_the_same_attention(groups: int, masked: str | None) -> None:
+def test_attend_in_full_equals_torch(groups: int, masked: str | None) -> None:
     q = torch.randn(2, 4, 5, 6, dtype=F64, requires_grad=True)
     k, v = torch.randn(2, 2, groups, 5, 6, dtype=F64)
     mask = {"causal": causal_mask(5, 5, "cpu"), None: None}.get(masked)
@@ -229,25 +229,25 @@ def test_names_and_shapes_of_the_weights() -> None:
     assert attention(torch.empty(2, 3, 12, device="meta")).shape == (2, 3, 12)
 
 
-def test_widths_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="dim=10 does not split into num_heads=4 heads; choose a divisor"):
+def test_sizes_that_do_not_divide_raise() -> None:
+    with pytest.raises(ValueError, match=r"^dim .*got 10"):
         Attention(10, 4)
-    with pytest.raises(ValueError, match="num_heads=4 is no multiple of num_kv_heads=3; choose a divisor"):
+    with pytest.raises(ValueError, match=r"^num_heads .*got 4"):
         Attention(8, 4, 3)
-    for sizes, message in (
-        ((8, None), "num_heads=None: want a positive whole number"),
-        ((8, 0), "num_heads=0: want a positive whole number"),
-        ((8, 2, 0), "num_kv_heads=0: want a positive whole number"),
-        ((8, 2, 1, -4), "head_dim=-4: want a positive whole number"),
-        ((8, 2.0), "num_heads=2.0: want a positive whole number"),
+    for sizes, name in (
+        ((8, None), "num_heads"),
+        ((8, 0), "num_heads"),
+        ((8, 2, 0), "num_kv_heads"),
+        ((8, 2, 1, -4), "head_dim"),
+        ((8, 2.0), "num_heads"),
     ):
-        with pytest.raises(ValueError, match=f"^{message}$"):
+        with pytest.raises(ValueError, match=f"^{name}"):
             Attention(*sizes)
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_cuda_autocast_attends_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
-    """There the norms give float32 while the values stay bfloat16; checked on tensors without memory."""
+    """On CUDA the norms return float32 and the values stay bfloat16; checked on meta tensors."""
     seen = []
     fused = nn.functional.scaled_dot_product_attention
 
@@ -258,10 +258,10 @@ def test_cuda_autocast_attends_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
     attention = Attention(32, 2, qk_norm=partial(build_norm, norm, device="meta"), device="meta")
     torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.set_autocast_enabled("cuda", True)  # torch.autocast would ask for a device
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast would need a device
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of autocast, that there is no device
+            warnings.simplefilter("ignore")  # autocast warns that there is no device
             for module in attention.modules():
                 for name, p in list(module.named_parameters(recurse=False)):
                     setattr(module, name, nn.Parameter(torch.empty(p.shape, device="cuda"), False))
@@ -275,7 +275,7 @@ def test_cuda_autocast_attends_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["eval", "in_full"])
 @pytest.mark.parametrize(("window", "scale", "softcap"), [(3, None, None), (None, 0.7, None), (2, 0.7, 1.5)])
-def test_windows_scales_and_caps_written_out(dropout: float, window, scale, softcap) -> None:
+def test_window_scale_and_softcap_equal_their_formula(dropout: float, window, scale, softcap) -> None:
     attention = Attention(12, 3, window=window, scale=scale, softcap=softcap, dropout=dropout, dtype=F64)
     x, T = torch.randn(2, 6, 12, dtype=F64), 6
     q, k, v = (
@@ -296,7 +296,7 @@ def test_windows_scales_and_caps_written_out(dropout: float, window, scale, soft
     torch.testing.assert_close(torch.cat(parts, 1), expected)
 
 
-def test_a_norm_over_all_heads_together() -> None:
+def test_qk_norm_over_all_heads() -> None:
     attention = Attention(
         12, 3, 1, qk_norm=partial(build_norm, "rmsnorm", dtype=F64), qk_norm_scope="all", dtype=F64
     )
@@ -310,8 +310,8 @@ def test_a_norm_over_all_heads_together() -> None:
     torch.testing.assert_close(attention(x), plain.mix([*normed, attention.v_proj(x)]))
 
 
-def test_options_that_make_no_attention() -> None:
-    with pytest.raises(ValueError, match="window=3, causal=False: want a positive window, and causal=True"):
+def test_invalid_options_raise() -> None:
+    with pytest.raises(ValueError, match=r"^window"):
         Attention(12, 3, window=3, causal=False)
-    with pytest.raises(ValueError, match="qk_norm_scope='row': want one of head, all"):
+    with pytest.raises(ValueError, match=r"^qk_norm_scope"):
         Attention(12, 3, qk_norm_scope="row")

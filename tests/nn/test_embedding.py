@@ -1,4 +1,4 @@
-"""Tables: what a row is, and what is refused."""
+"""The embedding: its formula and its errors."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ffn.nn.embedding import Embedding
 F64 = torch.float64
 
 
-def test_a_token_is_a_row_and_a_position_another() -> None:
+def test_output_is_the_token_row_plus_the_position_row() -> None:
     embedding = Embedding(11, 6, 5, dtype=F64)
     tokens = torch.tensor([[3, 0, 10], [1, 1, 2]])
     tokens_table, positions_table = embedding.token.weight, embedding.position.weight
@@ -23,7 +23,7 @@ def test_a_token_is_a_row_and_a_position_another() -> None:
     assert Embedding(11, 6).weight.shape == (11, 6)
 
 
-def test_dropout_while_training_only() -> None:
+def test_dropout_only_in_training() -> None:
     embedding = Embedding(11, 64, dropout=0.5)
     tokens = torch.randint(11, (2, 9))
     dropped = (embedding(tokens) == 0).double().mean().item()
@@ -34,23 +34,23 @@ def test_dropout_while_training_only() -> None:
 @pytest.mark.parametrize(
     ("tokens", "low", "high"), [([[1, 11]], 1, 11), ([[-1, 2]], -1, 2)], ids=["high", "negative"]
 )
-def test_a_token_outside_the_vocabulary(tokens: list, low: int, high: int) -> None:
-    with pytest.raises(ValueError, match=rf"^tokens want 0 <= index < 11; got {low} to {high}; check .*$"):
+def test_token_outside_the_vocabulary_raises(tokens: list, low: int, high: int) -> None:
+    with pytest.raises(ValueError, match=rf"^tokens .*got {low} to {high}"):
         Embedding(11, 6)(torch.tensor(tokens))
 
 
-def test_a_position_outside_the_window() -> None:
-    with pytest.raises(ValueError, match="positions want 0 <= index < 4; got 0 to 4"):
+def test_position_beyond_the_table_raises() -> None:
+    with pytest.raises(ValueError, match=r"^positions .*got 0 to 4"):
         Embedding(11, 6, 4)(torch.zeros(1, 5, dtype=torch.int64))
 
 
 def test_tokens_must_be_integers() -> None:
     assert Embedding(11, 6)(torch.zeros(1, 2, dtype=torch.int32)).shape == (1, 2, 6)
-    with pytest.raises(TypeError, match=r"tokens want int64 or int32; got float32; cast with .long\(\)"):
+    with pytest.raises(TypeError, match=r"^tokens .*got float32"):
         Embedding(11, 6)(torch.zeros(1, 2))
 
 
-def test_the_whole_sum_written_out() -> None:
+def test_embedding_with_all_options_equals_its_formula() -> None:
     embedding = Embedding(
         11,
         6,
@@ -67,17 +67,17 @@ def test_the_whole_sum_written_out() -> None:
     for given, kind in ((None, 0), (types, types)):
         x = 2.5 * embedding.token.weight[tokens] + embedding.token_type.weight[kind] + position
         torch.testing.assert_close(embedding(tokens, token_types=given), embedding.norm(x))
-    with pytest.raises(ValueError, match="token_types want 0 <= index < 3; got 0 to 3"):
+    with pytest.raises(ValueError, match=r"^token_types .*got 0 to 3"):
         embedding(tokens, token_types=types + (types == 2))
 
 
-def test_types_without_a_table() -> None:
+def test_token_types_without_a_table_raise() -> None:
     tokens = torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="token_types: this embedding has no table for them"):
+    with pytest.raises(ValueError, match=r"^token_types"):
         Embedding(11, 6)(tokens, token_types=tokens)
 
 
-def test_the_scale_is_rounded_as_the_weights_are() -> None:
+def test_scale_is_rounded_to_the_weights_dtype() -> None:
     embedding = Embedding(11, 6, scale=3072**0.5, dtype=torch.bfloat16)
     tokens = torch.arange(11)[None]
     assert torch.equal(embedding(tokens), embedding.token.weight[tokens] * 55.5)

@@ -1,4 +1,4 @@
-"""The chunked loss is torch's cross entropy, gradients included, and keeps only the gradients."""
+"""The chunked loss equals torch's cross entropy and its gradients, and saves only the gradients."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor:
     ignored=st.lists(st.integers(0, 8), max_size=9),
     seed=st.integers(0, 1000),
 )
-def test_it_is_torchs_loss(tokens, dim, vocab, chunk, smoothing, ignored, seed) -> None:
+def test_loss_equals_torchs(tokens, dim, vocab, chunk, smoothing, ignored, seed) -> None:
     torch.manual_seed(seed)
     hidden, weight, targets = case(tokens, dim, vocab)
     targets[[i for i in ignored if i < tokens]] = -7
@@ -71,15 +71,15 @@ def test_only_wanted_gradients_are_computed() -> None:
     torch.testing.assert_close(quiet, plain(hidden, weight, targets).detach())
 
 
-def test_it_passes_gradcheck_but_only_once() -> None:
+def test_gradcheck_passes_and_a_second_derivative_raises() -> None:
     hidden, weight, targets = case(5, 3, 4)
     function = lambda h, w: linear_cross_entropy(h, w, targets, label_smoothing=0.1, chunk_tokens=2)  # noqa: E731
     assert torch.autograd.gradcheck(function, (hidden, weight))
-    with pytest.raises(RuntimeError, match="in chunks cannot be differentiated twice; pass chunk_tokens"):
+    with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(function(hidden, weight), hidden, create_graph=True)
 
 
-def test_what_is_kept_for_backward() -> None:
+def test_bytes_saved_for_backward() -> None:
     N, D, V = 96, 8, 500
     inputs = case(N, D, V, torch.float32)
     ours = kept_for_backward(lambda: linear_cross_entropy(*inputs, chunk_tokens=16), inputs)
@@ -87,7 +87,7 @@ def test_what_is_kept_for_backward() -> None:
     theirs = kept_for_backward(lambda: plain(*inputs), inputs)
     assert theirs[torch.float32] >= N * V
     small = kept_for_backward(lambda: linear_cross_entropy(*inputs), inputs)
-    assert small == theirs  # what fits one chunk is torch's own
+    assert small == theirs  # a single chunk runs torch's loss
 
 
 def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +141,8 @@ def test_float16_gradients_do_not_vanish_in_the_mean() -> None:
     assert error < 5e-3
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-def test_compiled_whole() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the compiler
+def test_compiles_into_one_graph() -> None:
     hidden, weight, targets = case(10, 4, 6)
     targets[2] = -100
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -163,18 +163,18 @@ def test_torch_func() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_shapes_that_do_not_fit() -> None:
+def test_shapes_that_do_not_fit_raise() -> None:
     hidden, weight, targets = case(6, 4, 5)
-    with pytest.raises(ValueError, match=r"got hidden \(6, 4\), weight \(5, 4\), targets \(5,\)$"):
+    with pytest.raises(ValueError, match=r"^hidden, weight and targets .* \(6, 4\), .* \(5, 4\), .* \(5,\)$"):
         linear_cross_entropy(hidden, weight, targets[1:])
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_dtypes_are_treated_alike_in_chunks_and_whole(chunk: int | None) -> None:
+def test_dtype_rules_are_the_same_with_and_without_chunks(chunk: int | None) -> None:
     hidden, weight, targets = case(6, 4, 5, torch.float32)
     half, wide = hidden.bfloat16(), weight.double()
     for other, names in (((half, weight), "bfloat16 and float32"), ((hidden, wide), "float32 and float64")):
-        with pytest.raises(TypeError, match=f"wants hidden and weight of one dtype; got {names}; cast one"):
+        with pytest.raises(TypeError, match=f"^hidden and weight .*got {names}"):
             linear_cross_entropy(*other, targets, chunk_tokens=chunk)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = linear_cross_entropy(half, weight, targets, chunk_tokens=chunk)
@@ -184,34 +184,33 @@ def test_dtypes_are_treated_alike_in_chunks_and_whole(chunk: int | None) -> None
     for dtype in (torch.int32, torch.uint8):
         short = linear_cross_entropy(hidden, weight, targets.to(dtype), chunk_tokens=chunk)
         torch.testing.assert_close(short, plain(hidden, weight, targets))
-    with pytest.raises(TypeError, match=r"^targets want integers; got float32; cast with .long\(\)$"):
+    with pytest.raises(TypeError, match=r"^targets .*got float32"):
         linear_cross_entropy(hidden, weight, targets.float(), chunk_tokens=chunk)
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_values_out_of_range_are_refused_alike_in_chunks_and_whole(chunk: int | None) -> None:
+def test_values_out_of_range_raise_with_and_without_chunks(chunk: int | None) -> None:
     hidden, weight, targets = case(6, 4, 5)
     for smoothing in (-0.1, 2.0, float("nan")):
-        with pytest.raises(ValueError, match=rf"^label_smoothing={smoothing}: want a share in \[0, 1\]$"):
+        with pytest.raises(ValueError, match=f"^label_smoothing .*got {smoothing}$"):
             linear_cross_entropy(hidden, weight, targets, label_smoothing=smoothing, chunk_tokens=chunk)
     targets[:2] = torch.tensor([-100, 3])
     for wrong in (5, -1):
         targets[-1] = wrong
-        message = rf"^targets want 0 <= target < 5 or ignore_index=-100; got {wrong}$"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"^targets .*got {wrong}$"):
             linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
 
 
 @pytest.mark.parametrize("chunk", [0, -3])
-def test_chunks_of_no_tokens(chunk: int) -> None:
-    with pytest.raises(ValueError, match=f"^chunk_tokens={chunk}: want at least 1, or None$"):
+def test_chunks_without_tokens_raise(chunk: int) -> None:
+    with pytest.raises(ValueError, match=f"^chunk_tokens .*got {chunk}$"):
         linear_cross_entropy(*case(6, 4, 5), chunk_tokens=chunk)
 
 
 @pytest.mark.parametrize("chunk", [2, 50])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("frozen", [(), (0, 1), (2,)], ids=str)
-def test_a_bias_and_a_cap(chunk: int, softcap: float | None, frozen: tuple) -> None:
+def test_bias_and_softcap_equal_torchs(chunk: int, softcap: float | None, frozen: tuple) -> None:
     hidden, weight, targets = case(7, 3, 5)
     bias = torch.randn(5, dtype=F64, requires_grad=True)
     inputs = [t.requires_grad_(i not in frozen) for i, t in enumerate((hidden, weight, bias))]
@@ -226,7 +225,7 @@ def test_a_bias_and_a_cap(chunk: int, softcap: float | None, frozen: tuple) -> N
     torch.testing.assert_close(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted))
 
 
-def test_a_bias_that_does_not_fit() -> None:
+def test_bias_that_does_not_fit_raises() -> None:
     hidden, weight, targets = case(7, 3, 5)
-    with pytest.raises(ValueError, match=r"wants bias \(V\); got \(4,\) with weight \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"^bias .*5.*got \(4,\)$"):
         linear_cross_entropy(hidden, weight, targets, bias=torch.zeros(4, dtype=F64))

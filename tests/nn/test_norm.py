@@ -1,4 +1,4 @@
-"""The norms against their formulas, and the rule that trains RMSNorm on the CPU against torch's autograd."""
+"""The norms against their formulas, and the rule of RMSNorm against torch's autograd."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ffn.nn.norm import RMSNorm, RMSNormRule, build_norm, rms_norm
 from tests.kept import kept_for_backward
 
 
-def test_formulas() -> None:
+def test_norms_equal_their_formulas() -> None:
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     weight = torch.randn(8, dtype=torch.float64)
     rms = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
@@ -20,7 +20,7 @@ def test_formulas() -> None:
     torch.testing.assert_close(norm(x), centred / torch.sqrt(x.var(-1, correction=0, keepdim=True) + 1e-6))
 
 
-def test_the_modules_are_torchs() -> None:
+def test_modules_are_torchs() -> None:
     assert type(build_norm("layernorm", 8, 1e-3)) is nn.LayerNorm
     norm = build_norm("rmsnorm", 8, 1e-3, device="meta", dtype=torch.bfloat16)
     assert isinstance(norm, RMSNorm)
@@ -32,7 +32,7 @@ def test_the_modules_are_torchs() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 3, 4, 8), (8,), (0, 8)])
-def test_the_rule_is_torchs_gradient(shape: tuple[int, ...]) -> None:
+def test_the_rule_equals_torchs_gradient(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(shape, dtype=torch.float64)
@@ -57,7 +57,7 @@ def test_strided_gradients_and_inputs() -> None:
     torch.testing.assert_close(strided, plain)
 
 
-def test_what_is_kept_for_backward() -> None:
+def test_bytes_saved_for_backward() -> None:
     x, weight = torch.randn(5, 8, requires_grad=True), torch.ones(8, requires_grad=True)
     assert kept_for_backward(lambda: rms_norm(x, weight), [weight]) == {torch.float32: 5 * 8 + 5}
 
@@ -84,12 +84,12 @@ def test_torch_func_compile_and_eps_none() -> None:
     torch.testing.assert_close(rms_norm(x, leaf, None), F.rms_norm(x, (8,), leaf))
 
 
-def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"norm='batchnorm': no such norm; choose one of rmsnorm, layernorm"):
+def test_unknown_norm_raises() -> None:
+    with pytest.raises(ValueError, match=r"^norm .*got 'batchnorm'"):
         build_norm("batchnorm", 8)
 
 
-def test_the_rule_is_used_where_it_pays() -> None:
+def test_the_rule_is_used_on_the_cpu() -> None:
     x = torch.randn(2, 8, requires_grad=True)
     assert type(rms_norm(x, torch.ones(8)).grad_fn).__name__ == f"{RMSNormRule.__name__}Backward"
 
@@ -112,7 +112,7 @@ def test_a_second_derivative_with_a_frozen_input() -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_weight_of_one_more(grad: bool) -> None:
+def test_rmsnorm1p_adds_one_to_its_weight(grad: bool) -> None:
     norm, plain = (
         build_norm("rmsnorm1p", 6, dtype=torch.float64),
         build_norm("rmsnorm", 6, dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""What makes a Linear more than its weight and bias."""
+"""plain_parameters: a Linear with hooks, another forward or other parameters is not plain."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_is_its_two_parameters(bias: bool) -> None:
+def test_plain_linear_gives_its_two_parameters(bias: bool) -> None:
     linear = nn.Linear(3, 5, bias=bias)
     weight, found = plain_parameters(linear)
     assert weight is linear.weight
@@ -25,7 +25,7 @@ def test_a_linear_is_its_two_parameters(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("register", HOOKS)
-def test_a_hook_is_more_until_it_is_removed(register: str) -> None:
+def test_hooked_linear_is_not_plain_until_the_hook_is_removed(register: str) -> None:
     linear = nn.Linear(3, 5)
     handle = getattr(linear, register)(HOOKS[register])
     assert is_hooked(linear)
@@ -35,7 +35,7 @@ def test_a_hook_is_more_until_it_is_removed(register: str) -> None:
     assert plain_parameters(linear) is not None
 
 
-def test_so_is_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_with_another_forward_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, own = nn.Linear(3, 5), nn.Linear(3, 5)
     own.forward = lambda x: x
     assert plain_parameters(own) is None
@@ -44,7 +44,7 @@ def test_so_is_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_so_is_what_is_no_plain_parameter(name: str) -> None:
+def test_linear_with_a_parameter_subclass_is_not_plain(name: str) -> None:
     class Other(nn.Parameter):
         pass
 

@@ -90,7 +90,7 @@ def kept(call: Callable, block: nn.Module, x: Tensor) -> dict[torch.dtype, int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_is_eager_and_keeps_no_more(name: str) -> None:
+def test_compiled_equals_eager_and_saves_no_more(name: str) -> None:
     block, x = build(name), rows(7)
     call = compiled(block)
     assert_same(outcome(call, block, x), outcome(block, block, x))
@@ -98,7 +98,7 @@ def test_compiled_is_eager_and_keeps_no_more(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["relu2", "gelu", "swiglu"])
-def test_compiled_dropout_keeps_only_a_seed_besides(name: str) -> None:
+def test_compiled_dropout_saves_only_a_seed_more(name: str) -> None:
     hidden = 20 if TABLE[name].gated else 10
     for save, elements in zip(SAVES[:2], (6 + hidden, 6), strict=True):
         block = build(name, 0.2, **save)
@@ -114,7 +114,7 @@ def test_compiled_chunks_keep_x_alone_per_token(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_dropout_is_one_mask_both_ways(backend: str) -> None:
+def test_compiled_dropout_uses_one_mask_in_forward_and_backward(backend: str) -> None:
     block = FeedForward(64, 64, 0.5, activation="identity", bias=False)
     with torch.no_grad():
         block.up_proj.weight.copy_(torch.eye(64))
@@ -140,7 +140,7 @@ def test_compiled_follows_train_and_eval_and_adapters() -> None:
     torch.testing.assert_close(call(x), block(x))
     before = call(x)
     wrapped = nn.Sequential(block.down_proj, nn.Tanh())
-    block.down_proj = wrapped  # an adapter put on after compiling
+    block.down_proj = wrapped  # an adapter added after compiling
     torch.testing.assert_close(call(x), before.tanh())
     block.down_proj = wrapped[0]
     block.up_proj.forward = lambda x: torch.zeros(7, 10, dtype=F64)
@@ -235,7 +235,7 @@ def test_hessian_is_double_backward() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_functional_call_takes_the_weights_it_is_given() -> None:
+def test_functional_call_uses_the_given_weights() -> None:
     block, x = build("swiglu"), rows(3)
     other = {name: torch.randn_like(p) for name, p in block.named_parameters()}
     twin = copy.deepcopy(block)
