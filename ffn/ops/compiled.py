@@ -35,10 +35,10 @@ def _chunk(x: Tensor, products: tuple, seed: Tensor | None, options: Options, ro
     up, down, gate = products
     row, p = activations.TABLE[options.activation], options.p
 
-    def first(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return up(x), None if gate is None else gate(x)
+    def first(x: Tensor) -> tuple[Tensor, ...]:
+        return (up(x),) if gate is None else (up(x), gate(x))
 
-    def second(pre: Tensor, pre_gate: Tensor | None) -> Tensor:
+    def second(pre: Tensor, pre_gate: Tensor | None = None) -> Tensor:
         tokens, width = pre.shape
         factors = None if seed is None else noise(seed, tokens, width, p, pre.dtype, row_start)
         return down(reference.hidden(pre, pre_gate, row, factors))
