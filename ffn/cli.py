@@ -273,7 +273,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _sizes(shards: Shards) -> str:
     specs = shards.specs.values()
-    files, dtypes = len({spec.file for spec in specs}), sorted({str(spec.dtype)[6:] for spec in specs})
+    files, dtypes = len({spec.file for spec in specs}), sorted({str(spec.dtype).removeprefix("torch.") for spec in specs})
     size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
     return f"{', '.join(dtypes)}, {size / 2**20:,.1f} MiB in {files} file{'s' * (files > 1)}"
 
@@ -294,7 +294,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     print(f"precision    {precision} ({why_precision})")
     for dtype in (torch.float32, torch.bfloat16):
         choice = choose("auto", device, dtype)
-        print(f"feed-forward {choice.backend} in {str(dtype)[6:]} ({choice.reason})")
+        print(f"feed-forward {choice.backend} in {dtype} ({choice.reason})")
     why_not = why_not_triton(device, torch.bfloat16)
     print(f"kernels      {'run here' if why_not is None else 'do not run here: ' + why_not}")
     return 0

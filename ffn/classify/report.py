@@ -20,7 +20,7 @@ LONGEST_NAME = 40  # of a class name in the confusion picture; longer names are 
 NO_PICTURES = "no pictures: matplotlib is not installed (pip install 'torch-ffn[app]')"
 
 
-class Progress(Screen):
+class EpochScreen(Screen):
     """A line per epoch; on a terminal also a bar with the loss and the best metric."""
 
     def __init__(self, say: Callable[[str], None], steps: int, epochs: int, metric: str) -> None:

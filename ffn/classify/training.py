@@ -24,7 +24,7 @@ from ffn.classify.config import ClassifyConfig
 from ffn.classify.loop import Outcome, Source, TokenSource, cache_features, fit
 from ffn.classify.metrics import Scores
 from ffn.classify.objective import Objective
-from ffn.classify.report import NO_PICTURES, Progress, draw, write_history, write_predictions
+from ffn.classify.report import NO_PICTURES, EpochScreen, draw, write_history, write_predictions
 from ffn.classify.result import TextClassifier, check_new, new_folder, save_classifier
 from ffn.classify.splits import Splits, read_splits
 from ffn.classify.vocabulary import train_tokenizer
@@ -143,7 +143,7 @@ class Training:
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         steps = options.epochs * math.ceil(len(self.splits.rows["train"]) / options.batch_size)
         metric = options.chosen_metric
-        with closing(Progress(self.say, steps, options.epochs, metric)) as progress:
+        with closing(EpochScreen(self.say, steps, options.epochs, metric)) as progress:
             outcome = fit(
                 model,
                 self.sources,

@@ -122,7 +122,7 @@ class Sampling:
         chosen = likeliest.squeeze(1) if greedy else self._sample(logits - largest, uniform)
         if not all(map(math.isfinite, largest.flatten().tolist())):  # last, since it waits for a GPU
             raise ValueError(
-                f"model gives logits that are not finite in {str(dtype)[6:]}: a weight is not finite, "
+                f"model must give finite logits, got others in {dtype}: a weight is not finite, "
                 "or values overflow; look at the weights, or generate in a wider dtype"
             )
         return chosen

@@ -237,6 +237,5 @@ def _real(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
         got = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask must be (B, S) = {shape} with the cached tokens, got {got}")
     if attention_mask.is_floating_point():
-        got = str(attention_mask.dtype)[6:]
-        raise TypeError(f"attention_mask must be bool or integers, 0 at padding; got {got}")
+        raise TypeError(f"attention_mask must be bool or integers, 0 at padding, got {attention_mask.dtype}")
     return attention_mask.bool()

@@ -67,7 +67,7 @@ class Embedding(nn.Module):
         self, tokens: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
         if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be int64 or int32, got {str(tokens.dtype)[6:]}; cast with .long()")
+            raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}; cast with .long()")
         x = _look_up(self.token, tokens, "tokens")
         if self.scale != 1.0:
             x = x * torch.full(

@@ -62,23 +62,29 @@ def linear_cross_entropy(
     tokens, most = hidden.shape[0], chunk_tokens or max(1, logits // weight.shape[0])
     whole = tokens <= most or torch_modes.needs_textbook()
     step = tokens if whole else -(-tokens // -(-tokens // most))
-    plan = Plan(ignore_index, label_smoothing, step, dtype, softcap)
+    options = ChunkOptions(ignore_index, label_smoothing, step, dtype, softcap)
     try:
-        return (_at_once if whole else _by_chunks)(hidden, weight, bias, targets, plan)
+        return (_at_once if whole else _by_chunks)(hidden, weight, bias, targets, options)
     except (IndexError, RuntimeError):
         _check_range(targets, weight.shape[0], ignore_index)
         raise
 
 
-def _at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: "Plan") -> Tensor:
-    logits = cap(_wide(F.linear(hidden, weight, bias)), plan.softcap)
-    return F.cross_entropy(logits, targets, ignore_index=plan.ignore_index, label_smoothing=plan.smoothing)
+def _at_once(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: "ChunkOptions"
+) -> Tensor:
+    logits = cap(_wide(F.linear(hidden, weight, bias)), options.softcap)
+    return F.cross_entropy(
+        logits, targets, ignore_index=options.ignore_index, label_smoothing=options.smoothing
+    )
 
 
-def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: "Plan") -> Tensor:
+def _by_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: "ChunkOptions"
+) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, plan)
-    total, share, *_ = _in_chunks(hidden, weight, bias, targets, plan, (False, False, False))
+        return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, options)
+    total, share, *_ = _in_chunks(hidden, weight, bias, targets, options, (False, False, False))
     return total * share
 
 
@@ -110,14 +116,14 @@ def _check(hidden: Tensor, weight: Tensor, bias, targets: Tensor, chunk_tokens: 
         raise ValueError(f"chunk_tokens must be a positive integer or None, got {chunk_tokens}")
     if hidden.dtype != weight.dtype and not autocast:
         raise TypeError(
-            f"hidden and weight must have the same dtype, got {str(hidden.dtype)[6:]} and "
-            f"{str(weight.dtype)[6:]}; cast one with .to(dtype), or use autocast"
+            f"hidden and weight must have the same dtype, got {hidden.dtype} and "
+            f"{weight.dtype}; cast one with .to(dtype), or use autocast"
         )
     if targets.is_floating_point():
-        raise TypeError(f"targets must be integers, got {str(targets.dtype)[6:]}; cast with .long()")
+        raise TypeError(f"targets must be integers, got {targets.dtype}; cast with .long()")
 
 
-class Plan(NamedTuple):
+class ChunkOptions(NamedTuple):
     """The options of the rule: step is tokens per chunk, dtype that of the matmuls."""
 
     ignore_index: int
@@ -141,8 +147,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, plan: Plan):
-        total, share, *gradients = _in_chunks(hidden, weight, bias, targets, plan, ctx.needs_input_grad[:3])
+    def forward(ctx, hidden, weight, bias, targets, options: ChunkOptions):
+        total, share, *gradients = _in_chunks(
+            hidden, weight, bias, targets, options, ctx.needs_input_grad[:3]
+        )
         ctx.save_for_backward(share, *gradients)
         ctx.dtype = weight.dtype
         return total * share
@@ -162,29 +170,31 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, dbias, None, None
 
 
-def _in_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: Plan, wants):
+def _in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ChunkOptions, wants
+):
     """Return the summed loss, 1 / M for M counted targets, and M times each wanted gradient, else None."""
-    counts = targets != plan.ignore_index
+    counts = targets != options.ignore_index
     targets = torch.where(counts, targets, 0)
     share = _wide(hidden.new_ones(())) / counts.sum()
     dhidden = torch.empty_like(hidden) if wants[0] else None
     dweight = torch.zeros_like(weight, dtype=share.dtype) if wants[1] else None
     dbias = torch.zeros_like(bias, dtype=share.dtype) if bias is not None and wants[2] else None
     total = torch.zeros_like(share)
-    weight, bias = weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
-    for i in range(0, hidden.shape[0], plan.step):
-        rows = slice(i, i + plan.step)
+    weight, bias = weight.to(options.dtype), None if bias is None else bias.to(options.dtype)
+    for i in range(0, hidden.shape[0], options.step):
+        rows = slice(i, i + options.step)
         target, count = targets[rows, None], counts[rows, None]
-        x = hidden[rows].to(plan.dtype)
-        logits = cap(_wide(x @ weight.t() if bias is None else F.linear(x, weight, bias)), plan.softcap)
+        x = hidden[rows].to(options.dtype)
+        logits = cap(_wide(x @ weight.t() if bias is None else F.linear(x, weight, bias)), options.softcap)
         log_p = logits.log_softmax(-1)
-        total += _each(log_p, target, plan.smoothing).mul_(count).sum()
+        total += _each(log_p, target, options.smoothing).mul_(count).sum()
         if not any(wants):
             continue
-        dz = _dlogits_(log_p, target, plan.smoothing)
-        if plan.softcap is not None:
-            dz.mul_(1.0 - (logits / plan.softcap).square())
-        dz = dz.to(plan.dtype)
+        dz = _dlogits_(log_p, target, options.smoothing)
+        if options.softcap is not None:
+            dz.mul_(1.0 - (logits / options.softcap).square())
+        dz = dz.to(options.dtype)
         if dhidden is not None:
             dhidden[rows] = (dz @ weight).mul_(count)
         if dweight is not None:

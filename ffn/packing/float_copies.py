@@ -27,7 +27,7 @@ FUSED = {"silu": ("swish", [], ""), "gelu": ("gelu", [], "none"), "gelu_tanh": (
 
 def reason_against(tensor: Tensor, reader: str, supported: bool) -> str | None:
     """Return why `reader` cannot take this weight or bias, or None if it can."""
-    kind = f"{str(tensor.dtype)[6:]} on {tensor.device.type}"
+    kind = f"{tensor.dtype} on {tensor.device.type}"
     if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
         return f"{kind}; {reader} float32 and bfloat16 on the CPU"
     if not supported:

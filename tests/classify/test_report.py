@@ -11,7 +11,7 @@ import torch
 from ffn.classify.labelled import Labelled
 from ffn.classify.loop import Outcome
 from ffn.classify.objective import Objective
-from ffn.classify.report import Progress, draw, write_history, write_predictions
+from ffn.classify.report import EpochScreen, draw, write_history, write_predictions
 from tests.train.test_report import Terminal, forbid
 
 ROW = {"epoch": 1, "train_loss": 1.5, "loss": 1.25, "accuracy": 0.5, "seconds": 61.0}
@@ -28,11 +28,11 @@ def rows(*labels) -> Labelled:
 def test_each_epoch_prints_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     said: list[str] = []
-    progress = Progress(said.append, 4, 2, "accuracy")
+    progress = EpochScreen(said.append, 4, 2, "accuracy")
     progress.step(1.0, 2.0)
     progress.epoch(ROW, True)
     progress.epoch({**ROW, "epoch": 2}, False)
-    Progress(said.append, 4, 2, "loss").epoch(ROW, True)
+    EpochScreen(said.append, 4, 2, "loss").epoch(ROW, True)
     assert said == [
         "epoch 1/2  loss 1.5000  val 1.2500  accuracy 0.5000  1:01  best so far",
         "epoch 2/2  loss 1.5000  val 1.2500  accuracy 0.5000  1:01",
@@ -43,7 +43,7 @@ def test_each_epoch_prints_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_bar_shows_loss_and_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = Progress(lambda _: None, 2, 2, "accuracy")
+    progress = EpochScreen(lambda _: None, 2, 2, "accuracy")
     progress.step(1.0, 200.0)
     progress.epoch(ROW, True)
     progress.step(0.5, 100.0)

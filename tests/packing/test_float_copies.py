@@ -142,9 +142,9 @@ def test_the_address_of_a_copied_weight_is_not_reused() -> None:
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [
-        (torch.zeros(64, 64, dtype=torch.float16), "float16 on cpu"),
-        (torch.zeros(64, 64, dtype=torch.float64), "float64 on cpu"),
-        (torch.zeros(64, 64, device="meta"), "float32 on meta"),
+        (torch.zeros(64, 64, dtype=torch.float16), "torch.float16 on cpu"),
+        (torch.zeros(64, 64, dtype=torch.float64), "torch.float64 on cpu"),
+        (torch.zeros(64, 64, device="meta"), "torch.float32 on meta"),
         (torch.zeros(32, 64).t(), "strided"),
     ],
 )

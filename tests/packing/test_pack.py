@@ -250,7 +250,7 @@ def test_a_refused_pack_changes_nothing(copied: list[nn.Module]) -> None:
         pack(block, "int4")
     assert_same(block, plain, x)
     block.up_proj.half()
-    with pytest.raises(ValueError, match=r"up_proj\.weight is float16"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight is torch\.float16"):
         pack(block)
     block.up_proj.float()
     copied.clear()
@@ -261,9 +261,9 @@ def test_a_refused_pack_changes_nothing(copied: list[nn.Module]) -> None:
 def test_models_that_cannot_be_packed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="model must be"):
         pack(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"0\.\w+\.weight is float16 on cpu"):
+    with pytest.raises(ValueError, match=r"0\.\w+\.weight is torch\.float16 on cpu"):
         pack(nn.Sequential(FeedForward(8, activation="swiglu").half()))
-    with pytest.raises(ValueError, match=r"up_proj\.weight is float32 on meta"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight is torch\.float32 on meta"):
         pack(FeedForward(8, device="meta"))
     with pytest.raises(ValueError, match="LayerNorm"):
         pack(nn.LayerNorm(8))

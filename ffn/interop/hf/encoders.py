@@ -2,7 +2,7 @@
 
 from ffn.gpt.config import TransformerConfig
 from ffn.interop.hf.family import Family
-from ffn.interop.hf.keys import PLAIN, POSITIONS_AFTER_PAD, Part, activation, refuse
+from ffn.interop.hf.keys import PLAIN, POSITIONS_AFTER_PAD, KeyPair, activation, refuse
 
 
 def _encoder(name: str) -> dict[str, str]:
@@ -15,7 +15,7 @@ def _has_types(c: TransformerConfig) -> dict[str, int]:
     return {}
 
 
-TOKEN_TYPES = Part(lambda k: {}, _has_types)
+TOKEN_TYPES = KeyPair(lambda k: {}, _has_types)
 _CONSTANTS = {
     "causal": False, "position": "learned", "norm": "layernorm", "norm_position": "post", "bias": True,
     "attention_bias": True, "embedding_norm": True,

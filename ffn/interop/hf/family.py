@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ffn.interop.hf.keys import Part
+from ffn.interop.hf.keys import KeyPair
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Family:
     classes: Mapping[str, str]
     defaults: Mapping[str, Any]
     fields: Mapping[str, str]
-    parts: tuple[Part, ...]
+    parts: tuple[KeyPair, ...]
     constants: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, tuple] = field(default_factory=dict)
     synonyms: Mapping[str, str] = field(default_factory=dict)

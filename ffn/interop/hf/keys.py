@@ -16,7 +16,7 @@ from ffn.gpt.config import TransformerConfig
 Keys = Mapping[str, Any]
 
 
-class Part(NamedTuple):
+class KeyPair(NamedTuple):
     """A pair of functions. read: their keys -> our fields. write: our config -> their keys."""
 
     read: Callable[[Keys], dict[str, Any]]
@@ -40,7 +40,7 @@ PLAIN = {  # their name -> our activation; of several names for one, the first i
 GATED = {theirs: _GATED[ours] for theirs, ours in PLAIN.items() if ours in _GATED}
 
 
-def activation(key: str, table: Mapping[str, str], *, head: bool = False) -> Part:
+def activation(key: str, table: Mapping[str, str], *, head: bool = False) -> KeyPair:
     """The feed-forward activation under `key`; with head, also that of the masked-language head."""
 
     def read(k: Keys) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def activation(key: str, table: Mapping[str, str], *, head: bool = False) -> Par
             raise refuse("activation", c.activation, f"must be one of {known} to be written as {key}")
         return {key: theirs[0]}
 
-    return Part(read, write)
+    return KeyPair(read, write)
 
 
 # --- sliding windows
@@ -64,7 +64,7 @@ def activation(key: str, table: Mapping[str, str], *, head: bool = False) -> Par
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def windows(slides: Callable[[Keys, int], bool] | None = None, switch: str | None = None) -> Part:
+def windows(slides: Callable[[Keys, int], bool] | None = None, switch: str | None = None) -> KeyPair:
     """`sliding_window`, and `layer_types` for the layers that have it.
 
     Args:
@@ -99,7 +99,7 @@ def windows(slides: Callable[[Keys, int], bool] | None = None, switch: str | Non
             keys["layer_types"] = [FULL if c.window(i) is None else SLIDING for i in range(c.num_layers)]
         return keys
 
-    return Part(read, write)
+    return KeyPair(read, write)
 
 
 # --- single values
@@ -117,27 +117,27 @@ def _write_scalar(c: TransformerConfig) -> dict[str, Any]:
     return {"query_pre_attn_scalar": max(round(max(scale, 1e-8) ** -2), 1)}  # an integer in config.json
 
 
-QUERY_SCALAR = Part(_read_scalar, _write_scalar)
+QUERY_SCALAR = KeyPair(_read_scalar, _write_scalar)
 
-ATTENTION_BIAS = Part(
+ATTENTION_BIAS = KeyPair(
     lambda k: {"attention_bias": k["attention_bias"], "attention_out_bias": k["attention_bias"]},
     lambda c: {"attention_bias": c.attention_bias},
 )
-EMBEDDING_SCALE = Part(  # transformers keeps it in float32, whatever the model's dtype
+EMBEDDING_SCALE = KeyPair(  # transformers keeps it in float32, whatever the model's dtype
     lambda k: {"embedding_scale": struct.unpack("f", struct.pack("f", k["hidden_size"] ** 0.5))[0]},
     lambda c: {},
 )
-SCALE_SWITCH = Part(
+SCALE_SWITCH = KeyPair(
     lambda k: {"attention_scale": None if k["scale_attn_weights"] else 1.0},
     lambda c: {"scale_attn_weights": c.attention_scale != 1.0},
 )
-NORM_EACH = Part(  # a parallel block of GPT-NeoX has two norms
+NORM_EACH = KeyPair(  # a parallel block of GPT-NeoX has two norms
     lambda k: {"shared_norm": not k["use_parallel_residual"]},
     lambda c: {},
 )
 
 
-POSITIONS_AFTER_PAD = Part(
+POSITIONS_AFTER_PAD = KeyPair(
     lambda k: {
         "pad_token_id": k["pad_token_id"],
         "position_offset": k["pad_token_id"] + 1,
@@ -150,7 +150,7 @@ POSITIONS_AFTER_PAD = Part(
 )
 
 
-def dropout(*keys: str) -> Part:
+def dropout(*keys: str) -> KeyPair:
     """One probability for several keys."""
 
     def read(k: Keys) -> dict[str, Any]:
@@ -160,4 +160,4 @@ def dropout(*keys: str) -> Part:
             raise ValueError(f"{' and '.join(keys)} must be equal, got {given}; ffn has one dropout for them")
         return {"dropout": values[keys[0]]}
 
-    return Part(read, lambda c: dict.fromkeys(keys, c.dropout))
+    return KeyPair(read, lambda c: dict.fromkeys(keys, c.dropout))

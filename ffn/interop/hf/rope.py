@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ffn.gpt.config import TransformerConfig
-from ffn.interop.hf.keys import Keys, Part, refuse
+from ffn.interop.hf.keys import KeyPair, Keys, refuse
 
 _SCALED = {"factor", "original_max_position_embeddings"}
 ROPE_KEYS = {
@@ -94,10 +94,10 @@ def rope(
     base_key: str = "rope_theta",
     fraction_key: str = "partial_rotary_factor",
     skips: bool = False,
-) -> Part:
+) -> KeyPair:
     """Rotary positions, read and written; see Rope for the arguments."""
     found = Rope(base, fraction, kinds, base_key, fraction_key, skips)
-    return Part(found.read, found.write)
+    return KeyPair(found.read, found.write)
 
 
 def rotary_layers(k: Keys) -> list[int]:

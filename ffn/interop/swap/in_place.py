@@ -11,7 +11,7 @@ from torch import nn
 
 from ffn.interop.swap.discover import NOT_FOUND, has_block_shape, plans
 from ffn.interop.swap.proof import compare
-from ffn.interop.swap.report import Block, Report, describe
+from ffn.interop.swap.report import BlockReport, Report, describe
 from ffn.interop.swap.reroute import PLAN, Plan, Rerouted, origin, reroute, restore
 
 EXPERTS = re.compile(r"(gate|up|down)_proj$|^w[123]|^mlp")
@@ -36,8 +36,8 @@ def swap(
         dry_run: report only; change nothing.
 
     Returns:
-        One `Block` per feed-forward block: swapped, or left with the reason; and the bytes of activations
-        saved for backward per token, before and after. `print(report)` shows a table.
+        One `BlockReport` per feed-forward block: swapped, or left with the reason; and the bytes of
+        activations saved for backward per token, before and after. `print(report)` shows a table.
 
     Raises:
         TypeError: model is not an nn.Module.
@@ -74,7 +74,7 @@ def unswap(model: nn.Module) -> int:
     return len(rerouted)
 
 
-def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Block] | None:
+def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, BlockReport] | None:
     """Return the plan for a module and its entry in the report; None if the module has no block."""
     name = type(module).__name__
     if type(module).__module__.startswith("ffn.") or "Attention" in name:
@@ -83,17 +83,17 @@ def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Bl
         now, plan = (save, chunk_tokens, backend), vars(module).get(PLAN)
         other = plan is not None and now != (plan.save, plan.chunk_tokens, plan.backend)
         reason = "already swapped with other options: call ffn.unswap first" if other else "already swapped"
-        return None, Block(path, name, "left", reason)
+        return None, BlockReport(path, name, "left", reason)
     if any(p.ndim == 3 and EXPERTS.search(key) for key, p in module.named_parameters(recurse=False)):
-        return None, Block(path, name, "left", "a mixture of experts")
+        return None, BlockReport(path, name, "left", "a mixture of experts")
     reason = None
     for plan in plans(module, save, chunk_tokens, backend):
         if "experts" in path.split("."):
-            return None, Block(path, name, "left", "one of a mixture of experts")
+            return None, BlockReport(path, name, "left", "one of a mixture of experts")
         kept = compare(module, plan) if isinstance(plan, Plan) else plan
         if isinstance(plan, Plan) and isinstance(kept, tuple):
-            return plan, Block(path, name, "swapped", "", describe(plan), *kept)
+            return plan, BlockReport(path, name, "swapped", "", describe(plan), *kept)
         reason = reason or str(kept)
     if not has_block_shape(module):
         return None
-    return None, Block(path, name, "left", reason or NOT_FOUND)
+    return None, BlockReport(path, name, "left", reason or NOT_FOUND)

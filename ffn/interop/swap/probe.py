@@ -123,7 +123,7 @@ def preactivations(widths: list[int]) -> list[Tensor]:
 def _row(h: Tensor, grids: list[Tensor], H: int) -> Found | str:
     """Return the (activation, gate, packing) that give h and its derivatives, or the reason for none."""
     if h.shape[:-1] != grids[0].shape[:-1] or h.shape[-1] != H or h.dtype != torch.float64:
-        return f"the input of the last product has shape {tuple(h.shape)} and dtype {str(h.dtype)[6:]}"
+        return f"the input of the last product has shape {tuple(h.shape)} and dtype {h.dtype}"
     weight = torch.linspace(0.5, 1.5, h.numel(), dtype=torch.float64).view_as(h)
     depends = h.requires_grad
     slopes = torch.autograd.grad(h, grids, weight, retain_graph=True, allow_unused=True) if depends else ()
@@ -192,7 +192,7 @@ def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found
         near = ((h - value).abs() <= room) | (h == value.to(dtype))
         right = torch.where(value.isnan(), h.isnan(), near | ~sure)
         if h.dtype != dtype or not bool(right.all()):
-            return f"in {str(dtype)[6:]}{', for one token,' if tokens else ''} it computes other values"
+            return f"in {dtype}{', for one token,' if tokens else ''} it computes other values"
     return None
 
 

@@ -8,7 +8,7 @@ from ffn.text_table import columns
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockReport:
     """One feed-forward block of a model.
 
     path, kind: the path of the module in the model, and the name of its class.
@@ -26,15 +26,15 @@ class Block:
     after: float = 0.0
 
 
-class Report(list[Block]):
+class Report(list[BlockReport]):
     """The blocks in the order of the model. As text: a table where equal blocks share a line."""
 
     @property
-    def swapped(self) -> list[Block]:
+    def swapped(self) -> list[BlockReport]:
         return [block for block in self if block.action == "swapped"]
 
     @property
-    def left(self) -> list[Block]:
+    def left(self) -> list[BlockReport]:
         return [block for block in self if block.action == "left"]
 
     def __repr__(self) -> str:

@@ -62,7 +62,7 @@ def is_leaf(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.") and not module._modules
 
 
-class Product:
+class ProductStandIn:
     """Stands for a product: calls `function`; other attributes, but the weight's dtype, are the product's."""
 
     def __init__(self, linear: nn.Module, function: Callable[[Tensor], Tensor], dtype: torch.dtype):
@@ -83,7 +83,7 @@ def run(module: nn.Module, chain: Callable, x: Tensor, products: dict[str, Calla
         raise Caught(h)
 
     functions = products | {last: catch}
-    given = {path: Product(module.get_submodule(path), f, x.dtype) for path, f in functions.items()}
+    given = {path: ProductStandIn(module.get_submodule(path), f, x.dtype) for path, f in functions.items()}
     try:
         chain(StandIn(module, given, {} if seen is None else seen), x)
     except Caught as caught:

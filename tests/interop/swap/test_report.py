@@ -1,15 +1,15 @@
 """report: blocks as a list, and as a table."""
 
 from ffn.interop.swap.probe import Inner
-from ffn.interop.swap.report import Block, Report, describe
+from ffn.interop.swap.report import BlockReport, Report, describe
 from ffn.interop.swap.reroute import Plan
 from ffn.interop.swap.source import Chain
 
 BLOCKS = [
-    Block("model.layers.0.mlp", "LlamaMLP", "swapped", "", "swiglu", 1000.0, 400.0),
-    Block("model.layers.1.mlp", "LlamaMLP", "swapped", "", "swiglu", 1000.0, 400.0),
-    Block("vision.fc", "MLP", "left", "no activation of the table gives its values"),
-    Block("", "Whole", "left", "a mixture of experts"),
+    BlockReport("model.layers.0.mlp", "LlamaMLP", "swapped", "", "swiglu", 1000.0, 400.0),
+    BlockReport("model.layers.1.mlp", "LlamaMLP", "swapped", "", "swiglu", 1000.0, 400.0),
+    BlockReport("vision.fc", "MLP", "left", "no activation of the table gives its values"),
+    BlockReport("", "Whole", "left", "a mixture of experts"),
 ]
 
 
