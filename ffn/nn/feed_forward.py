@@ -1,4 +1,4 @@
-"""The block: FeedForward holds the weights and calls `ffn.ops.feed_forward`."""
+"""The feed-forward block: FeedForward holds the weights and runs `ffn.ops.feed_forward` on them."""
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from ffn.ops.options import Options
 
 
 def gated_hidden_dim(dim: int, multiple_of: int = 128) -> int:
-    """8/3 dim rounded up to a multiple: the width that gives a gated block a plain 4 dim block's parameters.
+    """Return 8/3 dim rounded up to a multiple of multiple_of.
+
+    With this hidden width a gated block has as many parameters as a plain block of width 4 dim.
 
     Raises:
-        ValueError: a dim or a multiple that is no positive whole number.
+        ValueError: dim or multiple_of is not a positive integer.
 
     >>> gated_hidden_dim(4096)
     11008
@@ -43,29 +45,31 @@ class FeedForward(nn.Module):
 
     Args:
         dim: width D of the input.
-        hidden_dim: width H between the products, used as it is. Left out: 4 dim, or gated_hidden_dim(dim).
-        dropout: probability to drop a hidden value while training; its mask is rebuilt in backward.
-        out_dim: width O of the output; dim if left out.
+        hidden_dim: width H between the products, used without rounding. Default 4 dim, or
+            gated_hidden_dim(dim) when gated.
+        dropout: probability to drop a hidden value in training; backward recomputes the mask. Default 0.
+        out_dim: width O of the output. Default dim.
         activation: a name (plain: relu leaky_relu relu2 gelu gelu_tanh quick_gelu silu sigmoid tanh mish
-            softplus identity; gated: glu bilinear reglu geglu geglu_tanh swiglu), a Hugging Face spelling
-            of one, a torch.nn activation (class or instance), or any callable, under plain autograd.
-        bias: whether the Linears have one.
-        out_dropout: probability to drop an output value while training.
-        save: "preact" keeps x and the preactivations for backward, D + H elements a token (D + 2H gated);
-            "input" keeps x alone and repeats the first product.
-        chunk_tokens: with save="input", how many tokens at a time.
-        backend: "auto", "eager", "triton" or "reference"; see `explain`.
-        init: torch, xavier, he, gpt2, depth_scaled or zero_out; see `ffn.nn.init`.
+            softplus identity; gated: glu bilinear reglu geglu geglu_tanh swiglu), a Hugging Face spelling of
+            one, a torch.nn activation (class or instance), or any callable, which runs under plain autograd.
+            Default "gelu".
+        bias: if True (default), the Linears have biases.
+        out_dropout: probability to drop an output value in training. Default 0.
+        save: "preact" (default) saves x and the preactivations for backward, D + H elements per token (D + 2H
+            when gated); "input" saves x alone and repeats the first product in backward.
+        chunk_tokens: with save="input", compute this many tokens at a time. Default None: all at once.
+        backend: "auto" (default), "eager", "triton" or "reference"; see `ffn.ops.feed_forward` and `explain`.
+        init: torch (default), xavier, he, gpt2, depth_scaled or zero_out; see `ffn.nn.init`.
 
     Shape:
-        x (..., D) -> (..., O); any leading shape, in the weights' dtype and device (or under autocast).
+        x (..., D) -> (..., O); any leading shape. x has the weights' dtype and device, except under autocast.
 
     Raises:
-        ValueError, TypeError: options or inputs that do not fit, in one line.
+        ValueError, TypeError: an option or an input does not fit.
 
     The children are plain `nn.Linear`s named gate_proj (when gated), up_proj and down_proj. While all are
-    plain, their weights go to the op; once one is replaced, hooked, parametrized or quantized, the children
-    themselves are called, but for adapters (`ffn.gpt.adapters`): those the op takes too.
+    plain or have LoRA adapters (`ffn.gpt.adapters`), the op reads their weights. If one is replaced, hooked,
+    parametrized or quantized, forward calls the children instead.
 
     >>> FeedForward(512, 2048, 0.1)(torch.randn(2, 7, 512)).shape
     torch.Size([2, 7, 512])
@@ -106,20 +110,22 @@ class FeedForward(nn.Module):
         self.dropout, self.out_dropout = dropout, out_dropout
         self.save, self.chunk_tokens, self.backend, self.init = save, chunk_tokens, backend, init
         self.activation = row.name
-        self.act = None if row.formula else row.forward  # a callable of the user's; a module is registered
+        self.act = (
+            None if row.formula else row.forward
+        )  # the user's callable; a module is registered as a child
         if isinstance(self.act, nn.Module):
             self.act.to(device=device, dtype=dtype)
         linear = {"bias": bias, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(dim, self.hidden_dim, **linear) if row.gated else None
         self.up_proj = nn.Linear(dim, self.hidden_dim, **linear)
         self.down_proj = nn.Linear(self.hidden_dim, self.out_dim, **linear)
-        if init != "torch":  # nn.Linear has done that one
+        if init != "torch":  # nn.Linear has already drawn these
             self.reset_parameters()
 
     def reset_parameters(
         self, *, num_layers: int = 1, layer: int = 0, generator: torch.Generator | None = None
     ) -> None:
-        """Draw the weights anew as `init` says, for layer number `layer` of `num_layers`."""
+        """Draw the weights again with `init`, for layer `layer` of `num_layers`."""
         for linear in self._linears():
             residual = linear is self.down_proj
             where = {"num_layers": num_layers, "layer": layer, "generator": generator}
@@ -142,7 +148,9 @@ class FeedForward(nn.Module):
         act = activations.TABLE[self.activation] if self.act is None else self.act
         pre = self.up_proj(x)
         if self.gate_proj is None and "gate_proj" in self._modules:
-            raise TypeError(f"gate_proj must be a module, since {self.activation} is gated; got None")
+            raise TypeError(
+                f"gate_proj must be a module for the gated activation {self.activation}, got None"
+            )
         h = act(pre) if self.gate_proj is None else act(self.gate_proj(x)) * pre
         return self.down_proj(ops.dropout(h, self.dropout, self.training))
 
@@ -150,15 +158,16 @@ class FeedForward(nn.Module):
         return [linear for name in PROJECTIONS if (linear := getattr(self, name)) is not None]
 
     def products(self, x: Tensor) -> tuple | None:
-        """The products up, down and gate for the op; None where the children must be called, see `_why`.
+        """Return the products (up, down, gate) for the op, or None if forward must call the children.
 
-        Asked at each call, since an adapter, hook or quantized weight may have arrived since the last.
+        `_why` gives the reason. This runs at each call, so that an adapter, hook or quantized weight added
+        later takes effect.
         """
         if self.act is not None or (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_nested:
             return None
         if has_global_hooks():
             return None
-        children = self._modules  # quicker than the attributes
+        children = self._modules  # faster than attribute access
         up, down = _product(children["up_proj"]), _product(children["down_proj"])
         if up is None or down is None:
             return None
@@ -168,12 +177,12 @@ class FeedForward(nn.Module):
         return None if gate is None else (up, down, gate)
 
     def _check_backend(self, x: Tensor) -> None:
-        """Raise ValueError where the children must be called, and kernels were asked for by name."""
+        """Raise ValueError if backend is "triton" although the children must be called."""
         if self.backend == "triton":
-            raise ValueError(f"backend must be 'auto', since {self._why(x)}; got 'triton'")
+            raise ValueError(f"backend must be 'auto', got 'triton': {self._why(x)}")
 
     def _why(self, x: Tensor) -> str:
-        """Why the children must be called."""
+        """Return the reason why forward must call the children."""
         if self.act is not None:
             return f"{self.activation} is not in the table of activations"
         if type(x) is not Tensor and type(x) is not nn.Parameter:
@@ -185,28 +194,30 @@ class FeedForward(nn.Module):
         children = {name: self._modules[name] for name in PROJECTIONS if name in self._modules}
         name, child = next(pair for pair in children.items() if _product(pair[1]) is None)
         what = f"{name} (a {type(child).__name__})"
-        return f"{what} is replaced, hooked, parametrized, or its weight is no plain parameter"
+        return f"{what} is replaced, hooked or parametrized, or its weight is not a plain parameter"
 
     def explain(self, x: Tensor) -> str:
-        """One line: which path and backend x would take, why, and what a token keeps for backward.
+        """Return one line: the path and backend for x, the reason, and the elements saved per token.
 
         Raises:
-            ValueError, TypeError: what the call itself would raise before it begins.
+            ValueError, TypeError: those that forward would raise before it computes.
         """
-        owner = getattr(self.forward, "__self__", self)  # another one where `ffn.pack` has put its forward
+        owner = getattr(
+            self.forward, "__self__", self
+        )  # another object after `ffn.pack` has replaced forward
         line = owner.explain(x) if owner is not self and hasattr(owner, "explain") else None
         if line is not None:
             return line
         products = self.products(x)
         if products is None:
             self._check_backend(x)
-            unheld = "" if self.save == "preact" else f"; save={self.save!r} does not hold there"
+            unheld = "" if self.save == "preact" else f"; save={self.save!r} has no effect here"
             return f"children: {self._why(x)}{unheld}"
         choice = explain(x, products, self._options())
         if choice.backend == "reference":
             return f"reference: {choice.reason}"
         kept = len(self._linears()) - 1 if self.save == "preact" else 0
-        keeps = f"keeps {self.dim + kept * self.hidden_dim} elements a token for backward"
+        keeps = f"keeps {self.dim + kept * self.hidden_dim} elements per token for backward"
         return f"{choice.backend}: {choice.reason}; {keeps}"
 
     def extra_repr(self) -> str:
@@ -224,6 +235,6 @@ class FeedForward(nn.Module):
 
 
 def _product(child: nn.Module | None) -> Dense | LoRA | None:
-    """The product of a child that computes nothing else: a plain Linear, or one with a LoRA adapter."""
+    """Return the product of a plain Linear or LoRALinear; None if calling the child does anything else."""
     plain = plain_parameters(child)
     return adapted_product(child) if plain is None else Dense(*plain)

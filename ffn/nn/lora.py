@@ -1,4 +1,4 @@
-"""A Linear with a LoRA adapter: beside its weight a product of low rank that learns."""
+"""A Linear with a LoRA adapter: a trainable low-rank product added to the Linear's own."""
 
 import math
 
@@ -14,15 +14,17 @@ from ffn.ops.lora import LoRA
 class LoRALinear(nn.Linear):
     """y = x weight^T + bias + scale drop(x) lora_A^T lora_B^T, with scale = alpha / rank.
 
-    It shares the weight and bias of the Linear it is made from. lora_A (r, in) is uniform in ±1/sqrt(in),
-    lora_B (out, r) zero, so that the outputs are unchanged at first.
+    It shares the weight and bias of `linear`. lora_A (r, in) is uniform in ±1/sqrt(in) and lora_B (out, r) is
+    zero, so a new adapter does not change the outputs.
 
     Args:
-        linear: a plain nn.Linear. rank: r. alpha: see scale. dropout: probability to drop an input of lora_A
-            while training. Default 0.
+        linear: a plain nn.Linear.
+        rank: r.
+        alpha: sets the scale, alpha / rank.
+        dropout: probability to drop an input value of lora_A in training. Default 0.
 
     Shape:
-        (..., in) -> (..., out).
+        x (..., in) -> (..., out).
 
     Source: Hu et al. 2021.
     """
@@ -45,14 +47,14 @@ class LoRALinear(nn.Linear):
         )
 
     def plain(self) -> nn.Linear:
-        """A plain Linear with this one's weight and bias, without the adapter."""
+        """Return a plain Linear that shares this one's weight and bias, without the adapter."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add scale lora_B lora_A to the weight, in float32 or wider and rounded once."""
+        """Add scale lora_B lora_A to the weight in place, computed in float32 or wider and rounded once."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         gain = self.lora_B.to(wide) @ self.lora_A.to(wide)
         self.weight.copy_(self.weight.to(wide).add_(gain, alpha=self.scale))
@@ -62,7 +64,7 @@ class LoRALinear(nn.Linear):
 
 
 def adapted_product(linear: nn.Module | None) -> LoRA | None:
-    """The product if calling this LoRALinear computes its formula with plain parameters and nothing else."""
+    """Return the product of a LoRALinear, or None if calling the module does anything else."""
     if type(linear) is not LoRALinear or "forward" in linear.__dict__ or is_hooked(linear):
         return None
     if any(p is not None and type(p) is not nn.Parameter for p in linear._parameters.values()):

@@ -1,8 +1,8 @@
-"""Attention over short sequences on the CPU: the whole matrix of scores beats torch's flash kernel there.
+"""Attention for short sequences on the CPU: plain matmuls beat torch's flash kernel there.
 
-Up to a few hundred tokens the scores fit the caches, and plain products with a softmax between take half the
-time of the tiled kernel, forward and backward. The weights p (B, Q, T, T) are kept for backward, so it is
-done only while they are no larger than q, k and v together.
+Up to a few hundred tokens the scores fit the caches, and two matmuls with a softmax between them take half
+the time of the tiled kernel, forward and backward. The weights p (B, Q, T, T) are saved for backward, so this
+path is taken only while p is no larger than q, k and v together.
 
     s = q k^T / sqrt(C)    p = softmax(s)    y = p v
     dv = p^T dy    dp = dy v^T    ds = p * (dp - rowsum(p * dp))
@@ -19,27 +19,30 @@ from torch.nn import functional as F
 from ffn.ops import hardware, torch_modes
 from ffn.ops.matmul import float32_in_onednn
 
-_SHORT, _SHORT_IN_MKL = 256, 128  # tokens, up to which the whole matrix was measured to be faster
+_SHORT, _SHORT_IN_MKL = 256, 128  # most tokens for which plain matmuls measured faster
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v over (B, Q, T, C), the same T for all three; k and v may have fewer heads.
+    """Return softmax(q k^T / sqrt(C)) v.
 
-    While training short float32 sequences on the CPU, by the rule above; otherwise through torch's
-    scaled_dot_product_attention, which is the same function.
+    In training, short float32 sequences on the CPU use `ShortAttentionRule`. All other inputs use torch's
+    scaled_dot_product_attention, which computes the same function.
+
+    Shape:
+        q, k, v: (B, Q, T, C), with the same T; k and v may have fewer heads.
 
     Source: Vaswani et al. 2017, section 3.2.1.
     """
     if _short(q, k):
         return ShortAttentionRule.apply(q, k, v, causal)
-    gqa = bool(q.shape[1] != k.shape[1])  # torch.jit.trace has tensors for sizes
+    gqa = bool(q.shape[1] != k.shape[1])  # bool(), since torch.jit.trace makes sizes tensors
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
 
 
 def _short(q: Tensor, k: Tensor) -> bool:
     if torch.compiler.is_compiling() or q.device.type != "cpu" or q.dtype != torch.float32:
         return False
-    if torch.is_autocast_enabled("cpu"):  # which would take the products to another dtype
+    if torch.is_autocast_enabled("cpu"):  # it would run the matmuls in another dtype
         return False
     limit = _SHORT if hardware.float32_faster_in_onednn() else _SHORT_IN_MKL
     return (
@@ -56,7 +59,7 @@ def _products():
 
 
 def _textbook(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """(y, p) from q, k, v (n, T, C)."""
+    """Return (y, p) for q, k, v (n, T, C)."""
     scores = torch.bmm(q, k.transpose(1, 2)) * (1.0 / math.sqrt(q.shape[-1]))
     if causal:
         T = q.shape[1]
@@ -66,12 +69,12 @@ def _textbook(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor,
 
 
 def _heads(*tensors: Tensor) -> list[Tensor]:
-    """(B, Q, T, C) as (n, T, C), in memory of their own where the strides ask for it."""
+    """Reshape each (B, Q, T, C) to (B * Q, T, C); copies where the strides require it."""
     return [t.reshape(-1, *t.shape[-2:]) for t in tensors]
 
 
 class ShortAttentionRule(torch.autograd.Function):
-    """The rule at the head of this file."""
+    """The formulas in the docstring of this file."""
 
     @staticmethod
     def forward(ctx, q, k, v, causal: bool):
@@ -83,12 +86,12 @@ class ShortAttentionRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        with torch.autocast("cpu", enabled=False):  # backward may be called where autocast is on
+        with torch.autocast("cpu", enabled=False):  # backward may run under autocast
             return *_backward(ctx, *grads), None
 
 
 def _backward(ctx, dy: Tensor) -> list[Tensor]:
-    """dq, dk, dv (B, Q, T, C)."""
+    """Return dq, dk, dv (B, Q, T, C)."""
     q, k, v, weights = ctx.saved_tensors
     shape = q.shape
     if torch_modes.wants_autograd(dy):

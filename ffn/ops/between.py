@@ -1,4 +1,4 @@
-"""What stands between the two products of a block: h = dropout(act(gate) * up), or dropout(act(up)) plain."""
+"""The step between the products: h = dropout(act(gate) * up) when gated, dropout(act(up)) when plain."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,10 @@ from ffn.activations import Activation
 
 
 class Between(NamedTuple):
-    """The activation, and the dropout behind it.
+    """The activation and the dropout that follows it.
 
-    seed (1,) int64, or None without dropout. row_start: row of the dropout mask of the first token.
+    seed: (1,) int64, or None without dropout. p: the probability to drop a hidden value. row_start: the
+    dropout mask's row for the first token.
     """
 
     activation: Activation
@@ -20,9 +21,9 @@ class Between(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Results of the pass back that are asked for beside the gradients of the preactivations.
+    """Which results the backward pass must return besides the gradients of the preactivations.
 
-    h: the hidden values. up_bias, gate_bias: the column sums of the two gradients.
+    h: the hidden values. up_bias, gate_bias: the column sums of dpre and dpre_gate.
     """
 
     h: bool

@@ -1,7 +1,8 @@
-"""The block under torch.compile: the textbook formula in checkpointed regions.
+"""The block under torch.compile: the reference formula in checkpointed regions.
 
-The compiler fuses the passes and recomputes in backward whatever a region computes inside. Between two
-regions it saves the result of the first: x and the preactivations are saved, as by the rule, or x alone.
+The compiler fuses the passes. Backward recomputes what a region computes inside; only inputs of regions are
+saved. With save="preact" the regions are the first product and the rest, so x and the preactivations are
+saved, as by the rule. With save="input" there is one region, so x alone is saved.
 """
 
 from functools import partial
@@ -19,7 +20,7 @@ _region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options: Options) -> Tensor:
-    """y (N, O) of tokens x (N, D); the arguments are those of `ffn.ops.rule.feed_forward`."""
+    """Return y (N, O) for tokens x (N, D), with the arguments of `ffn.ops.rule.feed_forward`."""
     products = tuple(None if q is None else q.with_seed() for q in products)
     step = options.chunk_tokens
     if step is None:

@@ -1,7 +1,7 @@
-"""A product of the block: a weight and a bias, forward and back.
+"""A product of the block: matmul with a weight, plus a bias, with its gradients.
 
-The rule (`ffn.ops.rule`) runs over products. A product is a NamedTuple of TENSORS tensors, weight and bias
-first, then constants, with the methods of `Dense`.
+The rule (`ffn.ops.rule`) computes with products. A product is a NamedTuple with the methods of `Dense`. Its
+first TENSORS fields are tensors or None, beginning with weight and bias; constants follow.
 """
 
 from collections.abc import Sequence
@@ -23,23 +23,23 @@ class Dense(NamedTuple):
     TENSORS = 2
 
     def __call__(self, x: Tensor) -> Tensor:
-        """z (..., out) of x (..., in), by differentiable torch ops."""
+        """Return z (..., out) for x (..., in), with differentiable torch ops."""
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """z (N, out) of x (N, in)."""
+        """Return z (N, out) for x (N, in), outside autograd."""
         return matmul.linear(x, self.weight, self.bias)
 
     def input_gradient(self, dz: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-        """dx (N, in) of dz (N, out), written over `out` or added to it."""
+        """Return dx (N, in) for dz (N, out): written to `out` if given, or added to it if `add`."""
         return matmul.product(dz, self.weight, out=out, add=add)
 
     def gradients(
         self, dz: Tensor, x: Tensor | None, needs: Sequence[bool], dbias: Tensor | None = None
     ) -> list[Tensor | None]:
-        """(dweight, dbias) of dz (N, out) and x (N, in), None where not needed.
+        """Return (dweight, dbias) for dz (N, out) and x (N, in), None where not needed.
 
-        x may be None if the weight needs no gradient. dbias: the column sums of dz, if they are known.
+        x may be None if the weight needs no gradient. dbias: the column sums of dz, if already computed.
         """
         need_weight, need_bias = needs
         dweight = None
@@ -51,14 +51,14 @@ class Dense(NamedTuple):
         return [dweight, dbias if need_bias else None]
 
     def autocast(self, dtype: torch.dtype) -> "Dense":
-        """The product as autocast wants it: a frozen weight is cast by the rule, which keeps no copy."""
+        """Cast the tensors that need gradients. The rule casts frozen ones, and saves no copy of them."""
         weight, bias = (t if t is None or not t.requires_grad else t.to(dtype) for t in self)
         return Dense(weight, bias)  # pyright: ignore[reportArgumentType]
 
     def with_seed(self) -> "Dense":
-        """The product with seeds drawn for its dropouts: it has none."""
+        """Return the product with a seed drawn for its dropout; Dense has none."""
         return self
 
     def at(self, row_start: int) -> "Dense":
-        """The product for tokens that begin at this row of the dropout mask."""
+        """Return the product for a chunk of tokens that starts at this row of the dropout mask."""
         return self

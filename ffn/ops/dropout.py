@@ -1,6 +1,6 @@
-"""Dropout as a function of its own, which keeps a seed for backward, and none of the mask.
+"""Dropout that saves a seed for backward instead of the mask.
 
-On a GPU a kernel draws the mask, Philox's; elsewhere torch ops do (see `ffn.ops.dropout_mask`).
+On a GPU a kernel draws the mask with Philox; elsewhere torch ops draw it (see `ffn.ops.dropout_mask`).
 """
 
 from functools import cache
@@ -13,25 +13,28 @@ from ffn.ops import dispatch, library, torch_modes
 from ffn.ops import dropout_mask as mask
 from ffn.ops.dropout_mask import draw_seed
 
-_WIDTH = 1024  # the row of a kernel's tile
+_WIDTH = 1024  # columns of the kernel's tile
 
 
 @cache
 def _drawing(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """What draws the mask there: it has `noise`."""
+    """Return the module that draws the mask for this device and dtype: kernels or `dropout_mask`."""
     kernels = device.type == "cuda" and dispatch.why_not_triton(device, dtype) is None
     return dispatch.module("triton") if kernels else mask
 
 
 def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_start: int = 0) -> Tensor:
-    """The factors of `dropped`: (rows, cols)."""
+    """Return the factors of `dropped`: (rows, cols)."""
     if torch.compiler.is_compiling():
         return mask.noise(seed, rows, cols, p, dtype, row_start)
     return _drawing(seed.device, dtype).noise(seed, rows, cols, p, dtype, row_start)
 
 
 def dropped(x: Tensor, seed: Tensor, p: float, row_start: int = 0) -> Tensor:
-    """x (rows, cols) without what the mask from row_start on drops, the rest scaled; a new tensor."""
+    """Return a new tensor: x (rows, cols) with dropped elements zeroed and the others scaled.
+
+    row_start: the mask's row for the first row of x.
+    """
     drawing = _drawing(x.device, x.dtype)
     if drawing is not mask:
         return drawing.drop(x, seed, p, row_start)
@@ -41,7 +44,7 @@ def dropped(x: Tensor, seed: Tensor, p: float, row_start: int = 0) -> Tensor:
 
 
 def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    wide = x.is_cuda and x.numel() % _WIDTH == 0  # so that no part of a tile is idle
+    wide = x.is_cuda and x.numel() % _WIDTH == 0  # then tiles are full
     width = _WIDTH if wide else x.shape[-1] if x.ndim else 1
     return dropped(x.contiguous().view(-1, width), seed, p).view(x.shape)
 
@@ -70,16 +73,22 @@ def check_probability(name: str, p: float) -> None:
     except TypeError:
         fits = False
     if not fits:
-        raise ValueError(f"{name} must be a probability in [0, 1); got {p!r}")
+        raise ValueError(f"{name} must be a probability in [0, 1), got {p!r}")
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Zero elements with probability p and scale the others by 1 / (1 - p), saving 8 bytes for backward.
+    """Zero elements with probability p and scale the others by 1 / (1 - p); save 8 bytes for backward.
 
     Args:
         x: any shape and floating dtype.
-        p: in [0, 1); met to within 2**-17.
-        training: False returns x itself.
+        p: in [0, 1), applied to within 2**-17.
+        training: if False, return x itself. Default True.
+
+    Returns:
+        A tensor of x's shape and dtype.
+
+    Raises:
+        ValueError: p is not in [0, 1).
 
     Source: Srivastava et al. 2014.
     """

@@ -1,8 +1,10 @@
-"""The backend in torch ops: the CPU's, and that of every case no kernel takes.
+"""The backend in torch ops, for the CPU and for inputs that the kernels do not support.
 
-A backend is a module with two passes between the products, `act` and `dact_`; with `linear_act` and
-`linear_dact`, which fuse a pass with the product before it or return None; and with `noise`, the factors of
-its dropout.
+A backend is a module with five functions:
+
+- `act` and `dact_`: the passes between the products, forward and backward;
+- `linear_act` and `linear_dact`: the same passes fused with the product before them, or None to run unfused;
+- `noise`: the factors of its dropout.
 """
 
 import torch
@@ -14,7 +16,7 @@ from ffn.ops.dropout_mask import noise as noise
 
 
 def act(pre: Tensor, pre_gate: Tensor | None, between: Between) -> Tensor:
-    """h (N, H) from the preactivations (N, H)."""
+    """Return h (N, H) for the preactivations (N, H)."""
     activation, seed, p, row_start = between
     h = activation(pre) if pre_gate is None else activation(pre_gate).mul_(pre)
     if seed is not None:
@@ -23,7 +25,7 @@ def act(pre: Tensor, pre_gate: Tensor | None, between: Between) -> Tensor:
 
 
 def dact_(dh: Tensor, pre: Tensor, pre_gate: Tensor | None, between: Between, needs: Needs, reuse: bool):
-    """(dpre, dpre_gate, h, dup_bias, dgate_bias) of dh (N, H); overwrites dh.
+    """Return (dpre, dpre_gate, h, dup_bias, dgate_bias) for dh (N, H); overwrite dh.
 
     If `reuse`, dpre and dpre_gate overwrite the preactivations.
     """
@@ -32,14 +34,14 @@ def dact_(dh: Tensor, pre: Tensor, pre_gate: Tensor | None, between: Between, ne
     h = None
     if needs.h:
         h = value if pre_gate is None else value * pre
-    if seed is not None:  # one mask for both
+    if seed is not None:  # the same mask for both
         drop_((dh,) if h is None else (h, dh), seed, p, row_start)
     dpre, dpre_gate = _through(activation, dh, value, pre, pre_gate, reuse)
     return dpre, dpre_gate, h, *_sums(dpre, dpre_gate, needs)
 
 
 def linear_act(x: Tensor, up, gate, between: Between, keep: bool) -> None:
-    """Fuse nothing forward."""
+    """Return None: torch ops do not fuse the product with the pass."""
     return
 
 
@@ -53,9 +55,9 @@ def linear_dact(
     needs: Needs,
     reuse: bool,
 ):
-    """(dpre, dpre_gate, ddown, dup_bias, dgate_bias) without dropout; None with it.
+    """Return (dpre, dpre_gate, ddown, dup_bias, dgate_bias), or None with dropout.
 
-    dh takes the place of h, once h has served the gradients of the product `down`.
+    dh is written into h's memory after the gradients of the product `down` have read h.
     """
     if between.seed is not None:
         return None
@@ -69,7 +71,7 @@ def linear_dact(
 
 
 def _through(activation, dh, value, pre, pre_gate, reuse: bool) -> tuple[Tensor, Tensor | None]:
-    """(dpre, dpre_gate), written over the preactivations if `reuse`, else over dh and value."""
+    """Return (dpre, dpre_gate), written over the preactivations if `reuse`, else over dh and value."""
     if pre_gate is None:
         return activation.grad(dh, pre, out=pre if reuse else dh), None
     into = pre_gate if reuse else torch.empty_like(dh)
@@ -78,6 +80,6 @@ def _through(activation, dh, value, pre, pre_gate, reuse: bool) -> tuple[Tensor,
 
 
 def _sums(dpre: Tensor, dpre_gate: Tensor | None, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
-    """The column sums (H) of both gradients, None where not needed."""
+    """Return the column sums (H) of both gradients, None where not needed."""
     gate = dpre_gate.sum(0) if needs.gate_bias and dpre_gate is not None else None
     return dpre.sum(0) if needs.up_bias else None, gate

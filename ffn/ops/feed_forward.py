@@ -1,4 +1,4 @@
-"""The op: check, choose, call."""
+"""The op: check the arguments, choose a backend, call it."""
 
 from functools import lru_cache
 
@@ -33,25 +33,29 @@ def feed_forward(
     chunk_tokens: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The feed-forward block: down(drop(act(up x))), or down(drop(act(gate x) * up x)) when gated.
+    """Return down(drop(act(up x))), or down(drop(act(gate x) * up x)) when gated.
 
     Args:
         x: (..., D), float64, float32, bfloat16 or float16; any strides, any leading shape, zero tokens too.
-        up, gate: (H, D). down: (O, H). up_bias, gate_bias: (H). down_bias: (O). All of x's dtype and device,
-            unless autocast is on, which casts them all.
-        activation: a row of `ffn.activations.TABLE`; gate must be given if, and only if, the row is gated.
-        dropout: probability to drop a hidden value; met to within 2**-17. Default 0.
-        save: what is saved for backward, per token. "preact": x and the preactivations, D + H elements when
-            plain and D + 2H when gated. "input": x alone, D; backward repeats the first product.
-        chunk_tokens: with save="input", the tokens computed at a time, so that no (N, H) tensor exists.
-        backend: "auto", "eager" (torch ops), "triton" (kernels, on NVIDIA GPUs, or an error) or "reference"
-            (the textbook under plain autograd, which runs second derivatives for every backend).
+        up, gate: (H, D). down: (O, H). up_bias, gate_bias: (H). down_bias: (O). All have x's dtype and
+            device; under autocast all are cast to its dtype.
+        activation: a name in `ffn.activations.TABLE`, or a callable, which runs under plain autograd. gate
+            must be given if, and only if, the activation is gated.
+        dropout: probability to drop a hidden value, applied to within 2**-17. Default 0.
+        save: the tensors saved for backward. "preact": x and the preactivations, D + H elements per token
+            when plain, D + 2H when gated. "input": x alone, D per token; backward repeats the first product.
+        chunk_tokens: with save="input", compute this many tokens at a time, so that no (N, H) tensor exists.
+            Default None: all at once.
+        backend: "auto", "eager" (torch ops), "triton" (kernels for NVIDIA GPUs; raises where they cannot run)
+            or "reference" (the reference formula under plain autograd). Second derivatives run the reference
+            formula for every backend.
 
     Returns:
-        (..., O), in x's dtype (autocast's where it is on).
+        (..., O), in x's dtype, or in autocast's dtype where that is on.
 
     Raises:
-        ValueError: shapes, devices, or options that do not fit together. TypeError: other dtypes, no tensors.
+        ValueError: shapes, devices or options do not fit together.
+        TypeError: dtypes differ, or an argument is not a tensor.
 
     Sources: Vaswani et al. 2017 (3.3); Shazeer 2020 for the gated forms.
     """
@@ -61,11 +65,11 @@ def feed_forward(
 
 
 def call(x: Tensor, products: tuple, options: Options) -> Tensor:
-    """`feed_forward` over products: up, down and gate, the last None when plain."""
+    """Run `feed_forward` over products (up, down, gate); gate is None when plain."""
     x, products, row, chosen, _ = _prepare(x, products, options)
     if chosen.backend == "reference" or row.formula is None or needs_textbook():
         if options.backend == "triton":
-            raise ValueError(f"backend must be 'auto' under {TRANSFORMS}; got 'triton'")
+            raise ValueError(f"backend must be 'auto' under {TRANSFORMS}, got 'triton'")
         hidden = *x.shape[:-1], products[0].weight.shape[0]
         factors = F.dropout(x.new_ones(hidden), options.p) if options.p > 0.0 else None
         return reference.feed_forward(x, *products, activation=row, noise=factors)
@@ -78,26 +82,29 @@ def call(x: Tensor, products: tuple, options: Options) -> Tensor:
 
 
 def explain(x: Tensor, products: tuple, options: Options) -> dispatch.Choice:
-    """The choice of `call` for these inputs; raises what that would raise."""
+    """Return the backend that `call` would choose; raise what `call` would raise before it computes."""
     *_, choice = _prepare(x, products, options)
     if needs_textbook():
         if options.backend == "triton":
-            raise ValueError(f"backend must be 'auto' under {TRANSFORMS}; got 'triton'")
+            raise ValueError(f"backend must be 'auto' under {TRANSFORMS}, got 'triton'")
         return dispatch.Choice("reference", f"{TRANSFORMS} is on")
     return choice
 
 
 def _prepare(x: Tensor, products: tuple, options: Options) -> tuple:
-    """(x and products as autocast casts them, row, chosen options, choice), once all fits together."""
+    """Check all arguments; return (x, products, row, options, choice).
+
+    x and products are cast if autocast is on. The options name the activation's row and the chosen backend.
+    """
     try:
         cast = autocasts(x)
-        if cast:  # the weights too, when x comes from another layer and has been cast already
+        if cast:  # also casts weights when x already has autocast's dtype, from another layer
             dtype = torch.get_autocast_dtype(x.device.type)
             x, products = x.to(dtype), tuple(None if q is None else q.autocast(dtype) for q in products)
         row, chosen, choice = _check(options, x)
         fit = fits(row, x, products, cast)
     except AttributeError:
-        named(x, products)  # raises for what is no tensor
+        named(x, products)  # raises if one is not a tensor
         raise
     if not fit:
         explain_misfit(row, x, products)
@@ -114,11 +121,11 @@ def _check(options: Options, x: Tensor) -> tuple[Activation, Options, dispatch.C
 
 
 def _checked(activation, p, save, chunk_tokens, backend, device, dtype):
-    """(row, options with the row's name and the backend that runs, choice)."""
+    """Check the options; return (row, options with the row's name and the chosen backend, choice)."""
     row = activations.resolve(activation)
     check_options(row, p, save, chunk_tokens, backend)
     choice = dispatch.choose(backend, device, dtype)
     return row, Options(row.name, p, save, chunk_tokens, choice.backend), choice
 
 
-_known = lru_cache(256, typed=True)(_checked)  # the same options are checked once; 8.0 is not 8
+_known = lru_cache(256, typed=True)(_checked)  # checks equal options once; typed, or 8.0 would pass as 8

@@ -1,6 +1,6 @@
-"""Ask what the CPU and torch's build can do: oneDNN, its int8 and bfloat16 products, FBGEMM.
+"""Probe what the CPU and the torch build support: oneDNN, its int8 and bfloat16 matmuls, FBGEMM.
 
-Each answer is found once a process, by running the op and looking at its result.
+Each answer is cached for the process. Where an op can be run, it is run and its result is checked.
 """
 
 import platform
@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
-_PLAIN: dict = {"dtype": torch.float32, "device": "cpu"}  # of a probe, whatever the caller's defaults are
+_PLAIN: dict = {
+    "dtype": torch.float32,
+    "device": "cpu",
+}  # explicit, so that the caller's defaults do not matter
 
 
 @cache
@@ -26,14 +29,14 @@ def _cpu_vendor() -> str:
 
 
 def _holds(probe: Callable[[], bool]) -> bool:
-    """Whether the probe finds torch's private ops and what they should give.
+    """True if the probe runs and returns True; False where torch's private op is missing.
 
-    In a thread of its own, where no trace and no mode of the caller's is on.
+    It runs in a thread of its own, where none of the caller's traces and modes is active.
     """
     with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(probe).result()
-        except (AttributeError, RuntimeError):  # absent from some builds
+        except (AttributeError, RuntimeError):  # some builds lack the op
             return False
 
 
@@ -48,9 +51,9 @@ def _has_onednn_linear() -> bool:
 
 @cache
 def float32_faster_in_onednn() -> bool:
-    """Whether float32 products are faster in oneDNN than in MKL, and remain float32 there.
+    """True if float32 matmuls are faster in oneDNN than in MKL, and stay float32 there.
 
-    MKL serves AMD's processors poorly. With AMX tiles, and off x86, the same setting would round to bfloat16.
+    MKL is slow on AMD processors. With AMX tiles, and off x86, the same setting would round to bfloat16.
     """
     return (
         "AMD" in _cpu_vendor()
@@ -63,12 +66,12 @@ def float32_faster_in_onednn() -> bool:
 
 @cache
 def bfloat16_in_onednn() -> bool:
-    """Whether oneDNN takes bfloat16 products here, in hardware or emulated: torch sends it those anyway."""
+    """True if oneDNN supports bfloat16 matmuls here, in hardware or emulated; torch uses oneDNN for them."""
     return _has_onednn_linear() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN can keep a weight of this dtype on the CPU in a layout of its own."""
+    """True if oneDNN can pack a weight of this dtype on the CPU into its own layout."""
     if dtype == torch.bfloat16:
         return bfloat16_in_onednn()
     return dtype == torch.float32 and _has_onednn_linear()
@@ -76,7 +79,7 @@ def packs(dtype: torch.dtype) -> bool:
 
 @cache
 def int8_in_onednn() -> bool:
-    """Whether oneDNN multiplies int8 here by instructions made for it, whose sums do not saturate (VNNI)."""
+    """True if oneDNN has int8 matmuls here that do not saturate, which needs int8 instructions (VNNI)."""
 
     def probe() -> bool:
         x = torch.full((1, 64), 255, dtype=torch.uint8, device="cpu")
@@ -92,7 +95,7 @@ def int8_in_onednn() -> bool:
 
 @cache
 def int8_in_fbgemm() -> bool:
-    """Whether FBGEMM multiplies int8 here and its sums do not saturate; torch means to drop it one day."""
+    """True if FBGEMM has int8 matmuls here that do not saturate; torch plans to remove FBGEMM."""
 
     def probe() -> bool:
         values = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
@@ -106,9 +109,9 @@ def int8_in_fbgemm() -> bool:
 def fbgemm_layout(
     values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.ScriptObject:
-    """FBGEMM's layout of int8 values (out, in), the unit of each row (out) and a float32 bias (out)."""
+    """Pack int8 values (out, in), a scale per row (out) and a float32 bias (out) into FBGEMM's layout."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that such tensors will be dropped
+        warnings.simplefilter("ignore")  # torch's warning that it will remove such tensors
         zeros = torch.zeros(len(values), dtype=torch.int64, device="cpu")
         quantized = torch._make_per_channel_quantized_tensor  # pyright: ignore[reportPrivateImportUsage]
         weight = quantized(values, scales.double(), zeros, 0)

@@ -1,4 +1,4 @@
-"""Register the package's ops with torch, under the namespace `ffn`."""
+"""Register the package's ops with torch in the namespace `ffn`."""
 
 import threading
 from collections.abc import Callable
@@ -10,7 +10,7 @@ _library = torch.library.Library("ffn", "DEF")
 
 class _Thread(threading.local):
     def __init__(self):
-        self.devices: set[torch.device] = set()  # devices whose CUDA context this thread has entered
+        self.devices: set[torch.device] = set()  # devices with a CUDA context set in this thread
 
 
 _thread = _Thread()
@@ -19,7 +19,7 @@ _thread = _Thread()
 def _enter_context(device: torch.device) -> None:
     """Set the CUDA context of a new thread, such as autograd's.
 
-    Tensor descriptors are made before the first launch would set it.
+    Tensor descriptors need the context before the first kernel launch would set it.
     """
     if device not in _thread.devices:
         torch.cuda.mem_get_info(device)
@@ -27,16 +27,16 @@ def _enter_context(device: torch.device) -> None:
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Register `ffn::name` with one implementation for all devices and its shape rule; return the op.
+    """Register the op that `schema` names, with one implementation for all devices, and return it.
 
-    Autograd stays outside, in an autograd.Function: a call costs a few microseconds that way, several
-    times less than with torch.library.custom_op.
+    fake returns empty results of the right shapes. The op has no autograd formula: the caller wraps it in an
+    autograd.Function, which costs about 3 us a call, against 14 to 21 us for torch.library.custom_op.
     """
 
     def on_its_device(first: torch.Tensor, *rest):
         if not first.is_cuda:
             return implementation(first, *rest)
-        with torch.cuda.device(first.device):  # a kernel is launched on the current device
+        with torch.cuda.device(first.device):  # kernels launch on the current device
             _enter_context(first.device)
             return implementation(first, *rest)
 

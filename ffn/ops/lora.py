@@ -1,9 +1,9 @@
-"""A product with a LoRA adapter: a factor pair of low rank beside the weight.
+"""A product with a LoRA adapter: a low-rank update A, B added to the weight's product.
 
     z  = x W^T + bias + scale drop(x) A^T B^T
     u  = dz B      dA = scale u^T drop(x)      dB = scale dz^T (drop(x) A^T)      dx = dz W + scale drop(u A)
 
-Backward needs x alone. Neither W + scale B A nor, for a frozen weight, its gradient is ever formed.
+Backward needs x alone. W + scale B A is never formed, nor is the gradient of a frozen weight.
 
 Source: Hu et al. 2021.
 """
@@ -24,8 +24,8 @@ from ffn.ops.dropout_mask import draw_seed
 class LoRA(NamedTuple):
     """z = x weight^T + bias + scale drop(x) a^T b^T, with weight (out, in), a (r, in) and b (out, r).
 
-    seed (1,) int64 of the dropout with probability p, or None without. row_start: row of the dropout mask
-    of the first token.
+    seed: (1,) int64 of the dropout with probability p, or None while not drawn or without dropout. row_start:
+    the dropout mask's row for the first token.
     """
 
     weight: Tensor
@@ -40,7 +40,7 @@ class LoRA(NamedTuple):
     TENSORS = 5
 
     def __call__(self, x: Tensor) -> Tensor:
-        """z (..., out) of x (..., in), by differentiable torch ops."""
+        """Return z (..., out) for x (..., in), with differentiable torch ops."""
         y = F.linear(x, self.weight, self.bias)
         if self.seed is not None:
             tokens, width = x.shape
@@ -50,12 +50,12 @@ class LoRA(NamedTuple):
         return y + self.scale * F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """z (N, out) of x (N, in)."""
+        """Return z (N, out) for x (N, in), outside autograd."""
         y = matmul.linear(x, self.weight, self.bias)
         return y.addmm_(self._dropped(x) @ self.a.t(), self.b.t(), alpha=self.scale)
 
     def input_gradient(self, dz: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-        """dx (N, in) of dz (N, out), written over `out` or added to it."""
+        """Return dx (N, in) for dz (N, out): written to `out` if given, or added to it if `add`."""
         dx = matmul.product(dz, self.weight, out=out, add=add)
         if self.seed is None:
             return dx.addmm_(dz @ self.b, self.a, alpha=self.scale)
@@ -64,7 +64,7 @@ class LoRA(NamedTuple):
     def gradients(
         self, dz: Tensor, x: Tensor | None, needs: Sequence[bool], dbias: Tensor | None = None
     ) -> list[Tensor | None]:
-        """(dweight, dbias, da, db, None) of dz (N, out) and x (N, in), None where not needed."""
+        """Return (dweight, dbias, da, db, None) for dz (N, out) and x (N, in), None where not needed."""
         base = Dense(self.weight, self.bias).gradients(dz, x, needs[:2], dbias)
         need_a, need_b = needs[2:4]
         da = db = None
@@ -76,15 +76,15 @@ class LoRA(NamedTuple):
         return [*base, da, db, None]
 
     def autocast(self, dtype: torch.dtype) -> "LoRA":
-        """The product as autocast wants it: the rule casts, and keeps no copies."""
+        """Return the product unchanged: the rule casts all its tensors, and saves no copies."""
         return self
 
     def with_seed(self) -> "LoRA":
-        """The product with a seed drawn for its dropout."""
+        """Return the product with a seed drawn for its dropout."""
         return self._replace(seed=draw_seed(self.a.device)) if self.p else self
 
     def at(self, row_start: int) -> "LoRA":
-        """The product for tokens that begin at this row of the dropout mask."""
+        """Return the product for a chunk of tokens that starts at this row of the dropout mask."""
         return self._replace(row_start=row_start)
 
     def _dropped(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the block runs: the options of `ffn.feed_forward`, together."""
+"""The options of `ffn.ops.feed_forward` as one tuple."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from ffn.activations import Activation
 
 
 class Options(NamedTuple):
-    """The options of `feed_forward`, which explains them; p is the dropout's probability."""
+    """The options of `ffn.ops.feed_forward`, documented there; p is `dropout`, the probability."""
 
     activation: str | Activation
     p: float

@@ -1,6 +1,6 @@
-"""The textbook feed-forward block: torch only, slow and plain, differentiable any number of times.
+"""The reference feed-forward block: plain torch ops, differentiable any number of times.
 
-It is the oracle of the tests and the formula that double backward, torch.func and torch.export run.
+The tests compare against it. Double backward, torch.func and torch.export run it.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,14 @@ def feed_forward(
     activation: Callable[[Tensor], Tensor],
     noise: Tensor | None = None,
 ) -> Tensor:
-    """y = down(noise * act(up x)), or down(noise * act(gate x) * up x) when gated.
+    """Return down(noise * act(up x)), or down(noise * act(gate x) * up x) when gated.
 
     Args:
-        x: (..., D). up, gate: (..., D) -> (..., H) and down: (..., H) -> (..., O), such as nn.Linear.
-        noise: factors of the hidden values, 0 or 1 / (1 - p) for dropout; (..., H).
+        x: (..., D).
+        up, gate: callables (..., D) -> (..., H), such as nn.Linear.
+        down: a callable (..., H) -> (..., O).
+        activation: a callable on the preactivations.
+        noise: (..., H), factors for the hidden values: 0 or 1 / (1 - p) for dropout.
 
     Returns:
         (..., O), in x's dtype.
@@ -36,6 +39,6 @@ def feed_forward(
 def hidden(
     pre: Tensor, pre_gate: Tensor | None, activation: Callable[[Tensor], Tensor], noise: Tensor | None
 ) -> Tensor:
-    """The hidden values (..., H) of the preactivations (..., H)."""
+    """Return the hidden values (..., H) for the preactivations (..., H)."""
     h = activation(pre) if pre_gate is None else activation(pre_gate) * pre
     return h if noise is None else h * noise

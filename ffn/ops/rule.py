@@ -1,13 +1,14 @@
-"""The derivative of the block, written once, over products and a backend's passes.
+"""The autograd rule of the block, written once for all products and backends.
 
-Backward needs x, the weights and the preactivations, and rebuilds the rest: h is one cheap pass over the
-preactivations, the dropout mask a function of a seed. With h = between(up x, gate x) and y = down h:
+Backward reads x, the weights and the preactivations, and recomputes the rest: h takes one elementwise pass
+over the preactivations, and the dropout mask is a function of a seed. With h = between(up x, gate x) and
+y = down h:
 
     dh    = dy down            ddown = dy^T h
     dpre  = dh * act'(pre)     dup   = dpre^T x         dx = dpre up
 
-A product (`ffn.ops.dense`, `ffn.ops.lora`) goes forward and back; a backend (`ffn.ops.eager`,
-`ffn.ops.kernels.backend`) makes the passes between the products.
+A product (`ffn.ops.dense`, `ffn.ops.lora`) computes the matmuls and their gradients. A backend
+(`ffn.ops.eager`, `ffn.ops.kernels.backend`) computes the elementwise passes between the products.
 """
 
 from types import ModuleType
@@ -24,17 +25,17 @@ from ffn.ops.matmul import float32_in_onednn, repays_onednn
 from ffn.ops.options import Options
 from ffn.ops.torch_modes import autocasts, autograd_gradients, is_last_reader, wants_autograd
 
-BIAS = 1  # the place of the bias among a product's tensors
-NOTHING = (None,) * 4  # the gradients of the rule's arguments between x and the tensors
+BIAS = 1  # index of the bias among a product's tensors
+NOTHING = (None,) * 4  # gradients of seed, options, kinds and cast
 
 
 def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options: Options) -> Tensor:
-    """y (N, O) of tokens x (N, D).
+    """Return y (N, O) for tokens x (N, D).
 
     Args:
-        products: up, down and gate, the last None when plain.
-        seed: of the dropout between the products, None without it.
-        options: with the name of a row of the table and a backend that has passes.
+        products: up, down and gate; gate is None when plain.
+        seed: (1,) int64, of the dropout between the products; None without dropout.
+        options: with the name of an activation in the table, and backend "eager" or "triton".
     """
     up, down, gate = products
     dense = type(up) is type(down) is Dense and (gate is None or type(gate) is Dense)
@@ -50,10 +51,13 @@ def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options: Optio
 
 
 class Rule(torch.autograd.Function):
-    """The rule over tokens x (N, D); `feed_forward` explains the rest.
+    """The rule for tokens x (N, D); see `feed_forward`.
 
-    kinds: the class of each product and the constants behind its tensors. cast: the dtype to cast the tensors
-    to, None if they have x's. They are saved as they are and cast again in backward.
+    Args:
+        kinds: per product, its class and the constants that follow its tensors.
+        cast: the dtype to cast the tensors to; None if they have x's. They are saved uncast, and cast again
+            in backward.
+        tensors: those of up, down and gate, one product after the other.
     """
 
     @staticmethod
@@ -69,12 +73,12 @@ class Rule(torch.autograd.Function):
         (dy,) = grads
         if not autocasts(dy):
             return _gradients(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):  # forward's dtypes, wherever backward is called
+        with torch.autocast(dy.device.type, enabled=False):  # compute in the dtypes of forward
             return _gradients(ctx, dy)
 
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The results of backward: by the rule or, where the rule will not do, by the textbook."""
+    """Return the results of backward, by the rule or, if `wants_autograd`, by the reference formula."""
     x, seed, *tensors, pre, pre_gate = ctx.saved_tensors
     if wants_autograd(dy):
         return _textbook_backward(ctx, dy, x, seed, tensors)
@@ -92,7 +96,7 @@ def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _products(kinds: list, cast: torch.dtype | None, tensors) -> tuple[Any, Any, Any]:
-    """(up, down, gate) from their tensors, one product's after the other; None without a gate."""
+    """Return (up, down, gate) rebuilt from their tensors; gate is None when plain."""
     if cast is not None:
         tensors = [t.to(cast) if t is not None and t.is_floating_point() else t for t in tensors]
     products: list[Any] = [None, None, None]
@@ -115,7 +119,7 @@ def _chunks(tokens: int, step: int | None) -> list[slice]:
 
 
 def _forward(options: Options, x: Tensor, seed: Tensor | None, products, keep: bool):
-    """(y, pre, pre_gate) of tokens x (N, D); the preactivations only if `keep`."""
+    """Return (y, pre, pre_gate) for tokens x (N, D); the preactivations are None unless `keep`."""
     if options.chunk_tokens is None:
         return _forward_chunk(options, x, products, _between(options, seed), keep)
     ys = []
@@ -127,14 +131,17 @@ def _forward(options: Options, x: Tensor, seed: Tensor | None, products, keep: b
 
 
 def _forward_chunk(options: Options, x: Tensor, products, between: Between, keep: bool):
-    """(y, pre, pre_gate): product, pass, product."""
+    """Return (y, pre, pre_gate) of `_forward` for one chunk."""
     up, down, gate = products
     h, pre, pre_gate = forward_to_hidden(dispatch.module(options.backend), x, up, gate, between, keep)
     return down.forward(h), pre, pre_gate
 
 
 def forward_to_hidden(backend: ModuleType, x: Tensor, up, gate, between: Between, keep: bool):
-    """(h, pre, pre_gate), fused by the backend or one after the other; the last two only if `keep`."""
+    """Return (h, pre, pre_gate); the preactivations are None unless `keep`.
+
+    The backend fuses product and pass, or they run one after the other.
+    """
     fused = backend.linear_act(x, up, gate, between, keep)
     if fused is not None:
         return fused
@@ -144,14 +151,14 @@ def forward_to_hidden(backend: ModuleType, x: Tensor, up, gate, between: Between
 
 
 def _backward(options: Options, needs, dy, x, seed, products, pre, pre_gate):
-    """(dx, the gradients of the products' tensors), a chunk of tokens at a time."""
+    """Return (dx, gradients of the products' tensors), computed one chunk of tokens at a time."""
     asked = _Asked.of(needs, products)
     reuse = options.save == "input" or is_last_reader()
     if options.chunk_tokens is None:
         saved = x, pre, pre_gate, _between(options, seed)
         return _backward_chunk(options, asked, dy, saved, products, reuse)
     dx = torch.empty_like(x) if asked.x else None
-    wide = torch.float32 if x.dtype.itemsize == 2 else torch.float64  # one rounding, however many chunks
+    wide = torch.float32 if x.dtype.itemsize == 2 else torch.float64  # one rounding for any number of chunks
     sums: list[Tensor | None] = []
     for rows in _chunks(x.shape[0], options.chunk_tokens):
         chunk = [None if q is None else q.at(rows.start) for q in products]
@@ -168,7 +175,7 @@ def _backward(options: Options, needs, dy, x, seed, products, pre, pre_gate):
 
 
 class _Asked(NamedTuple):
-    """The gradients that are asked for: of x, and of the tensors of each product."""
+    """True for each gradient that is needed: of x, and of the tensors of each product."""
 
     x: bool
     up: tuple[bool, ...]
@@ -184,7 +191,7 @@ class _Asked(NamedTuple):
 
 
 def _backward_chunk(options: Options, asked: _Asked, dy: Tensor, saved: tuple, products, reuse: bool):
-    """(dx, gradients) over tokens x (N, D): product back, pass back, product back."""
+    """Return (dx, gradients of the products' tensors) for one chunk of tokens x (N, D)."""
     x, pre, pre_gate, between = saved
     up, down, gate = products
     backend = dispatch.module(options.backend)
@@ -210,7 +217,10 @@ def _backward_chunk(options: Options, asked: _Asked, dy: Tensor, saved: tuple, p
 
 
 def back_to_preactivations(backend: ModuleType, dy: Tensor, down, asked, saved, needs: Needs, reuse: bool):
-    """(dpre, dpre_gate, ddown, dup_bias, dgate_bias), fused by the backend or one after the other."""
+    """Return (dpre, dpre_gate, ddown, dup_bias, dgate_bias).
+
+    The backend fuses product and pass, or they run one after the other.
+    """
     pre, pre_gate, between = saved
     fused = backend.linear_dact(dy, down, asked, pre, pre_gate, between, needs, reuse)
     if fused is not None:
@@ -220,7 +230,7 @@ def back_to_preactivations(backend: ModuleType, dy: Tensor, down, asked, saved, 
 
 
 def _textbook_backward(ctx, dy, x, seed, tensors):
-    """The same gradients by the textbook and autograd."""
+    """Return the results of `_gradients`, computed by autograd from the reference formula."""
     options = ctx.options
     factors = None
     if seed is not None:

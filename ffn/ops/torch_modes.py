@@ -1,4 +1,4 @@
-"""Ask torch which modes are on: compiling, autocast, transforms, double backward, a graph that is kept."""
+"""Query torch's modes: compiling, autocast, transforms, double backward, retain_graph."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ def constant_in_graphs(function: Callable) -> Callable:
     return function
 
 
-@constant_in_graphs  # torch guards a graph by the transforms that are on
+@constant_in_graphs  # safe, since torch guards each compiled graph by the active transforms
 def needs_textbook() -> bool:
     """True under torch.func, forward-mode differentiation, torch.jit.trace or torch.export."""
     if _functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0:
@@ -25,7 +25,7 @@ def needs_textbook() -> bool:
 
 
 def autocasts(x: Tensor) -> bool:
-    """True if autocast is on and casts x: float64, integer and meta tensors stay as they are, as in torch."""
+    """True if autocast is on and casts x; as in torch, it does not cast float64, integer and meta tensors."""
     if x.is_cpu:
         on = torch.is_autocast_enabled("cpu")
     else:
@@ -34,9 +34,9 @@ def autocasts(x: Tensor) -> bool:
 
 
 def wants_autograd(dy: Tensor) -> bool:
-    """True if a rule's backward must be plain torch ops.
+    """True if a rule's backward must run differentiable torch ops.
 
-    Under create_graph=True, and where dy is a batch of gradients, as in a vectorised backward.
+    That is under create_graph=True, and when dy is a batch of gradients, as in a vectorised backward.
     """
     if torch.compiler.is_compiling():
         return False
@@ -45,17 +45,17 @@ def wants_autograd(dy: Tensor) -> bool:
 
 
 def is_last_reader() -> bool:
-    """True if backward runs without retain_graph: what was saved for it may be overwritten."""
+    """True if backward runs without retain_graph, so that it may overwrite the saved tensors."""
     if torch.compiler.is_compiling():
         return False
     return not _autograd._get_current_graph_task_keep_graph()
 
 
 def autograd_gradients(formula: Callable, inputs: Sequence, needs: Sequence[bool], dy: Tensor) -> list:
-    """The gradients of formula(*inputs) by autograd, None where they are not needed."""
+    """Return the gradients of formula(*inputs) by autograd, None where not needed."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        cut: list = [None if t is None else t.view_as(t) for t in inputs]  # cut off from their history
+        cut: list = [None if t is None else t.view_as(t) for t in inputs]  # without their autograd history
         y = formula(*cut)
     wanted = [t for t, need in zip(cut, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))

@@ -116,7 +116,7 @@ def test_compiled_for_one_shape_with_one_mask_both_ways(device: torch.device) ->
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 def test_autocast_is_the_cast_by_hand(device: torch.device, dtype: torch.dtype) -> None:
     block, x = block_and_tokens(device, 300, dropout=0.1)
-    assert block.explain(x).startswith("triton: kernels serve this GPU")
+    assert block.explain(x).startswith("triton: ")
     lower = copy.deepcopy(block).to(dtype)
     torch.manual_seed(1)
     with torch.autocast(device.type, dtype):

@@ -145,7 +145,7 @@ def test_an_adapter_that_goes_leaves_the_fused_path() -> None:
 def test_what_is_given_up_is_said() -> None:
     block, x = FeedForward(6, 10, save="input"), torch.randn(3, 6)
     block.up_proj.register_forward_hook(lambda *_: None)
-    assert block.explain(x).endswith("; save='input' does not hold there")
+    assert block.explain(x).endswith("; save='input' has no effect here")
     block.backend = "triton"
     for call in (block, block.explain):
         with pytest.raises(ValueError, match=r"^backend must be 'auto'.*up_proj"):

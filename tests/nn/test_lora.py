@@ -114,7 +114,7 @@ def test_it_keeps_what_the_block_keeps(train: bool) -> None:
     x = torch.randn(7, 6, requires_grad=True)
     known = [x, *block.parameters()]
     assert kept_for_backward(lambda: block(x), known) == {torch.float32: 7 * 20, torch.int64: 4}
-    assert "keeps 26 elements a token" in block.explain(x)
+    assert "keeps 26 elements per token" in block.explain(x)
     other = kept_for_backward(lambda: by_children(block)(x), known)
     assert other[torch.float32] > 2 * 7 * 20
 

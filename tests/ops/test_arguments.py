@@ -85,10 +85,10 @@ def test_a_misfit_is_refused_in_one_line_that_names_it(spoil, error: type[Except
 
 
 def test_a_plain_activation_refuses_a_gate() -> None:
-    with pytest.raises(ValueError, match=r"^gate must be left out"):
+    with pytest.raises(ValueError, match=r"^gate must be None"):
         feed_forward(*draw("geglu"), activation="gelu")
     arguments = draw("gelu")
-    with pytest.raises(ValueError, match=r"^gate_bias must be left out"):
+    with pytest.raises(ValueError, match=r"^gate_bias must be None"):
         feed_forward(*arguments._replace(gate_bias=arguments.up_bias), activation="gelu")
 
 

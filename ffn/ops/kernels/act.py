@@ -1,4 +1,4 @@
-"""Activation, gate and dropout in one pass over the preactivations.
+"""Activation, gate and dropout fused into one pass over the preactivations.
 
 h = drop(act(pre)) when plain, drop(act(gate) * pre) when gated.
 """
@@ -39,12 +39,15 @@ def _act(
 
 
 def act(pre, gate, seed, activation: str, p: float, row_start: int, col_start: int) -> Tensor:
-    """h (N, H) from pre and gate (N, H); row_start and col_start: where they lie within the whole mask."""
+    """Return h (N, H) for pre and gate (N, H).
+
+    row_start, col_start: the mask's row and column for the first element of pre.
+    """
     check_offset(col_start)
     pre, gate = rows_of(pre), rows_of(gate)
     (N, H), dtype = pre.shape, pre.dtype
     h = torch.empty(N, H, dtype=dtype, device=pre.device)
-    grid = (triton.cdiv(N, ROWS) * triton.cdiv(H, COLS),)  # one axis: the others end at 65535
+    grid = (triton.cdiv(N, ROWS) * triton.cdiv(H, COLS),)  # one axis, since the others are limited to 65535
     if h.numel() == 0:
         return h
     _act[grid](

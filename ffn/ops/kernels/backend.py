@@ -1,8 +1,8 @@
-"""The backend in Triton: see `ffn.ops.eager` for what a backend has.
+"""The backend in Triton; `ffn.ops.eager` documents the functions of a backend.
 
-Two passes serve every case: `act` behind the first product, `dact` behind the product with down. Where the
-table of tilings has the shape, a pass moves into its product (`linear_act`, `linear_dact`), and a few tokens
-without gradients take one pass over the weights (`decode`).
+Two passes handle every case: `act` after the first product, `dact_` after the product with down. If the table
+of tilings has the case, the pass is fused into its product (`linear_act`, `linear_dact`). A few tokens
+without gradients run `decode`, which reads the weights once.
 """
 
 from functools import cache
@@ -22,12 +22,12 @@ from ffn.ops.kernels import linear_dact as fused_backward
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    # The interpreter, which runs kernels on the CPU, takes what the newest kernels use.
+    # Triton's interpreter runs kernels on the CPU and supports all features of 9.0.
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def _tiling(forward: bool, gated: bool, tokens: Tensor, others: list[Tensor], D: int, H: int):
-    """The tiling, if the table has the case and the copy engine can read every row; else None."""
+    """Return the tiling if the table has the case and tensor descriptors fit all tensors, else None."""
     if not all(map(_describable, (tokens, *others))):
         return None
     dtype = str(tokens.dtype)[6:]
@@ -36,9 +36,9 @@ def _tiling(forward: bool, gated: bool, tokens: Tensor, others: list[Tensor], D:
 
 
 def _describable(t: Tensor) -> bool:
-    """True if rows begin at multiples of 16 bytes and their elements are contiguous.
+    """True if t fits a tensor descriptor: rows start at multiples of 16 bytes, with contiguous elements.
 
-    A subclass, such as a fake tensor, has no address.
+    False for subclasses such as fake tensors, since they have no address.
     """
     if type(t) not in (Tensor, nn.Parameter):
         return False
@@ -47,20 +47,22 @@ def _describable(t: Tensor) -> bool:
 
 
 def _is_few(x: Tensor, up: Tensor, gate: Tensor | None) -> bool:
-    """True if `decode` serves so many tokens as fast as the weights can be read."""
-    most = decode.MOST_TOKENS if x.itemsize == 2 else 1  # no tensor cores for more in float32
-    rows = up.stride(1) == 1 and (gate is None or gate.stride(1) == 1)  # others would be copied at each call
+    """True if `decode` is fastest: so few tokens that reading the weights takes most of the time."""
+    most = decode.MOST_TOKENS if x.itemsize == 2 else 1  # float32 has no tensor cores
+    rows = up.stride(1) == 1 and (
+        gate is None or gate.stride(1) == 1
+    )  # else each call would copy the weights
     return x.shape[0] <= most and rows
 
 
 def act(pre: Tensor, pre_gate: Tensor | None, between: Between) -> Tensor:
-    """h (N, H) from the preactivations (N, H)."""
+    """Return h (N, H) for the preactivations (N, H)."""
     activation, seed, p, row_start = between
     return act_kernel.op(pre, pre_gate, seed, activation.name, p, row_start, 0)
 
 
 def dact_(dh: Tensor, pre: Tensor, pre_gate: Tensor | None, between: Between, needs: Needs, reuse: bool):
-    """(dpre, dpre_gate, h, dup_bias, dgate_bias) of dh (N, H); h overwrites dh.
+    """Return (dpre, dpre_gate, h, dup_bias, dgate_bias) for dh (N, H); h overwrites dh.
 
     If `reuse`, dpre and dpre_gate overwrite the preactivations.
     """
@@ -74,7 +76,7 @@ def dact_(dh: Tensor, pre: Tensor, pre_gate: Tensor | None, between: Between, ne
 
 
 def linear_act(x: Tensor, up, gate, between: Between, keep: bool):
-    """(h, pre, pre_gate) of dense products, the preactivations only if `keep`; None if none is fused."""
+    """Return (h, pre, pre_gate) of dense products, or None if not fused; pre and pre_gate only if `keep`."""
     if type(up) is not Dense or not (gate is None or type(gate) is Dense):
         return None
     activation, seed, p, row_start = between
@@ -104,7 +106,7 @@ def linear_dact(
     needs: Needs,
     reuse: bool,
 ):
-    """(dpre, dpre_gate, ddown, dup_bias, dgate_bias) of a dense product; None if it is not fused."""
+    """Return (dpre, dpre_gate, ddown, dup_bias, dgate_bias) of a dense product, or None if not fused."""
     if type(down) is not Dense:
         return None
     saved = [down.weight, pre] if pre_gate is None else [down.weight, pre, pre_gate]
@@ -120,31 +122,31 @@ def linear_dact(
 
 
 def _sums(found, needs: Needs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """The column sums (H) in that dtype, None where not needed."""
+    """Return the column sums (H) cast to dtype, None where not needed."""
     dup_bias, dgate_bias = found
     return dup_bias.to(dtype) if needs.up_bias else None, dgate_bias.to(dtype) if needs.gate_bias else None
 
 
 def _place(pre: Tensor, reuse: bool) -> Tensor:
-    """Where the gradient of a preactivation (N, H) is written."""
+    """Return the tensor for the gradient of pre (N, H): pre itself if `reuse`, else a new one."""
     if reuse and pre.is_contiguous():
         return pre
     return torch.empty(pre.shape, dtype=pre.dtype, device=pre.device)
 
 
 def noise(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype, row_start: int = 0) -> Tensor:
-    """The factors 0 or 1 / (1 - p) of this backend's dropout: (rows, cols)."""
+    """Return the factors 0 or 1 / (1 - p) of this backend's dropout: (rows, cols)."""
     return drop(torch.ones(rows, cols, dtype=dtype, device=seed.device), seed, p, row_start)
 
 
 def drop(x: Tensor, seed: Tensor, p: float, row_start: int = 0) -> Tensor:
-    """x (rows, cols) times these factors."""
+    """Return x (rows, cols) times the factors of `noise`."""
     return act_kernel.op(x, None, seed, "identity", p, row_start, 0)
 
 
 @register_flop_formula([torch.ops.ffn.linear_act, torch.ops.ffn.decode])
 def _flops_forward(x, up, gate_w, *_, **__) -> int:
-    """FLOPs of shapes, for FlopCounterModes made after this file is loaded."""
+    """Return the FLOPs for these shapes. Works in FlopCounterModes created after this file is imported."""
     return 2 * x[0] * x[1] * up[0] * (1 if gate_w is None else 2)
 
 

@@ -1,8 +1,8 @@
-"""Back through dropout, gate and activation in one pass: from dh to dpre, with h rebuilt.
+"""Backward of dropout, gate and activation in one pass: from dh to dpre, recomputing h.
 
-h takes the place of dh, which is the backward's own; dpre may take the place of pre, and dgate that of gate.
-The gradients of the biases are sums over rows: each program sums its own in float32, and what they leave is
-added up in order.
+h overwrites dh, which only backward holds. dpre may overwrite pre, and dgate may overwrite gate. The
+gradients of the biases are sums over rows: each program sums its rows in float32, and torch then adds the
+programs' sums in a fixed order.
 """
 
 import torch
@@ -22,12 +22,12 @@ from ffn.ops.kernels.language import (
 )
 
 ROWS, COLS = 2, 512  # a tile
-STRETCHES = 64, 32, 16, 8  # rows a program walks down, fewer where programs are few
-PROGRAMS = 512  # what keeps every processor of a large device reading
+STRETCHES = 64, 32, 16, 8  # rows per program; fewer when there are few programs
+PROGRAMS = 512  # enough to keep every SM of a large GPU reading
 
 
 def stretch(N: int, H: int) -> int:
-    """The most rows a program that leave programs enough."""
+    """Return the most rows per program that still give at least PROGRAMS programs."""
     across = triton.cdiv(H, COLS)
     return next((rows for rows in STRETCHES if triton.cdiv(N, rows) * across >= PROGRAMS), STRETCHES[-1])
 
@@ -78,9 +78,10 @@ def dact_(
     dh, pre, gate, dpre, dgate, seed, activation: str, p: float, row_start: int, col_start: int,
     keep_h: bool, sums: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Write dpre and dgate (N, H), contiguous; dh becomes h where keep_h asks for it.
+    """Write dpre and dgate (N, H), both contiguous. If `keep_h`, write h over dh.
 
-    Returns (dbias, dgate_bias), (H) in float32, where `sums` asks for them.
+    Returns:
+        (dbias, dgate_bias), (H) in float32; both empty unless `sums`.
     """
     check_offset(col_start)
     pre, gate = rows_of(pre), rows_of(gate)

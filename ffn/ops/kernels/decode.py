@@ -1,8 +1,8 @@
-"""The first product with bias, activation and gate behind it, for few tokens: time goes into reading weights.
+"""The first product fused with bias, activation and gate, for few tokens: reading the weights takes the time.
 
-A program owns some rows of the weights and all tokens. It walks along D with several steps of loads under
-way, reads each weight once and writes h once. One token is multiplied and added up elementwise; more are
-padded to a matrix product. Preactivations are rounded to their storage type before the activation.
+A program handles some rows of the weights and all tokens. It loops over D with several steps of loads in
+flight, reads each weight once and writes h once. One token is multiplied and summed elementwise; more tokens
+are padded to a tile for tl.dot. Preactivations are rounded to their storage type before the activation.
 """
 
 from typing import NamedTuple
@@ -16,13 +16,16 @@ from ffn.ops import library
 from ffn.ops.kernels.language import formula, rounded, rows_of
 
 MOST_TOKENS = 32
-PROGRAMS = 128  # what keeps every processor of a large device reading
-STEP = 2048  # bytes of a weight that a warp reads in a step; two or three steps are under way at any time
+PROGRAMS = 128  # enough to keep every SM of a large GPU reading
+STEP = 2048  # bytes of a weight that a warp reads per step; two or three steps are in flight at any time
 STAGES = 4
 
 
 class Tile(NamedTuple):
-    """N padded to tokens; rows and columns (depth) of a weight that one step reads; warps a program."""
+    """Sizes of a program.
+
+    tokens: N, padded. rows, depth: rows and columns of a weight that one step reads. warps: per program.
+    """
 
     tokens: int
     rows: int
@@ -31,24 +34,27 @@ class Tile(NamedTuple):
 
 
 def tile(N: int, H: int, itemsize: int, gated: bool, aligned: bool) -> Tile:
-    """Twice the rows halve the readings of x, where programs enough are left; aligned: loads can be wide."""
+    """Return the sizes for N tokens and H rows.
+
+    Twice the rows halve the reads of x, if enough programs are left. aligned: loads can be wide.
+    """
     tokens = next(size for size in (1, 16, MOST_TOKENS) if size >= N)
     rows, warps = max(tokens, 16), 4
     if tokens > 1 and itemsize == 4:
-        warps = tokens // 4  # without tensor cores the operands take registers
+        warps = tokens // 4  # without tensor cores the operands are in registers
     elif tokens > 1 and 2 * rows * PROGRAMS <= H:
         rows *= 2
     elif tokens > 1 and gated:
-        warps = 2  # two products of a square tile are split by tokens: each warp reads all the weights
+        warps = 2  # two dots of a square tile are split by tokens, so each warp reads all the weights
     step = min(warps, 4) * STEP
     if not aligned:
-        step //= 2  # narrow loads hold more addresses
+        step //= 2  # narrow loads need more registers for addresses
     return Tile(tokens, rows, step // (rows * itemsize), warps)
 
 
 @triton.jit
 def _more(total, x, w, TOKENS: tl.constexpr):
-    """total (TOKENS, ROWS) plus x (TOKENS, DEPTH) times w (ROWS, DEPTH); one token's is not yet summed."""
+    """Return total (TOKENS, ROWS) + x (TOKENS, DEPTH) w (ROWS, DEPTH)^T; one token is summed later."""
     if TOKENS == 1:
         total += x.to(tl.float32) * w.to(tl.float32)
     else:
@@ -58,7 +64,7 @@ def _more(total, x, w, TOKENS: tl.constexpr):
 
 @triton.jit
 def _sum(total, bias, TOKENS: tl.constexpr, dtype: tl.constexpr):
-    """The preactivations (TOKENS, ROWS) as they would be read back from memory."""
+    """Return the preactivations (TOKENS, ROWS), rounded as if stored and read back."""
     if TOKENS == 1:
         total = tl.sum(total, 1)[None, :]
     return rounded(total + bias, dtype)
@@ -75,7 +81,7 @@ def _decode(
     tokens = tl.arange(0, TOKENS).to(tl.int64)[:, None]
     row = tl.program_id(0).to(tl.int64) * ROWS
     rows, units = row + tl.arange(0, ROWS)[:, None], row + tl.arange(0, ROWS)[None, :]
-    # The biases are under way with the first step.
+    # Load the biases first, so that they arrive with the first step.
     bias = tl.load(bias_ptr + units, units < H, 0.0).to(tl.float32) if BIAS else 0.0
     gate_bias = tl.load(gate_bias_ptr + units, units < H, 0.0).to(tl.float32) if GATE_BIAS else 0.0
     HEIGHT: tl.constexpr = ROWS if TOKENS == 1 else TOKENS
@@ -99,14 +105,14 @@ def _decode(
 
 
 def decode(x, up, gate_w, bias, gate_bias, activation: str) -> Tensor:
-    """h (N, H) of x (N, D) and up, gate_w (H, D); for inference: nothing is kept.
+    """Return h (N, H) for x (N, D) and up, gate_w (H, D). For inference: no preactivations are returned.
 
     Raises:
-        ValueError: more tokens than a program holds.
+        ValueError: x has more than MOST_TOKENS tokens.
     """
     (N, D), H, gated = x.shape, up.shape[0], gate_w is not None
     if N > MOST_TOKENS:
-        raise ValueError(f"ffn::decode wants x (up to {MOST_TOKENS}, D), got {N, D}: take ffn::linear_act")
+        raise ValueError(f"x must have at most {MOST_TOKENS} tokens, got {N}: use ffn::linear_act")
     h = torch.empty(N, H, dtype=x.dtype, device=x.device)
     if h.numel() == 0:
         return h

@@ -1,8 +1,8 @@
-"""What the kernels share on the device: an activation's formula as Triton reads it, and dropout's mask.
+"""Functions that the kernels share: an activation's formula in Triton, dropout's mask, tiles.
 
-The mask is Philox 4x32-10 (Salmon et al. 2011) keyed by the seed, at the counter (column // 4, row): one draw
-decides four neighbouring columns, by 31 bits each. Rows and columns count from the whole's first, so a shard
-that knows its offsets drops what the whole drops.
+The mask is Philox 4x32-10 (Salmon et al. 2011) keyed by the seed, at the counter (column // 4, row). One draw
+decides four neighbouring columns, 31 bits each. Rows and columns count from the start of the whole tensor, so
+a shard with the right offsets gets its part of the whole mask.
 """
 
 from functools import cache
@@ -19,18 +19,18 @@ LEVELS = 1 << 31
 
 
 def threshold(p: float) -> int:
-    """The draws of 31 bits below which an element is dropped."""
+    """Return the threshold for 31-bit draws: an element is dropped if its draw is below it."""
     return min(round(p * LEVELS), LEVELS - 1)
 
 
 def scale(p: float) -> float:
-    """What kept elements are multiplied with."""
+    """Return the factor for kept elements: 1 / (1 - p) with the applied p."""
     return LEVELS / (LEVELS - threshold(p))
 
 
 @cache
 def formula(activation: str) -> triton.JITFunction:
-    """The device function x -> (value, slope) of a row of the table; x is float32."""
+    """Return the device function x -> (value, slope) of an activation; x is float32."""
     written = TABLE[activation].formula
     assert written is not None
     names = {"m": tl, "tl": tl, "__name__": written.__module__}
@@ -39,7 +39,7 @@ def formula(activation: str) -> triton.JITFunction:
 
 @triton.jit
 def kept(seed_ptr, row, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Which elements of a tile (ROWS, COLS) at (row, col) dropout keeps; col is a multiple of 4."""
+    """Return True for the elements of a tile (ROWS, COLS) at (row, col) that are kept; col % 4 must be 0."""
     rows = row + tl.arange(0, ROWS)[:, None].to(tl.int64)
     words = (col // 4 + tl.arange(0, COLS // 4))[None, :]
     zero = tl.zeros([ROWS, COLS // 4], tl.int32)
@@ -51,33 +51,34 @@ def kept(seed_ptr, row, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x as it would be read back from memory: rounded to dtype, in float32."""
+    """Return x rounded to dtype, in float32: its value after being stored and read back."""
     return x.to(dtype).to(tl.float32)
 
 
 def check_offset(col_start: int) -> None:
-    """Raise ValueError for a column within a draw."""
+    """Raise ValueError unless col_start is a multiple of 4, the columns of one draw."""
     if col_start % 4:
-        raise ValueError(f"col_start={col_start}: want a multiple of 4, the columns of one draw")
+        raise ValueError(f"col_start must be a multiple of 4, the columns of one draw, got {col_start}")
 
 
 def rows_of(x: Tensor | None):
-    """x (N, width) or (width) with neighbours side by side, as the kernels read it; None stays None."""
+    """Return x (N, width) or (width), copied if its last dimension is strided; None stays None."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def nothing(x: Tensor) -> Tensor:
-    """Stands for an absent tensor among an op's results."""
+    """Return an empty tensor: an op's result that was not requested."""
     return x.new_empty(0)
 
 
 def float32_nothing(x: Tensor) -> Tensor:
+    """Return `nothing` in float32."""
     return x.new_empty(0, dtype=torch.float32)
 
 
 @triton.jit
 def tile_of(program, N, H, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
-    """(tile row, tile column) of a program: GROUP tile rows at a time, column by column, to stay in cache."""
+    """Return (tile row, tile column) of a program: GROUP tile rows at a time, for cache reuse."""
     tile_rows, tile_cols = tl.cdiv(N, ROWS), tl.cdiv(H, COLS)
     group = program // (GROUP * tile_cols)
     first = group * GROUP
@@ -93,7 +94,7 @@ def _halved(x):
 
 @triton.jit
 def pieces(x, PARTS: tl.constexpr):
-    """x (ROWS, COLS) as PARTS (1, 2, 4, ...) blocks of neighbouring columns: fewer registers live at once."""
+    """Split x (ROWS, COLS) into PARTS (1, 2, 4, ...) blocks of columns, so that fewer registers are live."""
     if PARTS == 1:
         parts = (x,)
     else:

@@ -1,7 +1,7 @@
-"""The first product with bias, activation, gate and dropout behind it: x is read once and h written once.
+"""The first product fused with bias, activation, gate and dropout: x is read once and h written once.
 
-A program owns a tile of h; when gated it keeps two sums, one for the gate and one for up. The preactivations
-are rounded to their storage type before the activation, so that h is what backward will rebuild from them.
+A program computes a tile of h; when gated it has two accumulators, one for gate and one for up. The
+preactivations are rounded to their storage type before the activation, so backward recomputes the same h.
 """
 
 import torch
@@ -33,7 +33,7 @@ def _finish(
     FORMULA: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, KEEP_PRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of a tile (ROWS, COLS) at (row, col) to what is stored of it."""
+    """Turn the accumulators of a tile (ROWS, COLS) at (row, col) into h, pre and gate; store them."""
     dtype: tl.constexpr = h_desc.dtype
     cols = col + tl.arange(0, COLS)
     if BIAS:
@@ -88,7 +88,7 @@ def linear_act(
     x, up, gate_w, bias, gate_bias, seed, activation: str, p: float, row_start: int, col_start: int,
     keep_pre: bool, tiling: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(h, pre, gate), each (N, H); the last two only where keep_pre asks for them."""
+    """Return (h, pre, gate), each (N, H); pre and gate are empty unless `keep_pre`."""
     check_offset(col_start)
     bias, gate_bias, t = rows_of(bias), rows_of(gate_bias), Tiling(*tiling)
     (N, D), H, gated = x.shape, up.shape[0], gate_w is not None

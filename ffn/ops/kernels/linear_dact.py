@@ -1,8 +1,8 @@
-"""The product dh = dy down with all that lies before it behind: dropout, gate, activation, h, bias sums.
+"""The product dh = dy down fused with the backward of dropout, gate and activation, with h and bias sums.
 
-dh never reaches memory: its tile is turned into dpre (and dgate), with h rebuilt beside it. Each row of tiles
-leaves its float32 sums over rows, which are added up in order for the gradients of the biases. dpre may take
-the place of pre, and dgate that of gate: a piece is read before it is written.
+dh is never stored: each tile of it becomes dpre (and dgate), and h is recomputed beside it. Each row of tiles
+stores its float32 sums over rows; torch adds these in a fixed order for the gradients of the biases. dpre may
+overwrite pre, and dgate may overwrite gate: each piece is read before it is written.
 """
 
 import torch
@@ -33,7 +33,7 @@ def _finish(
     FORMULA: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, KEEP_H: tl.constexpr,
     SUMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """From dh of a tile (ROWS, COLS) at (row, col) to what is stored of it."""
+    """Turn dh of a tile (ROWS, COLS) at (row, col) into dpre, dgate, h and sums, and store them."""
     dtype: tl.constexpr = dpre_desc.dtype
     cols = col + tl.arange(0, COLS)
     at = tile_row.to(tl.int64) * H + cols
@@ -43,8 +43,8 @@ def _finish(
         h = value * x
     else:
         h, slope = FORMULA(x)
-    # Joined and split, h is spread over the threads as dh is. By itself it would be computed a second time,
-    # spread as its store would have it.
+    # Join and split give h the thread layout of dh. Otherwise the compiler computes h a second time in the
+    # layout of its store.
     h, dh = tl.split(tl.join(h, dh))
     if DROPOUT:
         keep = kept(seed_ptr, row_start + row.to(tl.int64), col_start + col, least, ROWS, COLS)
@@ -91,7 +91,11 @@ def linear_dact(
     dy, down, pre, gate, dpre, dgate, seed, activation: str, p: float, row_start: int, col_start: int,
     keep_h: bool, sums: bool, tiling: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Write dpre and dgate (N, H); returns (h, dbias, dgate_bias), (N, H) and float32 (H), as asked for."""
+    """Write dpre and dgate (N, H).
+
+    Returns:
+        (h, dbias, dgate_bias): h (N, H), empty unless `keep_h`; sums (H) in float32, empty unless `sums`.
+    """
     check_offset(col_start)
     t = Tiling(*tiling)
     (N, width), H, gated = dy.shape, down.shape[1], gate is not None

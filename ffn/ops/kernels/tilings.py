@@ -1,7 +1,7 @@
-"""Tile sizes of the fused matmul + activation kernels: a table of cases that were measured to gain by fusion.
+"""Tile sizes of the fused matmul + activation kernels: a table of the measured cases.
 
-`python -m benchmarks tune` measures and writes the table. A case off the table is not fused: torch
-multiplies, and one pass follows.
+`python -m benchmarks tune` measures and writes the table. A case that is absent, or null because fusion was
+slower, is not fused: torch runs the matmul, then one pass follows.
 """
 
 import json
@@ -13,10 +13,11 @@ TABLE = Path(__file__).with_name("tilings.json")
 
 
 class Tiling(NamedTuple):
-    """A tile of the result (rows, cols), the depth of one step, and how a program runs.
+    """Tile sizes and launch options of a fused product.
 
-    group: tile rows that share the weights in cache. parts: pieces in which the tile is finished.
-    All but group and stages are powers of two.
+    rows, cols: a tile of the result. depth: of one step along the summed dimension. group: tile rows that
+    share the weights in cache. parts: pieces in which the tile is finished. warps, stages: of a program. All
+    but group and stages are powers of two.
     """
 
     rows: int
@@ -29,7 +30,7 @@ class Tiling(NamedTuple):
 
 
 def key(forward: bool, capability: tuple[int, int], dtype: str, gated: bool, D: int, H: int, N: int) -> str:
-    """The name of a case in the table; token counts are rounded down to a power of two."""
+    """Return the name of a case in the table, with N rounded down to a power of two."""
     form = f"{'forward' if forward else 'backward'} {'gated' if gated else 'plain'}"
     return f"{form} sm{capability[0]}{capability[1]} {dtype} D{D} H{H} N{max(N, 1).bit_length() - 1}"
 
@@ -38,11 +39,11 @@ def _row(row: dict[str, int] | None) -> Tiling | None:
     if row is None:
         return None
     if not all(type(n) is int and n > 0 for n in row.values()):
-        raise ValueError(f"a tiling must be positive integers; got {row}")
+        raise ValueError(f"tiling must be positive integers, got {row}")
     tiling = Tiling(**row)
     powers = (tiling.rows, tiling.cols, tiling.depth, tiling.parts, tiling.warps)
     if any(n & (n - 1) for n in powers):
-        raise ValueError(f"a tiling must be powers of two but for group and stages; got {row}")
+        raise ValueError(f"tiling must be powers of two except group and stages, got {row}")
     return tiling
 
 
@@ -53,14 +54,14 @@ def _measured() -> dict[str, Tiling | None]:
     try:
         return {name: _row(row) for name, row in json.loads(TABLE.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        remedy = "write it anew with `python -m benchmarks tune`, or delete it"
-        raise ValueError(f"{TABLE} is no table of tilings ({error}): {remedy}") from error
+        remedy = "rewrite it with `python -m benchmarks tune`, or delete it"
+        raise ValueError(f"{TABLE} must be a table of tilings, got {error}: {remedy}") from error
 
 
 def choose(
     forward: bool, capability: tuple[int, int], dtype: str, gated: bool, D: int, H: int, N: int
 ) -> Tiling | None:
-    """The tiling of the fused product, or None if product and pass run one after the other.
+    """Return the tiling of the fused product, or None if product and pass run unfused.
 
     Raises:
         ValueError: the table on disk is damaged.
@@ -69,6 +70,6 @@ def choose(
 
 
 def to_json(table: dict[str, Tiling | None]) -> str:
-    """The text of a table, for `TABLE`."""
+    """Return the text of a table, to write to `TABLE`."""
     rows = {name: None if tiling is None else tiling._asdict() for name, tiling in sorted(table.items())}
     return json.dumps(rows, indent=1) + "\n"
