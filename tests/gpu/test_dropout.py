@@ -13,7 +13,7 @@ STARTS = [(0, 0), (5, 8), (2**31 - 3, 4), (2**33 + 7, 2**20)]
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**32, -(2**40) - 3, 2**63 - 1])
-def test_the_mask_is_philoxs(device: torch.device, seed: int) -> None:
+def test_mask_is_philox(device: torch.device, seed: int) -> None:
     ones, key = torch.ones(SHAPE, device=device), torch.tensor([seed], device=device)
     for row, col in STARTS:
         for p in (0.1, 0.5):
@@ -21,7 +21,7 @@ def test_the_mask_is_philoxs(device: torch.device, seed: int) -> None:
             assert torch.equal(ours.cpu(), factors(seed, p, *SHAPE, row, col))
 
 
-def test_fused_products_of_a_shard_drop_what_the_whole_drops(device: torch.device) -> None:
+def test_fused_products_of_a_shard_have_their_part_of_the_mask(device: torch.device) -> None:
     whole = factors(3, 0.5, 900, 512).to(device, torch.bfloat16)
     seed, tiling = torch.tensor([3], device=device), [64, 64, 32, 8, 2, 4, 2]
     eye = torch.eye(128, dtype=torch.bfloat16, device=device)
@@ -34,7 +34,7 @@ def test_fused_products_of_a_shard_drop_what_the_whole_drops(device: torch.devic
 
 
 @pytest.mark.parametrize("p", PROBABILITIES)
-def test_the_share_that_is_dropped(device: torch.device, p: float) -> None:
+def test_dropped_share(device: torch.device, p: float) -> None:
     noise = dispatch.module("triton").noise(torch.tensor([1], device=device), 2048, 2048, p, torch.float32)
     dropped = noise.cpu() == 0.0
     check_counts(dropped.sum(), dropped.numel(), p)
@@ -44,9 +44,7 @@ def test_the_share_that_is_dropped(device: torch.device, p: float) -> None:
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_one_seed_gives_one_result_to_the_last_bit(
-    device: torch.device, name: str, dtype: torch.dtype
-) -> None:
+def test_equal_seeds_give_bitwise_equal_results(device: torch.device, name: str, dtype: torch.dtype) -> None:
     arguments, runs = sample(name, device, dtype, (1000,), (768, 3072, 768)), []
     dy = torch.randn(1000, 768, device=device)
     for seed in (1, 1, 2):
@@ -59,7 +57,7 @@ def test_one_seed_gives_one_result_to_the_last_bit(
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(64, 1024), (7, 33, 37), (5,)], ids=str)
-def test_the_function_drops_the_same_both_ways(
+def test_dropout_has_one_mask_both_ways(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     x = torch.ones(shape, dtype=dtype, device=device, requires_grad=True)

@@ -16,9 +16,7 @@ F32, BF16, _ = DTYPES
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize(("dtype", "case"), [(BF16, FUSED), (F32, ODD)], ids=["fused", "apart"])
-def test_saved_elements_are_counted_exactly(
-    device: torch.device, name: str, dtype: torch.dtype, case: tuple
-) -> None:
+def test_saved_elements_exactly(device: torch.device, name: str, dtype: torch.dtype, case: tuple) -> None:
     (N,), (D, H, _) = case
     arguments = sample(name, device, dtype, *case)
     for p, seed in ((0.0, {}), (0.1, {torch.int64: 1})):
@@ -27,7 +25,7 @@ def test_saved_elements_are_counted_exactly(
             assert kept_for_backward(run, arguments.given()[1:]) == {dtype: N * elements} | seed
 
 
-def test_the_peak_is_the_preactivations_and_one_of_their_size(device: torch.device) -> None:
+def test_peak_memory_is_the_preactivations_and_one_more(device: torch.device) -> None:
     N, D, H = 4096, 256, 8192
     arguments, dy = sample("swiglu", device, BF16, (N,), (D, H, D), False), torch.randn(N, D, device=device)
     peaks = []
@@ -44,7 +42,7 @@ def test_the_peak_is_the_preactivations_and_one_of_their_size(device: torch.devi
     assert chunks <= 2.0
 
 
-def test_more_elements_than_31_bits_count(device: torch.device) -> None:
+def test_more_than_2_to_the_31_elements(device: torch.device) -> None:
     N, H, p, name = 150_000, 16_384, 0.1, "gelu"
     if torch.cuda.mem_get_info(device)[0] < 24 * 2**30:
         pytest.skip("wants 24 GiB of the GPU's memory")

@@ -37,7 +37,7 @@ def test_every_activation(monkeypatch: pytest.MonkeyPatch, device: torch.device,
 @both
 @dtypes
 @pytest.mark.parametrize(("bias", "p"), CASES[:2], ids=["bias_and_dropout", "neither"])
-def test_the_tiles_that_are_chosen(
+def test_chosen_tiles(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, name: str, dtype: torch.dtype, bias: bool, p: float
 ) -> None:
     found, choose = [], tilings.choose
@@ -49,7 +49,7 @@ def test_the_tiles_that_are_chosen(
 
 
 @pytest.mark.parametrize("options", KEPT, ids=["preact", "input", "chunks"])
-def test_shapes_of_models(device: torch.device, options: dict) -> None:
+def test_model_shapes(device: torch.device, options: dict) -> None:
     check("gelu", sample("gelu", device, BF16, (2, 500), (768, 3072, 768)), 0.1, **options)
     check("swiglu", sample("swiglu", device, BF16, (640,), (896, 4864, 896), False), **options)
 
@@ -64,7 +64,7 @@ def test_inference(device: torch.device, name: str, dtype: torch.dtype) -> None:
 
 
 @both
-def test_one_token_and_none(device: torch.device, name: str) -> None:
+def test_one_token_and_zero(device: torch.device, name: str) -> None:
     check(name, sample(name, device, BF16, (1,)), 0.1)
     arguments = sample(name, device, BF16, (3, 0))
     y = feed_forward(*arguments, activation=name, dropout=0.1, backend="triton")
@@ -95,7 +95,7 @@ def test_strides(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @both
-def test_fused_products_give_what_the_passes_give(
+def test_fused_products_equal_unfused(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, name: str
 ) -> None:
     """The gradient of y is the identity, so that of down is h as backward rebuilds it."""
@@ -120,6 +120,6 @@ def test_fused_products_give_what_the_passes_give(
 
 @dtypes
 @pytest.mark.parametrize(("name", "p"), [("gelu", 0.0), ("mish", 0.1), ("swiglu", 0.1)])
-def test_the_eager_backend(device: torch.device, name: str, p: float, dtype: torch.dtype) -> None:
+def test_eager_backend(device: torch.device, name: str, p: float, dtype: torch.dtype) -> None:
     for options in KEPT:
         check(name, sample(name, device, dtype), p, backend="eager", **options)

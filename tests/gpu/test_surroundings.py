@@ -58,7 +58,7 @@ def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("tokens", [300, 16], ids=["training", "decoding"])
-def test_a_graph_replays(device: torch.device, name: str, tokens: int) -> None:
+def test_cuda_graph_replays(device: torch.device, name: str, tokens: int) -> None:
     arguments, dy = sample(name, device, BF16, (tokens,)), torch.randn(tokens, 256, device=device)
     with torch.set_grad_enabled(tokens > 32):
         run = partial(results, partial(feed_forward, activation=name), arguments, dy)
@@ -70,7 +70,7 @@ def test_a_graph_replays(device: torch.device, name: str, tokens: int) -> None:
             assert_alike(found, run())
 
 
-def test_a_graph_draws_a_mask_at_each_replay(device: torch.device) -> None:
+def test_cuda_graph_draws_a_new_mask_per_replay(device: torch.device) -> None:
     graph, found = captured(partial(masks, mirror(device), device))
     drawn = []
     for _ in range(2):
@@ -92,7 +92,7 @@ def outcome(call: Callable[[Tensor], Tensor], block: FeedForward, x: Tensor) -> 
 
 
 @quiet
-def test_compiled_once_for_twenty_token_counts(device: torch.device) -> None:
+def test_one_dynamic_compile_serves_all_token_counts(device: torch.device) -> None:
     torch._dynamo.reset()
     block, x = block_and_tokens(device, 1000, dtype=BF16)
     call = torch.compile(block, fullgraph=True, dynamic=True)
@@ -104,7 +104,7 @@ def test_compiled_once_for_twenty_token_counts(device: torch.device) -> None:
 
 
 @quiet
-def test_compiled_for_one_shape_with_one_mask_both_ways(device: torch.device) -> None:
+def test_static_compile_has_one_mask_both_ways(device: torch.device) -> None:
     torch._dynamo.reset()
     call = torch.compile(mirror(device), fullgraph=True, dynamic=False)
     first, second = masks(call, device), masks(call, device)
@@ -114,7 +114,7 @@ def test_compiled_for_one_shape_with_one_mask_both_ways(device: torch.device) ->
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_autocast_is_the_cast_by_hand(device: torch.device, dtype: torch.dtype) -> None:
+def test_autocast_equals_manual_casts(device: torch.device, dtype: torch.dtype) -> None:
     block, x = block_and_tokens(device, 300, dropout=0.1)
     assert block.explain(x).startswith("triton: ")
     lower = copy.deepcopy(block).to(dtype)
@@ -130,7 +130,7 @@ def test_autocast_is_the_cast_by_hand(device: torch.device, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "saved_tensors"])
-def test_an_activation_checkpoint_repeats_the_mask(device: torch.device, reentrant: bool) -> None:
+def test_activation_checkpointing_repeats_the_mask(device: torch.device, reentrant: bool) -> None:
     block, x = block_and_tokens(device, 300, dropout=0.1, dtype=BF16)
     runs = []
     for call in (block, partial(checkpoint, block, use_reentrant=reentrant)):
@@ -145,7 +145,7 @@ def test_an_activation_checkpoint_repeats_the_mask(device: torch.device, reentra
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
-def test_a_device_that_is_not_the_current_one() -> None:
+def test_device_other_than_the_current_one() -> None:
     for dtype in (torch.float32, BF16):
         check("swiglu", sample("swiglu", torch.device("cuda", 1), dtype), 0.1)
 
@@ -170,7 +170,7 @@ SANITIZER = ["compute-sanitizer", "--report-api-errors", "no", "--error-exitcode
 
 
 @pytest.mark.parametrize("watcher", [[], SANITIZER], ids=["alone", "memory_checked"])
-def test_a_fresh_process(monkeypatch: pytest.MonkeyPatch, watcher: list[str]) -> None:
+def test_fresh_process(monkeypatch: pytest.MonkeyPatch, watcher: list[str]) -> None:
     """Whose first kernel in autograd's thread is ours, and whose tensors each lie apart, to be overrun."""
     if watcher and shutil.which(watcher[0]) is None:
         pytest.skip(f"{watcher[0]} is not on PATH")

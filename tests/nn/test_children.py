@@ -115,7 +115,7 @@ def written_out(block: FeedForward, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("child", ["gate_proj", "up_proj", "down_proj"])
-def test_whatever_is_done_to_a_child_takes_effect(change, child: str) -> None:
+def test_any_change_to_a_child_takes_effect(change, child: str) -> None:
     block = FeedForward(6, 10, activation="swiglu", dtype=F64)
     x = torch.randn(3, 6, dtype=F64, requires_grad=True)
     before = block(x)
@@ -131,7 +131,7 @@ def test_whatever_is_done_to_a_child_takes_effect(change, child: str) -> None:
     torch.testing.assert_close(grads, torch.autograd.grad(written_out(block, x).square().sum(), [x, *wanted]))
 
 
-def test_an_adapter_that_goes_leaves_the_fused_path() -> None:
+def test_removing_a_hook_restores_the_fused_path() -> None:
     block, x = FeedForward(6, 10), torch.randn(3, 6)
     assert block.explain(x).startswith("eager: ")
     handle = block.down_proj.register_forward_hook(lambda *_: None)
@@ -142,7 +142,7 @@ def test_an_adapter_that_goes_leaves_the_fused_path() -> None:
     assert block.explain(x).startswith("children: up_proj (a NoneType) is replaced")
 
 
-def test_what_is_given_up_is_said() -> None:
+def test_explain_names_options_without_effect() -> None:
     block, x = FeedForward(6, 10, save="input"), torch.randn(3, 6)
     block.up_proj.register_forward_hook(lambda *_: None)
     assert block.explain(x).endswith("; save='input' has no effect here")
@@ -152,7 +152,7 @@ def test_what_is_given_up_is_said() -> None:
             call(x)
 
 
-def test_a_gate_taken_away_is_missed() -> None:
+def test_missing_gate_raises() -> None:
     block = FeedForward(6, 10, activation="swiglu")
     block.gate_proj = None
     with pytest.raises(TypeError, match=r"^gate_proj must be a module"):
@@ -176,7 +176,7 @@ def test_hooks_fire(child: str) -> None:
     assert block.explain(x).startswith("eager: ")
 
 
-def test_hooks_of_the_block_and_of_parameters_fire_on_the_fused_path() -> None:
+def test_block_and_parameter_hooks_fire_on_the_fused_path() -> None:
     block, fired = FeedForward(6, 10), []
     block.register_forward_hook(lambda *_: fired.append("block"))
     block.up_proj.weight.register_hook(lambda grad: fired.append("weight"))
@@ -186,7 +186,7 @@ def test_hooks_of_the_block_and_of_parameters_fire_on_the_fused_path() -> None:
     assert sorted(fired) == ["bias", "block", "weight"]
 
 
-def test_input_subclasses_go_through_the_children() -> None:
+def test_input_subclasses_call_the_children() -> None:
     class Tagged(Tensor):
         pass
 
@@ -197,7 +197,7 @@ def test_input_subclasses_go_through_the_children() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
-def test_a_nested_input_goes_through_the_children() -> None:
+def test_nested_input_calls_the_children() -> None:
     block, parts = (
         FeedForward(6, 10, activation="swiglu", dtype=F64),
         [torch.randn(n, 6, dtype=F64) for n in (2, 3)],

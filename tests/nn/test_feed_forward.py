@@ -62,7 +62,7 @@ def test_widths() -> None:
 
 
 @names
-def test_children_are_linears_with_llamas_names(name: str) -> None:
+def test_children_are_linears_with_llama_names(name: str) -> None:
     gated = TABLE[name].gated
     for bias in (True, False):
         block = FeedForward(6, 10, out_dim=5, activation=name, bias=bias)
@@ -102,7 +102,7 @@ def test_factory_dtype_and_later_casts(dtype: torch.dtype) -> None:
         assert all(p.grad.dtype == dtype for p in block.parameters())
 
 
-def test_meta_then_empty_then_reset() -> None:
+def test_meta_device_then_to_empty_then_reset() -> None:
     block = FeedForward(6, 10, 0.1, out_dropout=0.1, activation="swiglu", device="meta")
     assert block(torch.randn(3, 6, device="meta")).shape == (3, 6)
     with pytest.raises(ValueError, match=r"gate must be on cpu"):
@@ -136,7 +136,7 @@ def test_prelu_is_registered_and_trained() -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.PReLU, nn.PReLU()], ids=["class", "instance"])
-def test_an_activation_module_goes_where_the_linears_go(activation) -> None:
+def test_activation_module_gets_device_and_dtype(activation) -> None:
     block = FeedForward(6, 10, activation=activation, dtype=F64)
     assert block(torch.randn(3, 6, dtype=F64)).dtype == F64
     block = FeedForward(6, 10, activation=activation, device="meta")
@@ -166,7 +166,7 @@ def test_other_callables_run_under_plain_autograd(activation) -> None:
     assert block.explain(x).endswith("is not in the table of activations")
 
 
-def test_activations_with_a_row_take_the_fused_path() -> None:
+def test_known_activations_take_the_fused_path() -> None:
     for given, name in (
         (nn.SiLU, "silu"),
         (nn.GELU("tanh"), "gelu_tanh"),
@@ -188,7 +188,7 @@ def test_explain() -> None:
     assert FeedForward(6, backend="reference").explain(x).startswith("reference: ")
 
 
-def test_explain_refuses_what_forward_refuses() -> None:
+def test_explain_raises_what_forward_raises() -> None:
     block, elsewhere = FeedForward(6, 10), torch.randn(2, 6, device="meta")
     integers, wider = torch.ones(2, 6, dtype=torch.int64), torch.randn(2, 6, dtype=F64)
     for x in (torch.randn(2, 7), integers, wider, elsewhere):
@@ -228,7 +228,7 @@ def test_repr() -> None:
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_copies_behave_alike(name: str) -> None:
+def test_copies_behave_equally(name: str) -> None:
     block = FeedForward(6, 10, 0.3, activation=name, out_dropout=0.1, save="input", chunk_tokens=2, dtype=F64)
     x = torch.randn(5, 6, dtype=F64, requires_grad=True)
     buffer = io.BytesIO()
@@ -252,7 +252,7 @@ def test_copies_behave_alike(name: str) -> None:
     assert_same(outcome(block, x), expected)
 
 
-def test_options_may_be_changed_later() -> None:
+def test_options_can_be_changed_later() -> None:
     block, x = FeedForward(6, 10), torch.randn(50, 6)
     y = block(x)
     block.dropout = 0.5

@@ -8,7 +8,7 @@ from ffn.nn import FeedForward
 from ffn.nn.feed_forward import gated_hidden_dim
 
 
-def test_whole_numbers_of_numpy() -> None:
+def test_numpy_integers() -> None:
     sizes = np.int64(6), np.int32(10)
     block = FeedForward(*sizes, out_dim=np.uint8(4), save="input", chunk_tokens=np.int64(7))
     assert block(torch.randn(50, 6)).shape == (50, 4)
@@ -35,7 +35,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("options", REFUSED, ids="-".join)
-def test_options_are_refused_when_the_block_is_built(options: dict) -> None:
+def test_wrong_options_raise_in_the_constructor(options: dict) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(options))}"):
         FeedForward(**{"dim": 6, "hidden_dim": 10} | options)
     with pytest.raises(TypeError, match=r"^activation"):
@@ -45,12 +45,12 @@ def test_options_are_refused_when_the_block_is_built(options: dict) -> None:
 @pytest.mark.parametrize(
     ("sizes", "name"), [((0,), "dim"), ((-3,), "dim"), ((64.5,), "dim"), ((64, 0), "multiple_of")]
 )
-def test_a_default_width_needs_positive_integers(sizes: tuple, name: str) -> None:
+def test_gated_hidden_dim_needs_positive_integers(sizes: tuple, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be "):
         gated_hidden_dim(*sizes)
 
 
-def test_inputs_are_refused_in_one_line() -> None:
+def test_wrong_inputs_raise_one_line() -> None:
     block = FeedForward(512, 1408, activation="swiglu", bias=False)
     with pytest.raises(ValueError, match=r"^x must be \(\.\.\., 512\)[^\n]*$"):
         block(torch.randn(3, 7))

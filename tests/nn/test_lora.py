@@ -41,7 +41,7 @@ def outcome(block: FeedForward, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_formula(bias: bool) -> None:
+def test_formula(bias: bool) -> None:
     linear = nn.Linear(5, 7, bias, dtype=F64)
     adapted = LoRALinear(linear, 2, 6.0)
     assert adapted.weight is linear.weight
@@ -61,7 +61,7 @@ def test_the_formula(bias: bool) -> None:
     assert "rank=2, scale=3.0" in repr(adapted)
 
 
-def test_dropout_is_of_what_the_adapter_reads_alone() -> None:
+def test_dropout_applies_only_to_the_adapters_input() -> None:
     adapted = LoRALinear(nn.Linear(64, 7), 64, 64.0, 0.5)
     with torch.no_grad():
         adapted.lora_A.copy_(torch.eye(64))
@@ -74,7 +74,7 @@ def test_dropout_is_of_what_the_adapter_reads_alone() -> None:
     assert not torch.allclose(lost, torch.zeros_like(lost))
 
 
-def test_half_precision_merges_as_float32_does() -> None:
+def test_bfloat16_merge_is_rounded_once() -> None:
     adapted = LoRALinear(nn.Linear(16, 16, dtype=torch.bfloat16), 4, 4.0)
     nn.init.normal_(adapted.lora_B)
     exact = adapted.weight.double() + adapted.lora_B.double() @ adapted.lora_A.double()
@@ -85,7 +85,7 @@ def test_half_precision_merges_as_float32_does() -> None:
 @both
 @pytest.mark.parametrize("names", [(), ("up_proj",), ("down_proj",)])
 @pytest.mark.parametrize("save", [{}, {"save": "input"}, {"save": "input", "chunk_tokens": 3}])
-def test_the_block_takes_adapters_and_gives_what_its_children_give(activation, names, save) -> None:
+def test_block_with_adapters_equals_its_children(activation, names, save) -> None:
     block = with_adapters(FeedForward(6, 10, activation=activation, dtype=F64, **save), 0.0, *names)
     x = torch.randn(2, 4, 6, dtype=F64, requires_grad=True)
     assert block.explain(x).startswith("eager: ")
@@ -96,7 +96,7 @@ def test_the_block_takes_adapters_and_gives_what_its_children_give(activation, n
 
 
 @both
-def test_a_new_adapter_changes_no_bit(activation: str) -> None:
+def test_new_adapter_leaves_outputs_bitwise_equal(activation: str) -> None:
     block = FeedForward(384, 512, activation=activation)
     x = torch.randn(64, 384)
     plain = block(x)
@@ -106,7 +106,7 @@ def test_a_new_adapter_changes_no_bit(activation: str) -> None:
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["frozen", "training"])
-def test_it_keeps_what_the_block_keeps(train: bool) -> None:
+def test_saved_elements_equal_the_plain_blocks(train: bool) -> None:
     """Beside frozen weights, and beside weights that train."""
     block = with_adapters(FeedForward(6, 10, 0.1, activation="swiglu"), 0.1).requires_grad_(train)
     for name, parameter in block.named_parameters():
@@ -136,7 +136,7 @@ def test_autocast() -> None:
     assert all(ours <= 2 * theirs + 2**-8 for ours, theirs in zip(*errors, strict=True))
 
 
-def test_when_the_children_are_called() -> None:
+def test_changed_adapters_call_the_children() -> None:
     x = torch.randn(3, 6)
     for change in (
         lambda block: block.up_proj.register_forward_hook(lambda *_: None),
@@ -157,7 +157,7 @@ def test_when_the_children_are_called() -> None:
 @pytest.mark.parametrize("save", ["preact", "input"])
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiled_it_gives_and_keeps_the_same(activation: str, save: str) -> None:
+def test_compiled_block_equals_and_saves_the_same(activation: str, save: str) -> None:
     block = with_adapters(FeedForward(6, 10, activation=activation, save=save, dtype=F64))
     x = torch.randn(7, 6, dtype=F64, requires_grad=True)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -170,7 +170,7 @@ def test_compiled_it_gives_and_keeps_the_same(activation: str, save: str) -> Non
     assert kept_for_backward(lambda: compiled(x), [*block.parameters()]) == {F64: 7 * (6 + hidden)}
 
 
-def test_transformed() -> None:
+def test_vmap() -> None:
     block = with_adapters(FeedForward(6, 10, activation="swiglu"))
     x = torch.randn(3, 6)
     torch.testing.assert_close(torch.func.vmap(block)(x[:, None])[:, 0], block(x))
@@ -184,7 +184,7 @@ def test_copies_and_pickles() -> None:
         assert other.explain(x).startswith("eager: ")
 
 
-def test_backward_is_compiled_too() -> None:
+def test_compiled_autograd() -> None:
     block = FeedForward(8, 16)
     for name in ("up_proj", "down_proj"):
         setattr(block, name, LoRALinear(getattr(block, name).requires_grad_(False), 2, 4.0, 0.0))

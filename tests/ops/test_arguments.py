@@ -28,7 +28,7 @@ def test_any_leading_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
                                                                 arguments, torch.ones_like(y)))  # fmt: skip
 
 
-def test_no_gradient_no_graph() -> None:
+def test_no_graph_without_gradients() -> None:
     arguments = draw("gelu")
     with torch.no_grad():
         assert feed_forward(*arguments, dropout=0.1).grad_fn is None
@@ -37,7 +37,7 @@ def test_no_gradient_no_graph() -> None:
         assert feed_forward(*arguments).is_inference()
 
 
-def test_callables_and_the_reference_backend() -> None:
+def test_callables_and_reference_backend() -> None:
     arguments = draw("gelu")
     y = feed_forward(*arguments, activation="gelu")
     torch.testing.assert_close(feed_forward(*arguments, activation="gelu", backend="reference"), y)
@@ -78,13 +78,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("spoil", "error", "name"), REFUSED)
-def test_a_misfit_is_refused_in_one_line_that_names_it(spoil, error: type[Exception], name: str) -> None:
+def test_misfit_raises_one_line_naming_the_argument(spoil, error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=rf"^{name} must be ") as caught:
         feed_forward(*spoil(draw("geglu")), activation="geglu")
     assert "\n" not in str(caught.value)
 
 
-def test_a_plain_activation_refuses_a_gate() -> None:
+def test_plain_activation_with_a_gate_raises() -> None:
     with pytest.raises(ValueError, match=r"^gate must be None"):
         feed_forward(*draw("geglu"), activation="gelu")
     arguments = draw("gelu")
@@ -92,7 +92,7 @@ def test_a_plain_activation_refuses_a_gate() -> None:
         feed_forward(*arguments._replace(gate_bias=arguments.up_bias), activation="gelu")
 
 
-def test_integers_are_refused_under_autocast_too() -> None:
+def test_integer_input_raises_under_autocast() -> None:
     arguments = draw("gelu", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"^x must be "):
         feed_forward(*arguments._replace(x=arguments.x.long()))
@@ -117,13 +117,13 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_wrong_option_is_refused_by_name(options: dict) -> None:
+def test_wrong_option_raises_naming_it(options: dict) -> None:
     feed_forward(*draw("gelu"), chunk_tokens=8, save="input")  # known from here on, and 8.0 == 8
     with pytest.raises(ValueError, match=f"^{next(iter(options))}"):
         feed_forward(*draw("gelu"), **options)
 
 
-def test_meta_tensors_pass_through() -> None:
+def test_meta_tensors() -> None:
     for name in ("relu2", "swiglu"):
         arguments = Arguments(*(None if t is None else leaf(t.detach().to("meta")) for t in draw(name)))
         y = feed_forward(*arguments, activation=name, dropout=0.1)

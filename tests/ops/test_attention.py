@@ -18,7 +18,7 @@ def heads(B: int, Q: int, T: int, C: int, dtype: torch.dtype) -> list[torch.Tens
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_first_and_second_gradients(causal: bool) -> None:
+def test_gradcheck_and_gradgradcheck(causal: bool) -> None:
     inputs = heads(2, 3, 5, 4, torch.float64)
     assert torch.autograd.gradcheck(lambda *t: ShortAttentionRule.apply(*t, causal), inputs)
     assert torch.autograd.gradgradcheck(lambda *t: ShortAttentionRule.apply(*t, causal), inputs)
@@ -26,7 +26,7 @@ def test_first_and_second_gradients(causal: bool) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("T", [2, 33, 96])
-def test_equals_torch(T: int, causal: bool) -> None:
+def test_equals_torch_sdpa(T: int, causal: bool) -> None:
     q, k, v = heads(2, 3, T, 32, torch.float32)
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     dy = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
@@ -39,7 +39,7 @@ def test_equals_torch(T: int, causal: bool) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_of_all_matrices_only_the_weights_are_kept() -> None:
+def test_only_the_attention_weights_are_saved() -> None:
     B, Q, T, C = 2, 3, 8, 4
     inputs = heads(B, Q, T, C, torch.float32)
     for causal in (True, False):
@@ -47,7 +47,7 @@ def test_of_all_matrices_only_the_weights_are_kept() -> None:
         assert kept == {torch.float32: B * Q * T * T}
 
 
-def test_the_rest_goes_to_torch() -> None:
+def test_other_inputs_run_torch_sdpa() -> None:
     """Long sequences, fewer key heads, no gradient, one token: no matrix of weights is kept."""
     long = heads(1, 1, 97, 32, torch.float32)  # T > 3 C
     q, k, v = heads(1, 2, 8, 4, torch.float32)
@@ -69,7 +69,7 @@ def test_under_torch_func() -> None:
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_backward_may_be_called_under_autocast(create_graph: bool) -> None:
+def test_backward_under_autocast(create_graph: bool) -> None:
     inputs = heads(2, 2, 6, 4, torch.float32)
     y = attend(*inputs, causal=True)
     want = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
@@ -95,7 +95,7 @@ def test_vectorised_backward() -> None:
     torch.testing.assert_close(*jacobians)
 
 
-def test_a_second_derivative_with_frozen_keys() -> None:
+def test_second_derivative_with_frozen_keys() -> None:
     q, k, v = heads(1, 2, 4, 3, torch.float32)
     frozen = k.detach()
     y = ShortAttentionRule.apply(q, frozen, v, True)

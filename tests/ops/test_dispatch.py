@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def test_an_unknown_backend_is_refused() -> None:
+def test_unknown_backend_raises() -> None:
     for name in dispatch.BACKENDS:
         check_backend(name)
     for ask in (check_backend, lambda name: choose(name, CPU, torch.float32)):
@@ -19,7 +19,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_cpu_is_served_by_torch_ops(dtype: torch.dtype) -> None:
+def test_cpu_runs_torch_ops(dtype: torch.dtype) -> None:
     assert choose("auto", CPU, dtype).backend == choose("eager", CPU, dtype).backend == "eager"
     assert choose("reference", CPU, dtype).backend == "reference"
 
@@ -81,7 +81,7 @@ def test_meta_tensors_are_served_by_torch_ops() -> None:
     assert choose("auto", torch.device("meta"), torch.float32).backend == "eager"
 
 
-def test_the_compiler_makes_the_passes_while_compiling() -> None:
+def test_backend_is_compiled_under_torch_compile() -> None:
     seen = []
 
     @torch.compile(backend="eager", fullgraph=True)

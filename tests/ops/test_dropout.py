@@ -19,7 +19,7 @@ SEED = torch.tensor([0])
 
 
 @pytest.mark.parametrize("p", [*PROBABILITIES, 1e-9, 0.99999])
-def test_scale_is_one_over_the_share_that_is_kept(p: float) -> None:
+def test_scale_is_one_over_the_kept_share(p: float) -> None:
     share = 1.0 - min(applied(p), 65535 / 65536)
     assert scale(p) == 1.0 / share
     assert abs((1.0 - share) - p) <= 2.0**-17 or p > 65535 / 65536
@@ -31,7 +31,7 @@ def test_scale_is_one_over_the_share_that_is_kept(p: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dropping_in_place_is_multiplying_with_the_noise(dtype: torch.dtype) -> None:
+def test_drop_in_place_equals_multiplying_by_noise(dtype: torch.dtype) -> None:
     a, b = torch.randn(50, 14, dtype=dtype), torch.randn(50, 30, dtype=dtype)[:, ::2][:, :14]
     expected = [t.double() * noise(SEED, 50, 14, 0.3, F64) for t in (a, b)]
     drop_((a, b), SEED, 0.3)
@@ -40,7 +40,7 @@ def test_dropping_in_place_is_multiplying_with_the_noise(dtype: torch.dtype) -> 
         torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0.0)
 
 
-def test_a_chunk_of_rows_has_the_mask_it_has_within_the_whole() -> None:
+def test_chunk_of_rows_has_its_part_of_the_whole_mask() -> None:
     rows, cols = 900, 401  # more than one block of the walk
     whole = dropped(rows, cols, 0.3)
     for start, stop in ((0, 1), (5, 6), (300, 900), (326, 328), (899, 900)):
@@ -50,13 +50,13 @@ def test_a_chunk_of_rows_has_the_mask_it_has_within_the_whole() -> None:
         assert torch.equal(dropped(rows, narrow, 0.3), whole[:, :narrow])
 
 
-def test_less_is_dropped_from_what_more_is_dropped_from() -> None:
+def test_mask_of_smaller_p_is_a_subset_of_larger_p() -> None:
     few, many = dropped(200, 50, 0.2), dropped(200, 50, 0.6)
     assert (many | ~few).all()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 1), (2, 3, 5), (0, 4), (4, 0)], ids=str)
-def test_the_function_over_any_shape(shape: tuple[int, ...]) -> None:
+def test_dropout_of_any_shape_has_one_mask_both_ways(shape: tuple[int, ...]) -> None:
     for dtype in DTYPES:
         x = torch.ones(shape, dtype=dtype, requires_grad=True)
         y = dropout(x, 0.5)
@@ -67,7 +67,7 @@ def test_the_function_over_any_shape(shape: tuple[int, ...]) -> None:
         assert set(y.flatten().tolist()) <= {0.0, 2.0}
 
 
-def test_the_function_follows_the_seed_and_its_switch() -> None:
+def test_dropout_follows_seed_p_and_training() -> None:
     x = torch.randn(40, 30)
     torch.manual_seed(3)
     first, second = dropout(x, 0.5), dropout(x, 0.5)
@@ -82,7 +82,7 @@ def test_the_function_follows_the_seed_and_its_switch() -> None:
             dropout(x, p)
 
 
-def test_the_function_takes_any_strides_and_leaves_its_input_alone() -> None:
+def test_dropout_takes_any_strides_and_keeps_its_input() -> None:
     x = torch.randn(5, 8, 6).transpose(0, 2)
     before = x.clone()
     torch.manual_seed(3)
@@ -95,12 +95,12 @@ def test_the_function_takes_any_strides_and_leaves_its_input_alone() -> None:
     assert set(leaf.grad.unique().tolist()) <= {0.0, 2.0}
 
 
-def test_the_function_saves_eight_bytes() -> None:
+def test_dropout_saves_eight_bytes() -> None:
     x = torch.randn(40, 30, requires_grad=True)
     assert kept_for_backward(lambda: dropout(x, 0.5), [x]) == {torch.int64: 1}
 
 
-def test_the_function_is_differentiable_twice() -> None:
+def test_dropout_gradcheck_and_gradgradcheck() -> None:
     def run(x: Tensor) -> Tensor:
         torch.manual_seed(0)
         return dropout(x, 0.4)
@@ -111,7 +111,7 @@ def test_the_function_is_differentiable_twice() -> None:
     assert torch.autograd.gradgradcheck(lambda x: run(x * x).square(), x)
 
 
-def test_under_torch_func_and_for_subclasses_it_is_torchs_own() -> None:
+def test_dropout_under_torch_func_and_for_subclasses_is_torchs() -> None:
     x = torch.ones(6, 5)
     y = torch.func.vmap(lambda row: dropout(row, 0.5), randomness="different")(x)
     assert set(y.unique().tolist()) <= {0.0, 2.0}
@@ -143,7 +143,7 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_how_it_is_saved_does_not_change_the_mask(activation: str) -> None:
+def test_save_options_do_not_change_the_mask(activation: str) -> None:
     x = torch.randn(3, 5, 6, dtype=F64, requires_grad=True)
     blocks = [block(activation=activation, **save) for save in SAVES]
     for other in blocks[1:]:
@@ -171,7 +171,7 @@ def test_activation_checkpointing_repeats_the_mask(use_reentrant: bool) -> None:
         same(run_checkpointed(b, x, use_reentrant), run(b, x, b))
 
 
-def test_off_in_eval() -> None:
+def test_no_dropout_in_eval() -> None:
     b = block().eval()
     plain = FeedForward(6, 20, dtype=F64)
     plain.load_state_dict(b.state_dict())

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 probabilities = pytest.mark.parametrize("p", PROBABILITIES)
 
 
-def test_the_bound_notices() -> None:
+def test_check_counts_notices_wrong_rates() -> None:
     check_counts(torch.tensor([5000]), 10_000, 0.5)
     check_counts(torch.tensor([5260]), 10_000, 0.5)
     for wrong in (5300, 4700, 0, 10_000):
@@ -31,7 +31,7 @@ def test_rate_overall_per_row_and_per_column(p: float) -> None:
         check_counts(mask.sum(1), cols, applied(p))
 
 
-def test_rate_at_every_sixteenth() -> None:
+def test_rate_for_each_sixteenth() -> None:
     for step in range(1, 16):
         check_counts(dropped(512, 512, step / 16, seed=step).sum(), 512 * 512, step / 16)
 
@@ -77,7 +77,7 @@ def test_four_corners_are_uncorrelated() -> None:
         check_counts(parity.sum(), parity.numel(), 0.5)
 
 
-def test_every_bit_of_a_word_reaches_every_bit_of_its_mixture() -> None:
+def test_mixer_passes_strict_avalanche() -> None:
     """Strict avalanche: whichever input bit flips, each output bit flips half the time."""
     words = torch.randint(-(2**31), 2**31, (1 << 14,)).to(torch.int32)
     mixed, bits = _mix_(words.clone()), torch.arange(32, dtype=torch.int32)
@@ -87,7 +87,7 @@ def test_every_bit_of_a_word_reaches_every_bit_of_its_mixture() -> None:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_counts_scatter_as_binomial_ones_do(p: float) -> None:
+def test_counts_have_binomial_variance(p: float) -> None:
     mask, n = dropped(1024, 1024, p).double(), 1024
     p = applied(p)
     for axis in (0, 1):
@@ -95,7 +95,7 @@ def test_counts_scatter_as_binomial_ones_do(p: float) -> None:
         assert abs(chi2 - n) < 5.5 * math.sqrt(2.0 * n)  # chi-square of 1024 degrees: nearly normal
 
 
-def test_any_two_rows_and_any_two_columns_are_uncorrelated() -> None:
+def test_pairs_of_rows_and_columns_are_uncorrelated() -> None:
     mask = dropped(512, 512, 0.5)
     for m in (mask, mask.t()):
         signs = 1.0 - 2.0 * m.float()
@@ -113,7 +113,7 @@ def test_seeds_are_independent(p: float) -> None:
         check_independent(a[:, 2:], b[:, :-2], p)
 
 
-def test_drawn_seeds_differ_and_follow_torchs_generator() -> None:
+def test_seeds_differ_and_follow_torchs_generator() -> None:
     torch.manual_seed(1)
     first = torch.cat([draw_seed(CPU) for _ in range(100)])
     torch.manual_seed(1)

@@ -25,7 +25,7 @@ def expected(name: str, pre, pre_gate, dh, factors):
 
 @pytest.mark.parametrize(("seed", "row_start"), CASES, ids=["plain", "dropout", "later rows"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_pass_forward_and_the_pass_back(name: str, seed, row_start: int) -> None:
+def test_passes_equal_the_formula(name: str, seed, row_start: int) -> None:
     gated = TABLE[name].gated
     pre, pre_gate = torch.randn(5, 8, dtype=F64), torch.randn(5, 8, dtype=F64) if gated else None
     dy, down = torch.randn(5, 3, dtype=F64), Dense(torch.randn(3, 8, dtype=F64))

@@ -32,7 +32,7 @@ def with_mask(arguments: Arguments, dropout: float, **options) -> tuple[Tensor, 
 
 @names
 @saves
-def test_op_is_the_reference_in_float64(name: str, save: dict) -> None:
+def test_op_equals_reference_in_float64(name: str, save: dict) -> None:
     for bias in (True, False):
         for dropout in (0.0, 0.4):
             arguments = draw(name, bias=bias, shape=(2, 4))
@@ -107,7 +107,7 @@ def test_large_products_are_as_exact_as_plain_torch(name: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_many_chunks_add_up_in_a_wider_type(dtype: torch.dtype) -> None:
+def test_chunks_are_summed_in_a_wider_dtype(dtype: torch.dtype) -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         arguments = draw("gelu", shape=(512,), widths=(24, 40, 16), dtype=dtype)
@@ -115,7 +115,7 @@ def test_many_chunks_add_up_in_a_wider_type(dtype: torch.dtype) -> None:
 
 
 @names
-def test_autocast_is_as_exact_as_plain_torch_under_it(name: str) -> None:
+def test_autocast_is_as_exact_as_plain_torch(name: str) -> None:
     arguments = draw(name, shape=(8,), widths=(24, 40, 16), dtype=torch.float32)
     wide, row = arguments.to(F64), TABLE[name]
     dy = torch.randn(8, 16).bfloat16()
@@ -134,7 +134,7 @@ def test_autocast_is_as_exact_as_plain_torch_under_it(name: str) -> None:
 
 
 @names
-def test_backward_keeps_to_forwards_dtypes_wherever_it_is_called(name: str) -> None:
+def test_backward_under_autocast_keeps_forwards_dtypes(name: str) -> None:
     arguments = draw(name, dtype=torch.float32)
     for forward in (True, False):
         for options in ({"create_graph": True}, {}):
@@ -151,7 +151,7 @@ def test_backward_keeps_to_forwards_dtypes_wherever_it_is_called(name: str) -> N
                 torch.testing.assert_close(ours, theirs, rtol=0.0, atol=room if options else 0.0)
 
 
-def test_autocast_takes_what_another_layer_has_cast() -> None:
+def test_autocast_of_already_cast_inputs() -> None:
     first, second = draw("swiglu", dtype=torch.float32), draw("swiglu", widths=(5, 8, 3), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         between = feed_forward(*first, activation="swiglu")

@@ -28,7 +28,7 @@ def _asked_anew():
 @pytest.mark.usefixtures("_asked_anew")
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_callers_defaults_do_not_matter(device: str, dtype: torch.dtype) -> None:
+def test_probes_ignore_the_callers_defaults(device: str, dtype: torch.dtype) -> None:
     asked = [*CACHED, hardware.int8_in_onednn, hardware.int8_in_fbgemm]
     truth = [function() for function in asked]
     before = torch.get_default_dtype()
@@ -50,7 +50,7 @@ def test_float32_stays_in_mkl_on_intel_and_where_tiles_would_round_it(monkeypatc
 
 
 @pytest.mark.usefixtures("_asked_anew")
-def test_a_build_without_the_private_op_is_no_error(monkeypatch) -> None:
+def test_missing_private_op_means_false(monkeypatch) -> None:
     class Empty:
         pass
 
@@ -64,7 +64,7 @@ def test_a_build_without_the_private_op_is_no_error(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "probe", [hardware._has_onednn_linear, hardware.int8_in_onednn, hardware.int8_in_fbgemm]
 )
-def test_a_probe_gives_its_answer_within_a_trace_too(probe) -> None:
+def test_probes_within_a_trace(probe) -> None:
     can, found = probe(), []
 
     def first_call(x: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
     st.sampled_from([(), (1,), (7,), (2, 3), (0,)]),
     st.sampled_from([("preact", None), ("input", None), ("input", 2), ("input", 9)]),
 )
-def test_outputs_and_gradients_are_the_textbooks(activation, bias, frozen, adapted, shape, saved) -> None:
+def test_lora_equals_the_formula(activation, bias, frozen, adapted, shape, saved) -> None:
     """Beside frozen weights, and beside weights that train."""
     products = a_block(TABLE[activation].gated, bias, adapted, frozen=frozen)
     x = leaf(*shape, 6)
@@ -94,7 +94,7 @@ def test_outputs_and_gradients_are_the_textbooks(activation, bias, frozen, adapt
 
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_dropout_has_the_same_mask_forward_and_back(activation: str, chunk: int | None, monkeypatch) -> None:
+def test_dropout_has_one_mask_both_ways(activation: str, chunk: int | None, monkeypatch) -> None:
     """Of the hidden values and of each adapter's input: the textbook with the masks spelled out."""
     seeds = [torch.tensor([s]) for s in (3, 14, 15, 92)]
     hidden, *drawn = seeds
@@ -112,7 +112,7 @@ def test_dropout_has_the_same_mask_forward_and_back(activation: str, chunk: int 
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_it_can_be_differentiated_twice(activation: str, frozen: bool) -> None:
+def test_gradcheck_and_gradgradcheck(activation: str, frozen: bool) -> None:
     gated = TABLE[activation].gated
     products = a_block(gated, True, (True, True, True), (0.2, 0.0, 0.2), frozen=frozen)
     x = leaf(4, 6)
@@ -132,7 +132,7 @@ def test_it_can_be_differentiated_twice(activation: str, frozen: bool) -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize(("save", "elements"), [("preact", 6 + 2 * 10), ("input", 6)])
-def test_it_keeps_what_the_block_keeps(save: str, elements: int, frozen: bool) -> None:
+def test_saved_elements_equal_the_plain_blocks(save: str, elements: int, frozen: bool) -> None:
     """Under autocast too, where it keeps no copy of a weight, as the block without adapters has to."""
     adapted = True, True, True
     products = a_block(True, True, adapted, (0.1, 0.1, 0.1), frozen=frozen, dtype=torch.float32)
@@ -149,7 +149,7 @@ def test_it_keeps_what_the_block_keeps(save: str, elements: int, frozen: bool) -
     assert kept == {torch.int64: 4, torch.bfloat16: 7 * elements}
 
 
-def test_chunks_are_rounded_once() -> None:
+def test_gradients_over_chunks_are_rounded_once() -> None:
     """In bfloat16 the sum over many chunks errs no more than over one."""
     products = a_block(False, False, (True, True, False), dtype=torch.bfloat16)
     x, a = leaf(512, 6, dtype=torch.bfloat16), products[0].a

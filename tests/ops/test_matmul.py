@@ -22,7 +22,7 @@ def force(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
 @needs_onednn
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_linear_is_the_same_in_onednn(monkeypatch, bias: bool, dtype: torch.dtype) -> None:
+def test_linear_in_onednn_is_as_exact_as_torch(monkeypatch, bias: bool, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and not hardware.bfloat16_in_onednn():
         pytest.skip("this processor does not multiply bfloat16")
     for rows, multiplied in ((2, 0), (256, 1)):
@@ -39,7 +39,7 @@ def test_a_linear_is_the_same_in_onednn(monkeypatch, bias: bool, dtype: torch.dt
 @needs_onednn
 @pytest.mark.parametrize("name", ["relu", "mish", "swiglu", "reglu"])
 @pytest.mark.parametrize("save", ["preact", "input"])
-def test_the_float32_route_changes_nothing_but_rounding(monkeypatch, name: str, save: str) -> None:
+def test_onednn_changes_float32_only_by_rounding(monkeypatch, name: str, save: str) -> None:
     arguments = draw(name, **WIDE)
     dy = torch.randn(128, 512)
     results = []
@@ -58,7 +58,7 @@ def test_the_float32_route_changes_nothing_but_rounding(monkeypatch, name: str, 
 )
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("sizes", [(512, 256, 1024), (1100, 768, 1600)], ids=str)
-def test_float32_rounds_at_most_twice_as_much_as_plain_torch(name: str, sizes: tuple[int, int, int]) -> None:
+def test_float32_error_is_at_most_twice_plain_torchs(name: str, sizes: tuple[int, int, int]) -> None:
     tokens, dim, hidden_dim = sizes
     for seed in range(3):
         torch.manual_seed(seed)
@@ -84,7 +84,7 @@ def precision(request):
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no such setting")
-def test_the_setting_is_restored_even_when_backward_raises(monkeypatch, precision: str) -> None:
+def test_precision_setting_is_restored_if_backward_raises(monkeypatch, precision: str) -> None:
     setting = torch.backends.mkldnn.matmul
     force(monkeypatch, True)
     monkeypatch.setitem(matmul._WORTH_ONEDNN, torch.float32, 0)
@@ -127,7 +127,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_onednn
 @pytest.mark.usefixtures("untouched")
-def test_few_rows_never_touch_the_setting(monkeypatch) -> None:
+def test_few_rows_do_not_change_the_precision_setting(monkeypatch) -> None:
     feed_forward(*draw("gelu", dtype=torch.float32)).sum().backward()
     monkeypatch.setitem(matmul._WORTH_ONEDNN, torch.float32, 0)
     feed_forward(*draw("gelu", shape=(1,), dtype=torch.float32)).sum().backward()
@@ -137,7 +137,7 @@ def test_few_rows_never_touch_the_setting(monkeypatch) -> None:
 
 @needs_onednn
 @pytest.mark.usefixtures("untouched")
-def test_other_dtypes_never_touch_the_setting(monkeypatch) -> None:
+def test_other_dtypes_do_not_change_the_precision_setting(monkeypatch) -> None:
     monkeypatch.setitem(matmul._WORTH_ONEDNN, torch.float32, 0)
     for dtype in (F64, torch.bfloat16):
         feed_forward(*draw("gelu", dtype=dtype)).sum().backward()
@@ -145,7 +145,7 @@ def test_other_dtypes_never_touch_the_setting(monkeypatch) -> None:
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_strided_bias_is_read_as_it_lies(monkeypatch, dtype: torch.dtype) -> None:
+def test_strided_bias(monkeypatch, dtype: torch.dtype) -> None:
     force(monkeypatch, True)
     x, weight = torch.randn(512, 512).to(dtype), torch.randn(512, 512).to(dtype)
     bias = 100.0 * torch.randn(1024).to(dtype)[::2]
@@ -154,7 +154,7 @@ def test_a_strided_bias_is_read_as_it_lies(monkeypatch, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_weight_gradient_has_the_layout_of_its_weight(dtype):
+def test_weight_gradient_has_its_weights_layout(dtype):
     dy, x = torch.randn(9, 5, dtype=dtype), torch.randn(9, 3, dtype=dtype)
     kept = torch.randn(3, 5, dtype=dtype)  # (in, out), as GPT-2 keeps it
     for weight in (kept.t(), kept.t().contiguous(), kept.t()[:1]):

@@ -24,7 +24,7 @@ def factors(rows: int, cols: int) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "no_dropout"])
-def test_both_textbooks_agree(name: str, bias: bool, dropout: bool) -> None:
+def test_reference_equals_numpy(name: str, bias: bool, dropout: bool) -> None:
     arguments = draw(name, bias=bias)
     noise = factors(7, 10) if dropout else None
     y = by_reference(*arguments, activation=TABLE[name], noise=noise)
@@ -41,7 +41,7 @@ def test_both_textbooks_agree(name: str, bias: bool, dropout: bool) -> None:
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_the_worked_example() -> None:
+def test_worked_example() -> None:
     W, x, b = [[2.0, 1.0], [1.0, 3.0]], [1.0, 2.0], [0.0, 1.0]
     np.testing.assert_array_equal(textbook.affine(np.array(x), np.array(W), np.array(b)), [4.0, 8.0])
     up, bias, down = torch.tensor(W), torch.tensor(b), torch.eye(2)
@@ -51,7 +51,7 @@ def test_the_worked_example() -> None:
     assert feed_forward(torch.tensor(x), up, down, up_bias=bias, activation="identity").tolist() == [4.0, 8.0]
 
 
-def test_it_is_the_sequential_everybody_writes() -> None:
+def test_reference_equals_nn_sequential() -> None:
     sequential = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 5))
     x = torch.randn(2, 3, 6)
     up, _, down = sequential
@@ -59,7 +59,7 @@ def test_it_is_the_sequential_everybody_writes() -> None:
     assert torch.equal(y, sequential(x))
 
 
-def test_leading_shapes_and_noise_broadcast() -> None:
+def test_leading_shapes_and_zero_noise() -> None:
     arguments = draw("swiglu", shape=(2, 3, 4))
     noise = torch.zeros(2, 3, 4, 10, dtype=F64)
     y = by_reference(*arguments, activation=TABLE["swiglu"], noise=noise)

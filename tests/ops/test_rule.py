@@ -20,7 +20,7 @@ names = pytest.mark.parametrize("name", NAMES)
 
 
 @names
-def test_saved_elements_are_counted_exactly(name: str) -> None:
+def test_saved_elements_exactly(name: str) -> None:
     N, D, H = 7, 6, 10
     hidden = 2 * H if TABLE[name].gated else H
     for bias, shape, dtype in ((True, (7,), torch.float64), (False, (1, 7), torch.bfloat16)):
@@ -36,7 +36,7 @@ def test_saved_elements_are_counted_exactly(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("options", SAVES, ids=str)
-def test_torch_counts_every_product(name: str, options: dict) -> None:
+def test_flop_counter_sees_every_matmul(name: str, options: dict) -> None:
     arguments = draw(name, shape=(7,))
     with FlopCounterMode(display=False) as counter:
         y = feed_forward(*arguments, activation=name, **options)
@@ -46,7 +46,7 @@ def test_torch_counts_every_product(name: str, options: dict) -> None:
     assert counter.get_total_flops() == 6 * 7 * (first + arguments.down.numel()) + again
 
 
-def test_autocast_keeps_the_cast_weights_besides() -> None:
+def test_autocast_also_saves_the_cast_weights() -> None:
     arguments = draw("swiglu", dtype=torch.float32)
 
     def run() -> Tensor:
@@ -60,7 +60,7 @@ def test_autocast_keeps_the_cast_weights_besides() -> None:
 
 @names
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_gradcheck_twice(name: str, bias: bool) -> None:
+def test_gradcheck_and_gradgradcheck(name: str, bias: bool) -> None:
     arguments = draw(name, bias=bias, shape=(3,), widths=(2, 3, 2))
     given = [t is not None for t in arguments]
     for dropout, save in itertools.product((0.0, 0.4), SAVES):
@@ -88,7 +88,7 @@ def test_gradgradcheck_entry_by_entry(name: str) -> None:
     assert torch.autograd.gradgradcheck(run, arguments.given())
 
 
-def test_a_gradient_penalty() -> None:
+def test_gradient_penalty_through_non_leaf_inputs() -> None:
     """The second derivative reaches what x and the weights came from, not only themselves."""
     base = draw("swiglu")
     results = []
@@ -124,7 +124,7 @@ def products(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("save", SAVES[:2], ids=["preact", "input"])
-def test_frozen_tensors_get_no_gradient_and_cost_no_product(name: str, save: dict) -> None:
+def test_frozen_tensors_get_no_gradient_and_cost_no_matmul(name: str, save: dict) -> None:
     whole = draw(name)
     fields = [field for field, t in zip(Arguments._fields, whole, strict=True) if t is not None]
     gated = "gate" in fields
@@ -160,7 +160,7 @@ def test_frozen_tensors_get_no_gradient_and_cost_no_product(name: str, save: dic
         assert count == needed + ("x" in want) * (1 + gated) + replays
 
 
-def test_forward_costs_its_two_or_three_products() -> None:
+def test_forward_runs_two_or_three_matmuls() -> None:
     for name, wanted in (("gelu", 2), ("swiglu", 3)):
         arguments = draw(name)
         assert products(lambda n=name, a=arguments: feed_forward(*a, activation=n)) == wanted
@@ -168,7 +168,7 @@ def test_forward_costs_its_two_or_three_products() -> None:
 
 
 @names
-def test_backward_twice_gives_the_same(name: str) -> None:
+def test_backward_twice_gives_equal_gradients(name: str) -> None:
     for save in SAVES:
         arguments = draw(name)
         y = feed_forward(*arguments, activation=name, dropout=0.3, **save)
@@ -188,7 +188,7 @@ def test_backward_twice_gives_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_backward_takes_the_place_of_what_was_saved(name: str) -> None:
+def test_backward_reuses_the_saved_preactivations(name: str) -> None:
     N, D, H = 3000, 4, 40
     arguments = draw(name, shape=(N,), widths=(D, H, D))
     y = feed_forward(*arguments, activation=name)
@@ -198,7 +198,7 @@ def test_backward_takes_the_place_of_what_was_saved(name: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["x", "up", "down", "gate", "up_bias", "down_bias", "gate_bias"])
-def test_changing_a_saved_tensor_in_place_is_noticed(field: str) -> None:
+def test_in_place_change_of_a_saved_tensor_raises(field: str) -> None:
     for save in SAVES:
         arguments = draw("swiglu", shape=(2, 3))
         y = feed_forward(*arguments, activation="swiglu", **save)
@@ -208,7 +208,7 @@ def test_changing_a_saved_tensor_in_place_is_noticed(field: str) -> None:
             gradients(y, arguments, torch.ones_like(y))
 
 
-def test_the_inputs_are_left_as_they_were() -> None:
+def test_inputs_and_outputs_are_not_modified() -> None:
     for name in NAMES:
         arguments = draw(name)
         before = [t.detach().clone() for t in arguments.given()]
@@ -229,7 +229,7 @@ def test_gradients_accumulate_into_leaves() -> None:
         torch.testing.assert_close(t.grad, 2.0 * once)
 
 
-def test_tied_weights_add_up() -> None:
+def test_tied_weights_sum_their_gradients() -> None:
     x, weight = leaf(torch.randn(4, 6)), leaf(torch.randn(6, 6))
     y = feed_forward(x, weight, weight, activation="silu")
     expected = torch.nn.functional.silu(x @ weight.t()) @ weight.t()

@@ -31,7 +31,7 @@ def test_vectorised_jacobian_and_hessian(activation: str, p: float) -> None:
 
 
 @pytest.mark.skipif(not hardware.float32_faster_in_onednn(), reason="float32 products stay in MKL here")
-def test_threads_leave_the_process_as_it_was() -> None:
+def test_threads_restore_the_precision_setting() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     both_within, may_leave = threading.Barrier(2), threading.Event()
 
@@ -52,14 +52,14 @@ def test_threads_leave_the_process_as_it_was() -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_saving_less_needs_the_rule() -> None:
+def test_save_input_under_plain_autograd_raises() -> None:
     with pytest.raises(ValueError, match=r"^save must be"):
         FeedForward(4, activation=lambda v: v.sin(), save="input")
     with pytest.raises(ValueError, match=r"^save must be"):
         feed_forward(torch.ones(1, 2), torch.ones(3, 2), torch.ones(2, 3), save="input", backend="reference")
 
 
-def test_a_patch_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patch_of_nn_linear_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = FeedForward(4, 6), torch.randn(2, 4)
     plain = torch.nn.Linear.forward
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: 2 * plain(self, x))
@@ -69,20 +69,20 @@ def test_a_patch_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def test_explain_sees_autocast() -> None:
+def test_explain_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert "bfloat16" in FeedForward(4).explain(torch.randn(2, 4))
         with pytest.raises(ValueError, match=r"^x must be"):
             FeedForward(4).explain(torch.randn(2, 5))
 
 
-def test_an_empty_module_is_an_activation() -> None:
+def test_empty_module_as_activation() -> None:
     block, x = FeedForward(4, 6, activation=torch.nn.Sequential()), torch.randn(2, 4)
     torch.testing.assert_close(block(x), block.down_proj(block.up_proj(x)))
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_what_was_saved_may_be_kept_by_others(name: str) -> None:
+def test_saved_tensor_hooks_and_selective_checkpointing(name: str) -> None:
     arguments = draw(name)
     run = partial(feed_forward, activation=name)
     want = gradients(run(*arguments), arguments, dy := torch.randn(7, 5, dtype=torch.float64))

@@ -12,7 +12,7 @@ F64 = torch.float64
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
 )  # torch's own, for jvp
-def test_transforms_that_want_the_textbook() -> None:
+def test_needs_textbook_under_transforms() -> None:
     seen = []
 
     def ask(x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_transforms_that_want_the_textbook() -> None:
 @pytest.mark.parametrize(
     "wrap", [lambda f: f, torch.func.vmap, torch.func.grad], ids=["plain", "vmap", "grad"]
 )
-def test_the_same_answer_within_the_compiler(wrap) -> None:
+def test_needs_textbook_within_torch_compile(wrap) -> None:
     def ask(x: torch.Tensor) -> torch.Tensor:
         return (x * (2.0 if torch_modes.needs_textbook() else 1.0)).sum()
 
@@ -47,7 +47,7 @@ def test_the_same_answer_within_the_compiler(wrap) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exporting(strict: bool) -> None:
+def test_needs_textbook_under_export(strict: bool) -> None:
     class Ask(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * (2.0 if torch_modes.needs_textbook() else 1.0)
@@ -56,7 +56,7 @@ def test_exporting(strict: bool) -> None:
     assert torch.equal(program.module()(torch.ones(3)), torch.full((3,), 2.0))
 
 
-def test_what_autocast_casts() -> None:
+def test_autocasts() -> None:
     xs = [torch.ones(2, dtype=dtype) for dtype in (torch.float32, torch.float16, F64, torch.int64)]
     xs.append(torch.ones(2, device="meta"))
     assert not any(map(torch_modes.autocasts, xs))

@@ -103,7 +103,7 @@ def test_dact(arch: int, name: str, p: float, dtype: torch.dtype) -> None:
 
 @on_each
 @pytest.mark.parametrize("name", ["mish", "geglu"])
-def test_the_passes_in_float32(arch: int, name: str) -> None:
+def test_float32_passes(arch: int, name: str) -> None:
     check(act_on(arch, name, 0.1, FP32), SHARED_ANYWHERE)
     check(dact_on(arch, name, 0.1, FP32, outputs=False), SHARED_ANYWHERE)
 
@@ -138,7 +138,7 @@ def test_linear_dact(arch: int, name: str, p: float, dtype: torch.dtype, bias: b
 
 @on_those_that_fuse
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_forward_products_that_keep_nothing(arch: int, name: str) -> None:
+def test_linear_act_without_preactivations(arch: int, name: str) -> None:
     for tiling in choosable(arch, forward=True, gated=TABLE[name].gated):
         check(linear_act_on(arch, tiling, name, 0.0, BF16, bias=True, outputs=False), SHARED[arch])
 
@@ -149,7 +149,7 @@ def shared_by_two(found: Compiled, tiling: Tiling) -> bool:
 
 
 @pytest.mark.parametrize("name", ["gelu", "mish", "geglu", "swiglu"])
-def test_two_programs_of_the_first_candidate_share_a_processor(name: str) -> None:
+def test_two_programs_of_the_first_candidate_fit_one_sm(name: str) -> None:
     gated = TABLE[name].gated
     tiling = CANDIDATES[False, gated][0]
     assert shared_by_two(linear_dact_on(90, tiling, name, 0.0, BF16, outputs=True), tiling)

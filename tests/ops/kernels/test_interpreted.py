@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 
-def test_kernels_in_the_interpreter() -> None:
+def test_interpreted_kernels() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this process collects them itself")

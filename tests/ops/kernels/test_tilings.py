@@ -24,12 +24,12 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     tilings._measured.cache_clear()
 
 
-def test_keys_tell_cases_apart() -> None:
+def test_keys_are_distinct() -> None:
     assert key(True, (9, 0), "bfloat16", True, 96, 384, 8192) == "forward gated sm90 bfloat16 D96 H384 N13"
     assert key(False, (10, 3), "float16", False, 64, 128, 1) == "backward plain sm103 float16 D64 H128 N0"
 
 
-def test_keys_count_tokens_by_their_power_of_two() -> None:
+def test_keys_round_tokens_down_to_a_power_of_two() -> None:
     at = {N: key(True, (9, 0), "bfloat16", True, 768, 3072, N) for N in (0, 1, 4095, 4096, 8191, 8192)}
     assert at[4096] == at[8191] != at[8192]
     assert at[4095] != at[4096]
@@ -37,7 +37,7 @@ def test_keys_count_tokens_by_their_power_of_two() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_candidates_are_tiles_that_the_compiler_takes(form: tuple[bool, bool]) -> None:
+def test_candidates_are_valid_tiles(form: tuple[bool, bool]) -> None:
     for t in CANDIDATES[form]:
         for n in (t.rows, t.cols, t.depth, t.parts, t.warps):
             assert n & (n - 1) == 0
@@ -48,11 +48,11 @@ def test_candidates_are_tiles_that_the_compiler_takes(form: tuple[bool, bool]) -
 
 @pytest.mark.parametrize(("forward", "gated"), FORMS)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 3)])
-def test_off_the_table_nothing_is_fused(table, capability, forward: bool, gated: bool) -> None:
+def test_no_fusion_off_the_table(table, capability, forward: bool, gated: bool) -> None:
     assert choose(forward, capability, "bfloat16", gated, 768, 3072, 8192) is None
 
 
-def test_the_table_decides(table: Path) -> None:
+def test_choose_reads_the_table(table: Path) -> None:
     fused, apart = (True, (9, 0), "bfloat16", True, 768, 3072), (False, (9, 0), "bfloat16", True, 768, 3072)
     table.write_text(to_json({key(*fused, 4096): SMALL, key(*apart, 4096): None}))
     assert choose(*fused, 5000) == SMALL
@@ -60,7 +60,7 @@ def test_the_table_decides(table: Path) -> None:
     assert choose(*apart, 5000) is None
 
 
-def test_a_table_reads_back_as_written(table: Path) -> None:
+def test_table_round_trip(table: Path) -> None:
     rows = {"b": SMALL, "a": None, "c": CANDIDATES[True, False][0]}
     table.write_text(to_json(rows))
     assert tilings._measured() == rows
@@ -83,7 +83,7 @@ def test_a_table_reads_back_as_written(table: Path) -> None:
         f'{{"a": {FINE}',
     ],
 )
-def test_a_damaged_table_is_named(table: Path, text: str) -> None:
+def test_damaged_table_raises_naming_the_file(table: Path, text: str) -> None:
     table.write_text(text)
     with pytest.raises(ValueError, match="tilings") as caught:
         choose(True, (9, 0), "bfloat16", True, 768, 3072, 8192)
@@ -92,7 +92,7 @@ def test_a_damaged_table_is_named(table: Path, text: str) -> None:
     assert "python -m benchmarks tune" in str(caught.value)
 
 
-def test_the_shipped_table_reads_and_its_keys_are_keys() -> None:
+def test_shipped_table_is_valid() -> None:
     tilings._measured.cache_clear()
     form = r"(forward|backward) (gated|plain) sm\d+ (bfloat16|float16) D\d+ H\d+ N\d+"
     assert [name for name in tilings._measured() if not re.fullmatch(form, name)] == []

@@ -45,26 +45,26 @@ def check_case(case: Case, ulps: int = 4) -> None:
 
 @names
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_act_is_the_textbook(name: str, dtype: torch.dtype) -> None:
+def test_act_equals_the_formula(name: str, dtype: torch.dtype) -> None:
     for p in (0.0, 0.3):
         check_case(draw(name, (7, 70), dtype, p=p))
 
 
 @given(cases(most_rows=9))
 @settings(max_examples=20)
-def test_act_is_the_textbook_wherever(case: Case) -> None:
+def test_act_equals_the_formula_anywhere(case: Case) -> None:
     check_case(case, ulps=16)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_any_shape_in_the_tiles_that_a_gpu_gets(monkeypatch, name: str, shape: tuple[int, int]) -> None:
+def test_any_shape_in_the_default_tiles(monkeypatch, name: str, shape: tuple[int, int]) -> None:
     monkeypatch.setattr(act, "ROWS", 2)
     monkeypatch.setattr(act, "COLS", 1024)
     check_case(draw(name, shape))
 
 
-def test_the_grid_has_room_for_a_row_of_any_length(monkeypatch) -> None:
+def test_grid_limits_for_a_long_row(monkeypatch) -> None:
     class Launch:
         def __class_getitem__(cls, grid):
             grids.append(grid)
@@ -80,7 +80,7 @@ def test_the_grid_has_room_for_a_row_of_any_length(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["relu", "geglu"])
-def test_nothing_is_written_beside_h(monkeypatch, name: str) -> None:
+def test_no_write_outside_h(monkeypatch, name: str) -> None:
     for shape in ((7, 70), (4, 64), (1, 1)):
         case = draw(name, shape)
         with guarded(monkeypatch):
@@ -88,7 +88,7 @@ def test_nothing_is_written_beside_h(monkeypatch, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_halves_of_one_packed_tensor(dtype: torch.dtype) -> None:
+def test_packed_gate_and_up(dtype: torch.dtype) -> None:
     packed = embedded(torch.randn(5, 2 * 24).to(dtype))
     gate, up = packed.chunk(2, dim=1)
     case = draw("swiglu", (5, 24), dtype)._replace(pre=up, gate=gate)
@@ -96,7 +96,7 @@ def test_halves_of_one_packed_tensor(dtype: torch.dtype) -> None:
     check_case(case._replace(pre=gate, gate=up))
 
 
-def test_columns_that_lie_apart() -> None:
+def test_strided_columns() -> None:
     pre, gate = torch.randn(70, 7).t(), torch.randn(7, 140)[:, ::2]
     check_case(draw("geglu", (7, 70))._replace(pre=pre, gate=gate))
     check_case(draw("geglu", (7, 70))._replace(pre=gate, gate=pre))
@@ -104,7 +104,7 @@ def test_columns_that_lie_apart() -> None:
 
 
 @pytest.mark.parametrize("start", [(0, 0), (2**31 - 3, 0), (2**33 + 1, 2**30)], ids=str)
-def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
+def test_shard_has_its_part_of_the_whole_mask(start: tuple[int, int]) -> None:
     whole_case = draw("swiglu", (9, 96), p=0.5, start=start)
     expected = whole_case.act()
     for rows, cols in ((slice(0, 4), slice(0, 48)), (slice(3, 9), slice(20, 96))):
@@ -116,14 +116,14 @@ def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_factors_are_philoxs(dtype: torch.dtype) -> None:
+def test_factors_are_philox(dtype: torch.dtype) -> None:
     for p in (0.0, 1e-6, 0.25, 0.999):
         ones, seed = torch.ones(6, 70, dtype=dtype), torch.tensor([SEED])
         h = torch.ops.ffn.act(ones, None, seed, "identity", p, 11, 8)
         assert torch.equal(h, factors(SEED, p, 6, 70, 11, 8).to(dtype))
 
 
-def test_what_is_dropped_is_zero_even_where_it_overflowed() -> None:
+def test_dropped_infinities_become_zero() -> None:
     case = draw("identity", (4, 64), p=0.5)
     case.pre.fill_(float("-inf"))
     h, noise = case.act(), case.noise()
@@ -132,7 +132,7 @@ def test_what_is_dropped_is_zero_even_where_it_overflowed() -> None:
 
 
 @names
-def test_torchs_contract_for_ops(name: str) -> None:
+def test_opcheck(name: str) -> None:
     for rows in (3, 0):
         for p in (0.3, 0.0):
             _, _, *tensors, p, row, col = draw(name, (rows, 20), p=p)

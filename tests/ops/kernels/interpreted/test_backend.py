@@ -128,7 +128,7 @@ CHUNKED = {"save": "input", "chunk_tokens": 20}
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"save": "input"}, CHUNKED], ids=["preact", "input", "chunks"])
-def test_dropout_and_what_is_kept(name: str, dtype: torch.dtype, options: dict) -> None:
+def test_dropout_with_each_save_option(name: str, dtype: torch.dtype, options: dict) -> None:
     check(name, dtype, 0.3, **options)
 
 
@@ -143,7 +143,7 @@ def test_fused_products(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["decode", "fused"])
-def test_biases_of_any_stride(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+def test_strided_biases(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
     if fused:
         monkeypatch.setattr(tilings, "choose", lambda *case: FUSED)
     arguments = draw("geglu", shape=(5,), widths=(24, 40, 16), dtype=torch.float32)
@@ -157,7 +157,7 @@ def test_biases_of_any_stride(monkeypatch: pytest.MonkeyPatch, fused: bool) -> N
         torch.testing.assert_close(y, by_reference(*arguments, activation=TABLE["geglu"]))
 
 
-def test_no_tokens_and_one() -> None:
+def test_zero_tokens_and_one() -> None:
     for tokens in (0, 1):
         arguments = draw("swiglu", shape=(tokens,), widths=(24, 40, 16), dtype=torch.float32)
         y = feed_forward(*arguments, activation="swiglu", backend="triton")
@@ -172,7 +172,7 @@ def test_a_few_tokens_without_gradients() -> None:
         torch.testing.assert_close(y, by_reference(*arguments, activation=TABLE["geglu"]))
 
 
-def test_double_backward_drops_what_forward_dropped() -> None:
+def test_double_backward_has_the_mask_of_forward() -> None:
     arguments = draw("gelu", shape=(5,), widths=(8, 16, 8), dtype=torch.float32)
     torch.manual_seed(2)
     y = feed_forward(*arguments, activation="gelu", dropout=0.4, backend="triton")
@@ -183,13 +183,13 @@ def test_double_backward_drops_what_forward_dropped() -> None:
     assert all(grad.requires_grad for grad in twice[:-1])  # down_bias has dy's sum, and dy is a constant
 
 
-def test_under_the_compiler_the_kernels_are_refused_by_name() -> None:
+def test_triton_under_torch_compile_raises() -> None:
     block, x = FeedForward(24, 40, backend="triton"), torch.randn(2, 24)
     with pytest.raises(Exception, match=r"backend must be 'auto'.*torch\.compile"):
         torch.compile(block, backend="eager", fullgraph=True)(x)
 
 
-def test_explain_names_the_kernels() -> None:
+def test_explain_and_errors_of_backend_triton() -> None:
     block = FeedForward(24, 40, backend="triton")
     assert block.explain(torch.randn(2, 24)).startswith("triton: ")
     with pytest.raises(ValueError, match=r"^backend must be"):
@@ -200,7 +200,7 @@ def test_explain_names_the_kernels() -> None:
             torch.func.vmap(lambda x, call=call: call(x))(x)
 
 
-def test_weights_kept_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transposed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """As GPT-2's are: no copy of a weight for few tokens, and gradients laid out as the weights."""
     arguments = draw("gelu", shape=(5,), widths=(24, 40, 16), dtype=torch.bfloat16)
     turned = {name: getattr(arguments, name).detach().t().contiguous().t() for name in ("up", "down")}
@@ -213,7 +213,7 @@ def test_weights_kept_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(feed_forward(*arguments, activation="gelu", backend="triton"), y)
 
 
-def test_few_tokens_in_float32_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_in_float32_is_for_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "op", None)
     arguments = draw("gelu", shape=(2,), widths=(24, 40, 16), dtype=torch.float32)
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_few_tokens_in_float32_are_the_librarys(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("choose", [lambda *case: FUSED, lambda *case: None], ids=["fused", "apart"])
-def test_torch_counts_every_product(monkeypatch: pytest.MonkeyPatch, name: str, choose) -> None:
+def test_flop_counter_sees_every_matmul(monkeypatch: pytest.MonkeyPatch, name: str, choose) -> None:
     monkeypatch.setattr(tilings, "choose", choose)
     arguments = draw(name, shape=(18,), widths=(24, 40, 16), dtype=torch.bfloat16)
     forward = 2 * 18 * sum(w.numel() for w in arguments.given()[1:] if w.ndim == 2)
@@ -238,7 +238,7 @@ def test_torch_counts_every_product(monkeypatch: pytest.MonkeyPatch, name: str, 
     assert counter.get_total_flops() == forward
 
 
-def test_fake_tensors_are_asked_for_no_address() -> None:
+def test_fake_tensors() -> None:
     with FakeTensorMode():
         arguments = draw("swiglu", shape=(18,), widths=(24, 40, 16), dtype=torch.bfloat16)
         y = feed_forward(*arguments, activation="swiglu", dropout=0.1, backend="triton")

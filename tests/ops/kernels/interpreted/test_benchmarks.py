@@ -18,7 +18,7 @@ TILING = Tiling(16, 16, 16, 8, 1, 4, 2)
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_tune_writes_what_choose_reads(gated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_reads_the_table_of_tune(gated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unable = Tiling(16, 16, 3, 8, 1, 4, 2)
     monkeypatch.setattr(tune, "BLOCKS", {"toy": (16, 32, gated)})
     monkeypatch.setattr(tune, "CANDIDATES", {way: [TILING, unable] for way in tune.CANDIDATES})
@@ -45,7 +45,7 @@ def test_tune_writes_what_choose_reads(gated: bool, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("choose", [always, never], ids=["fused", "unfused"])
 @pytest.mark.parametrize("work", ["training", "inference"])
-def test_ffn_runs_on_its_kernels_beside_torch(work: str, choose) -> None:
+def test_benchmark_runs_the_kernels(work: str, choose) -> None:
     block = replace(BLOCKS["qwen2.5-0.5b"], dim=64, hidden_dim=128)
     case = Case(block, 32 if work == "training" else 1, "bfloat16", work)
     builders = {name: IMPLEMENTATIONS[name] for name in ("torch", "ffn triton")}

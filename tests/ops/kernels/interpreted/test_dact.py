@@ -56,27 +56,27 @@ def check_case(case: Case, ulps: int = 4) -> None:
 
 @names
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dact_is_the_textbook(name: str, dtype: torch.dtype) -> None:
+def test_dact_equals_the_formula(name: str, dtype: torch.dtype) -> None:
     for p in (0.0, 0.3):
         check_case(draw(name, (7, 70), dtype, p=p))
 
 
 @given(cases(most_rows=19))
 @settings(max_examples=20)
-def test_dact_is_the_textbook_wherever(case: Case) -> None:
+def test_dact_equals_the_formula_anywhere(case: Case) -> None:
     check_case(case, ulps=16)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_any_shape_in_the_tiles_that_a_gpu_gets(monkeypatch, name: str, shape: tuple[int, int]) -> None:
+def test_any_shape_in_the_default_tiles(monkeypatch, name: str, shape: tuple[int, int]) -> None:
     for size, value in {"ROWS": 2, "COLS": 512, "STRETCHES": (64, 32, 16, 8)}.items():
         monkeypatch.setattr(dact, size, value)
     check_case(draw(name, shape, p=0.0 if shape[0] * shape[1] > 500 else 0.3))
 
 
 @pytest.mark.parametrize("H", [1, 768, 3072, 14336])
-def test_many_rows_a_program_only_where_programs_are_many(monkeypatch: pytest.MonkeyPatch, H: int) -> None:
+def test_rows_per_program(monkeypatch: pytest.MonkeyPatch, H: int) -> None:
     monkeypatch.setattr(dact, "COLS", 512)
     monkeypatch.setattr(dact, "STRETCHES", (64, 32, 16, 8))
     for N in (1, 128, 1000, 8192, 2**20):
@@ -87,7 +87,7 @@ def test_many_rows_a_program_only_where_programs_are_many(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["relu", "geglu"])
-def test_nothing_is_written_beside_the_results(monkeypatch, name: str) -> None:
+def test_no_write_outside_the_results(monkeypatch, name: str) -> None:
     for shape in ((11, 70), (8, 64), (1, 1)):
         case = draw(name, shape)
         with guarded(monkeypatch):
@@ -95,7 +95,7 @@ def test_nothing_is_written_beside_the_results(monkeypatch, name: str) -> None:
 
 
 @names
-def test_only_what_is_asked_for(name: str) -> None:
+def test_optional_results(name: str) -> None:
     case = draw(name, (5, 70))
     dh = case.dh.clone()
     everything = case.dact(dh)
@@ -113,26 +113,26 @@ def test_only_what_is_asked_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_halves_of_one_packed_tensor(dtype: torch.dtype) -> None:
+def test_packed_gate_and_up(dtype: torch.dtype) -> None:
     gate, up = embedded(torch.randn(5, 2 * 24).to(dtype)).chunk(2, dim=1)
     case = draw("swiglu", (5, 24), dtype)._replace(pre=up, gate=gate)
     check_case(case)
     check_case(case._replace(dh=case.dh.clone(), pre=gate, gate=up))
 
 
-def test_columns_that_lie_apart() -> None:
+def test_strided_columns() -> None:
     pre, gate = torch.randn(70, 7).t(), torch.randn(7, 140)[:, ::2]
     check_case(draw("geglu", (7, 70))._replace(pre=pre, gate=gate))
     check_case(draw("silu", (7, 70))._replace(pre=gate))
 
 
-def test_sums_over_many_rows_stay_exact() -> None:
+def test_sums_over_many_rows_are_exact() -> None:
     for dtype in DTYPES:
         check_case(draw("reglu", (70, 4), dtype, p=0.0))
 
 
 @pytest.mark.parametrize("start", [(0, 0), (2**31 - 3, 0), (2**33 + 1, 2**30)], ids=str)
-def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
+def test_shard_has_its_part_of_the_whole_mask(start: tuple[int, int]) -> None:
     case = draw("gelu", (9, 96), p=0.5, start=start)
     full, part = case.dh.clone(), case.dh[3:, 20:].clone()
     dpre = case.dact(full)[0]
@@ -141,7 +141,7 @@ def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
     assert torch.equal(bits(part), bits(full[3:, 20:]))
 
 
-def test_what_is_dropped_is_zero_even_where_it_overflowed() -> None:
+def test_dropped_infinities_become_zero() -> None:
     case = draw("swiglu", (4, 64), p=0.5)
     case.pre.fill_(float("-inf"))
     h = case.act()
@@ -151,7 +151,7 @@ def test_what_is_dropped_is_zero_even_where_it_overflowed() -> None:
 
 
 @names
-def test_torchs_contract_for_ops(name: str) -> None:
+def test_opcheck(name: str) -> None:
     for rows in (3, 0):
         for p, asked in ((0.3, True), (0.0, False)):
             _, dh, pre, gate, seed, p, row, col = draw(name, (rows, 20), p=p)
@@ -163,7 +163,7 @@ def test_torchs_contract_for_ops(name: str) -> None:
 
 
 @names
-def test_gradients_in_the_place_of_what_was_saved(name: str) -> None:
+def test_gradients_may_overwrite_preactivations(name: str) -> None:
     case = draw(name, (9, 72))
     case = case._replace(
         pre=case.pre.contiguous(), gate=None if case.gate is None else case.gate.contiguous()

@@ -75,7 +75,7 @@ def test_every_activation(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("N", TOKENS)
-def test_every_count_of_tokens(monkeypatch, N: int, name: str, dtype: torch.dtype) -> None:
+def test_token_counts(monkeypatch, N: int, name: str, dtype: torch.dtype) -> None:
     for programs in (decode.PROGRAMS, 1):  # the latter gives the tile of wide weights
         monkeypatch.setattr(decode, "PROGRAMS", programs)
         for D, H in ((513, 69), (512, 64), (528, 1)):
@@ -93,14 +93,14 @@ def test_any_sizes(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("N", [1, 16, 32])
-def test_nothing_to_sum_and_nothing_to_write(N: int) -> None:
+def test_empty_sums_and_empty_results(N: int) -> None:
     check("gelu", draw("gelu", N, 0, 5))
     check("swiglu", draw("swiglu", N, 0, 5))
     check("swiglu", draw("swiglu", N, 5, 0))
 
 
 @pytest.mark.parametrize("name", ["relu", "geglu"])
-def test_nothing_is_written_beside_h(monkeypatch, name: str) -> None:
+def test_no_write_outside_h(monkeypatch, name: str) -> None:
     for N, H in ((1, 17), (3, 33), (17, 16), (32, 1)):
         arguments = draw(name, N, 24, H)
         with guarded(monkeypatch):
@@ -108,7 +108,7 @@ def test_nothing_is_written_beside_h(monkeypatch, name: str) -> None:
 
 
 @pytest.mark.parametrize("N", [1, 4])
-def test_columns_that_lie_apart_and_halves_of_one_packed_weight(N: int) -> None:
+def test_strided_columns_and_packed_weights(N: int) -> None:
     arguments = draw("swiglu", N, 40, 20)
     apart = Arguments(
         torch.randn(40, N).t(), torch.randn(20, 80)[:, ::2], torch.randn(40, 20).t(), None, None
@@ -119,7 +119,7 @@ def test_columns_that_lie_apart_and_halves_of_one_packed_weight(N: int) -> None:
         check("swiglu", arguments._replace(gate_w=halves[0], up=halves[1]))
 
 
-def test_one_bias_without_the_other() -> None:
+def test_single_bias() -> None:
     for N in (1, 4):
         arguments = draw("geglu", N, 24, 20)
         check("geglu", arguments._replace(bias=None))
@@ -139,7 +139,7 @@ def test_preactivations_are_rounded_before_the_activation(N: int, dtype: torch.d
 
 
 @pytest.mark.parametrize("N", [7, 20])
-def test_a_token_is_not_moved_by_the_others(N: int) -> None:
+def test_tokens_are_independent(N: int) -> None:
     arguments = Arguments(*(torch.randint(-4, 5, (rows, 70)).float() for rows in (N, 40, 40)), None, None)
     h = decode.op(*arguments, "swiglu")  # whole numbers: sums are exact in any order
     order = torch.randperm(N)
@@ -150,13 +150,13 @@ def test_a_token_is_not_moved_by_the_others(N: int) -> None:
     assert torch.equal(decode.op(*arguments, "swiglu")[:-1], h[:-1])
 
 
-def test_more_tokens_than_a_program_holds() -> None:
+def test_too_many_tokens_raise() -> None:
     with pytest.raises(ValueError, match=r"^x must have at most 32 tokens, got 33"):
         decode.op(*draw("gelu", 33, 8, 8), "gelu")
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-def test_tiles_hold_the_tokens_and_read_lines_of_memory(aligned: bool) -> None:
+def test_tile_sizes(aligned: bool) -> None:
     for gated, itemsize, H, N in product((True, False), (2, 4), (768, 3072, 14336), range(1, 33)):
         t = decode.tile(N, H, itemsize, gated, aligned)
         assert t.tokens >= N
@@ -166,7 +166,7 @@ def test_tiles_hold_the_tokens_and_read_lines_of_memory(aligned: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_torchs_contract_for_ops(name: str) -> None:
+def test_opcheck(name: str) -> None:
     for N in (1, 3, 0):
         for bias in (True, False):
             opcheck(decode.op, (*draw(name, N, 24, 20, bias=bias), name))

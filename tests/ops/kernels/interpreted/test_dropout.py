@@ -11,7 +11,9 @@ from ffn.ops.dropout_mask import draw_seed
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, 5, 24), (40,), ()], ids=str)
-def test_one_mask_both_ways(monkeypatch: pytest.MonkeyPatch, shape: tuple, dtype: torch.dtype) -> None:
+def test_dropout_has_one_mask_both_ways(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple, dtype: torch.dtype
+) -> None:
     assert dispatch.why_not_triton(torch.device("cpu"), dtype) is None
     kernels = dispatch.module("triton")
     monkeypatch.setattr(sys.modules["ffn.ops.dropout"], "_drawing", lambda *_: kernels)

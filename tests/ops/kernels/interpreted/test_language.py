@@ -30,7 +30,7 @@ def kept(seed: int, least: int, rows: int, cols: int, row: int = 0, col: int = 0
     return out.numpy()
 
 
-def test_our_philox_gives_the_known_answers() -> None:
+def test_oracle_philox_gives_known_answers() -> None:
     """Of Random123, kat_vectors: zeros, ones, and the digits of pi."""
     known = [
         ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -46,14 +46,14 @@ def test_our_philox_gives_the_known_answers() -> None:
         assert " ".join(f"{word:08x}" for word in words) == answer
 
 
-def test_the_first_four_columns_are_the_known_answer() -> None:
+def test_first_four_columns_are_the_known_answer() -> None:
     for column, word in enumerate([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]):
         assert kept(0, word >> 1, 1, 4)[0, column]
         assert not kept(0, (word >> 1) + 1, 1, 4)[0, column]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_mask_is_philoxs(seed: int) -> None:
+def test_mask_is_philox(seed: int) -> None:
     for row, col in STARTS:
         drawn = draws(seed, 4, 32, row, col) >> 1
         for least in (0, 1 << 29, int(drawn[3, 30]), int(drawn[1, 5]) + 1, 2**31 - 1):
@@ -68,7 +68,7 @@ def test_the_mask_is_philoxs(seed: int) -> None:
     rows=st.sampled_from([1, 8]),
     cols=st.sampled_from([4, 64]),
 )
-def test_the_mask_is_philoxs_wherever(seed: int, row: int, word: int, p: float, rows: int, cols: int) -> None:
+def test_mask_is_philox_anywhere(seed: int, row: int, word: int, p: float, rows: int, cols: int) -> None:
     expected = draws(seed, rows, cols, row, 4 * word) >> 1 >= level(p)
     assert np.array_equal(kept(seed, language.threshold(p), rows, cols, row, 4 * word), expected)
 
@@ -80,7 +80,7 @@ def test_a_shard_has_the_mask_it_has_within_the_whole() -> None:
 
 
 @pytest.mark.parametrize("p", PROBABILITIES)
-def test_the_share_kept_and_that_neighbours_are_independent(p: float) -> None:
+def test_kept_share_and_independent_neighbours(p: float) -> None:
     mask = torch.from_numpy(~kept(12345, language.threshold(p), 256, 256))
     check_counts(mask.sum(), mask.numel(), p)
     check_counts(mask.sum(0), 256, p)
@@ -94,7 +94,7 @@ def test_the_share_kept_and_that_neighbours_are_independent(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-12, 1e-3, 0.1, 0.5, 0.9, 1.0 - 1e-12])
-def test_the_scale_is_one_over_the_share_that_is_kept(p: float) -> None:
+def test_scale_is_one_over_the_kept_share(p: float) -> None:
     share = 1.0 - language.threshold(p) / 2**31
     assert 0.0 < share <= 1.0
     assert abs(share - (1.0 - p)) <= 2.0**-31
@@ -110,7 +110,7 @@ def _formula(x_ptr, value_ptr, slope_ptr, FORMULA: tl.constexpr, SIZE: tl.conste
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_formula_is_the_tables_in_float32(name: str) -> None:
+def test_formula_equals_the_table_in_float32(name: str) -> None:
     inf = float("inf")
     special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 20.0, -20.0, 100.0, -100.0, inf, -inf, float("nan")])
     x = torch.cat([special, torch.linspace(-30.0, 30.0, 1000), torch.randn(1037)])
@@ -126,7 +126,7 @@ def test_a_formula_is_the_tables_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounded_is_what_memory_would_hold(dtype: torch.dtype) -> None:
+def test_rounded_equals_a_round_trip_through_memory(dtype: torch.dtype) -> None:
     x, y = torch.randn(1024), torch.empty(1024)
     _rounded[1,](x, y, torch.empty(1, dtype=dtype), 1024)
     assert torch.equal(y, x.to(dtype).float())
@@ -148,7 +148,7 @@ def _tiles(out_ptr, N, H, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.cons
 
 @pytest.mark.parametrize(("N", "H"), [(1, 1), (70, 33), (64, 64), (200, 10), (10, 200)])
 @pytest.mark.parametrize("group", [1, 2, 8])
-def test_every_tile_is_some_programs_and_neighbours_share_columns(N: int, H: int, group: int) -> None:
+def test_tiles_are_covered_once_in_grouped_order(N: int, H: int, group: int) -> None:
     high, wide = -(-N // 16), -(-H // 32)
     out = torch.empty(high * wide, 2, dtype=torch.int32)
     _tiles[high * wide,](out, N, H, 16, 32, group)
@@ -168,14 +168,14 @@ def _pieces(x_ptr, y_ptr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.cons
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_pieces_are_neighbouring_columns_in_order(parts: int) -> None:
+def test_pieces_are_consecutive_columns(parts: int) -> None:
     x = torch.randn(8, 32)
     y = torch.empty_like(x)
     _pieces[1,](x, y, 8, 32, parts)
     assert torch.equal(x, y)
 
 
-def test_rows_are_copied_only_where_columns_lie_apart() -> None:
+def test_rows_of_copies_only_strided_columns() -> None:
     x = torch.randn(6, 8)
     for view in (x, x[:, 2:6], x[::2]):
         assert language.rows_of(view) is view

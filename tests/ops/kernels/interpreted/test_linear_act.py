@@ -111,14 +111,14 @@ def check_case(case: Case, tiling: list[int] = TILING, ulps: int = 4) -> None:
 
 @names
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_act_is_the_textbook(name: str, dtype: torch.dtype) -> None:
+def test_linear_act_equals_the_formula(name: str, dtype: torch.dtype) -> None:
     for bias in (True, False):
         for p in (0.0, 0.3):
             check_case(draw(name, dtype=dtype, bias=bias, p=p), [32, 64, 32, 2, 1, 4, 2])
 
 
 @names
-def test_only_what_is_asked_for(name: str) -> None:
+def test_optional_results(name: str) -> None:
     case = draw(name, (5, 8, 40))
     h, *nothing = case.run(keep_pre=False)
     assert torch.equal(bits(h), bits(case.run()[0]))
@@ -127,7 +127,7 @@ def test_only_what_is_asked_for(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_pieces_of_a_tile_make_the_tile(name: str, dtype: torch.dtype) -> None:
+def test_parts_do_not_change_results(name: str, dtype: torch.dtype) -> None:
     case = draw(name, dtype=dtype)
     whole_tiles = case.run()
     for parts in (2, 4):
@@ -146,7 +146,7 @@ def test_pieces_of_a_tile_make_the_tile(name: str, dtype: torch.dtype) -> None:
     tiling=st.tuples(*map(st.sampled_from, ([16, 32], [32, 64], [16, 32], [1, 2, 8], [1, 2, 4]))),
 )
 @settings(max_examples=12)
-def test_linear_act_is_the_textbook_wherever(tokens, widths, dtype, name, bias, p, seed, tiling) -> None:
+def test_linear_act_equals_the_formula_anywhere(tokens, widths, dtype, name, bias, p, seed, tiling) -> None:
     torch.manual_seed(seed % 2**32)
     case = draw(name, (tokens, 8 * widths[0], 8 * widths[1]), dtype, bias=bias, p=p, seed=seed)
     check_case(case, [*tiling, 4, 2], ulps=16)
@@ -160,7 +160,7 @@ def test_any_sizes(name: str, sizes: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu", "relu2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_is_as_exact_as_the_two_passes_apart(name: str, dtype: torch.dtype) -> None:
+def test_fused_is_as_exact_as_unfused(name: str, dtype: torch.dtype) -> None:
     for bias in (True, False):
         case = draw(name, dtype=dtype, bias=bias)
         pre, gate = case.products(dtype)
@@ -172,7 +172,7 @@ def test_fused_is_as_exact_as_the_two_passes_apart(name: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_h_is_what_the_elementwise_pass_makes_of_pre(name: str, dtype: torch.dtype) -> None:
+def test_h_equals_the_pass_over_pre(name: str, dtype: torch.dtype) -> None:
     case = draw(name, dtype=dtype, start=(2**33 + 1, 2**20))
     h, pre, gate = case.run()
     rest = case.seed, name, case.p, case.row_start, case.col_start
@@ -181,7 +181,7 @@ def test_h_is_what_the_elementwise_pass_makes_of_pre(name: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("start", [(0, 0), (2**31 - 9, 0), (2**33 + 1, 2**30)], ids=str)
-def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
+def test_shard_has_its_part_of_the_whole_mask(start: tuple[int, int]) -> None:
     case = draw("swiglu", (20, 16, 96), p=0.5, start=start)
     expected = case.run()
     rows, cols = slice(3, 20), slice(40, 96)
@@ -196,14 +196,14 @@ def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["gelu", "geglu"])
-def test_one_bias_without_the_other(name: str) -> None:
+def test_single_bias(name: str) -> None:
     case = draw(name)
     check_case(case._replace(bias=None))
     check_case(case._replace(gate_bias=None))
 
 
 @pytest.mark.parametrize("name", ["relu", "geglu"])
-def test_nothing_is_written_beside_the_results(monkeypatch, name: str) -> None:
+def test_no_write_outside_the_results(monkeypatch, name: str) -> None:
     case = draw(name, (19, 24, 40))
     for keep_pre in (True, False):
         with guarded(monkeypatch):
@@ -211,7 +211,7 @@ def test_nothing_is_written_beside_the_results(monkeypatch, name: str) -> None:
 
 
 @names
-def test_torchs_contract_for_ops(name: str) -> None:
+def test_opcheck(name: str) -> None:
     for rows in (3, 0):
         for bias, p, keep_pre in ((True, 0.3, True), (False, 0.0, False)):
             arguments = (*draw(name, (rows, 8, 16), bias=bias, p=p), keep_pre, [16, 16, 16, 1, 1, 4, 2])

@@ -104,14 +104,14 @@ def check_case(case: Case, tiling: list[int] = TILING, ulps: int = 4) -> None:
 
 @names
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_dact_is_the_textbook(name: str, dtype: torch.dtype) -> None:
+def test_linear_dact_equals_the_formula(name: str, dtype: torch.dtype) -> None:
     for p in (0.0, 0.3):
         check_case(draw(name, dtype=dtype, p=p))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_pieces_of_a_tile_make_the_tile(name: str, dtype: torch.dtype) -> None:
+def test_parts_do_not_change_results(name: str, dtype: torch.dtype) -> None:
     case = draw(name, dtype=dtype)
     whole_tiles = case.run()
     for parts in (2, 4):
@@ -129,7 +129,7 @@ def test_pieces_of_a_tile_make_the_tile(name: str, dtype: torch.dtype) -> None:
     tiling=st.tuples(*map(st.sampled_from, ([16, 32], [32, 64], [16, 32], [1, 2, 8], [1, 2, 4]))),
 )
 @settings(max_examples=12)
-def test_linear_dact_is_the_textbook_wherever(tokens, widths, dtype, name, p, seed, tiling) -> None:
+def test_linear_dact_equals_the_formula_anywhere(tokens, widths, dtype, name, p, seed, tiling) -> None:
     torch.manual_seed(seed % 2**32)
     case = draw(name, (tokens, 8 * widths[0], 8 * widths[1]), dtype, p=p, seed=seed)
     check_case(case, [*tiling, 4, 2], ulps=16)
@@ -143,7 +143,7 @@ def test_any_sizes(name: str, sizes: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu", "relu2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_is_as_exact_as_the_two_passes_apart(name: str, dtype: torch.dtype) -> None:
+def test_fused_is_as_exact_as_unfused(name: str, dtype: torch.dtype) -> None:
     case = draw(name, dtype=dtype)
     fused, apart, exact = case.run(), case.apart(), case.textbook(F64)
     assert torch.equal(bits(fused.h), bits(apart.h))
@@ -154,7 +154,7 @@ def test_fused_is_as_exact_as_the_two_passes_apart(name: str, dtype: torch.dtype
 
 
 @names
-def test_h_is_that_of_forward(name: str) -> None:
+def test_h_equals_forwards_h(name: str) -> None:
     for dtype in DTYPES:
         x, up = torch.randn(19, 16).to(dtype), torch.randn(72, 16).to(dtype) / 4
         case = draw(name, dtype=dtype, start=(2**33 + 1, 2**20))
@@ -166,7 +166,7 @@ def test_h_is_that_of_forward(name: str) -> None:
 
 
 @names
-def test_only_what_is_asked_for(name: str) -> None:
+def test_optional_results(name: str) -> None:
     case = draw(name, (5, 8, 40))
     everything = case.run()
     for keep_h in (True, False):
@@ -179,7 +179,7 @@ def test_only_what_is_asked_for(name: str) -> None:
                 assert torch.equal(ours, full if sums else full[:0])
 
 
-def test_halves_of_one_packed_tensor() -> None:
+def test_packed_gate_and_up() -> None:
     for dtype in DTYPES:
         gate, up = embedded(torch.randn(19, 2 * 72).to(dtype)).chunk(2, dim=1)
         check_case(draw("swiglu", dtype=dtype)._replace(pre=up, gate=gate))
@@ -187,7 +187,7 @@ def test_halves_of_one_packed_tensor() -> None:
 
 
 @pytest.mark.parametrize("start", [(0, 0), (2**31 - 9, 0), (2**33 + 1, 2**30)], ids=str)
-def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
+def test_shard_has_its_part_of_the_whole_mask(start: tuple[int, int]) -> None:
     case = draw("swiglu", (20, 16, 96), p=0.5, start=start)
     check_case(case)
     rows, cols = slice(3, 20), slice(40, 96)
@@ -200,7 +200,7 @@ def test_a_shard_drops_what_the_whole_drops(start: tuple[int, int]) -> None:
         assert torch.equal(ours == 0.0, full[rows, cols] == 0.0)
 
 
-def test_what_is_dropped_is_zero_even_where_it_overflowed() -> None:
+def test_dropped_infinities_become_zero() -> None:
     case = draw("identity", p=0.5)
     case.pre.fill_(float("-inf"))
     case.dy.fill_(float("inf"))
@@ -212,14 +212,14 @@ def test_what_is_dropped_is_zero_even_where_it_overflowed() -> None:
 
 
 @pytest.mark.parametrize("name", ["relu", "geglu"])
-def test_nothing_is_written_beside_the_results(monkeypatch, name: str) -> None:
+def test_no_write_outside_the_results(monkeypatch, name: str) -> None:
     case = draw(name, (19, 24, 40))
     with guarded(monkeypatch):
         case.run()
 
 
 @names
-def test_torchs_contract_for_ops(name: str) -> None:
+def test_opcheck(name: str) -> None:
     for rows in (3, 0):
         for p, asked in ((0.3, True), (0.0, False)):
             dy, down, pre, gate, *rest = draw(name, (rows, 8, 16), p=p)
@@ -229,7 +229,7 @@ def test_torchs_contract_for_ops(name: str) -> None:
 
 @pytest.mark.parametrize("tiling", [TILING, [16, 64, 16, 2, 4, 4, 2]], ids=["whole", "in_parts"])
 @names
-def test_gradients_in_the_place_of_what_was_saved(name: str, tiling: list[int]) -> None:
+def test_gradients_may_overwrite_preactivations(name: str, tiling: list[int]) -> None:
     case = draw(name, p=0.3)
     want = case.run(tiling=tiling)
     dy, down, pre, gate, *rest = case

@@ -17,7 +17,7 @@ F32 = torch.float32
 
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_kernels_between_the_products(
+def test_lora_products_with_kernels(
     monkeypatch: pytest.MonkeyPatch, activation: str, chunk: int | None
 ) -> None:
     seeds = [torch.tensor([s]) for s in (3, 14, 15, 92)]

@@ -31,7 +31,7 @@ def _product(x_ptr, y_ptr, z_ptr, M: tl.constexpr, K: tl.constexpr, N: tl.conste
     tl.store(z_ptr + m[:, None] * N + n[None, :], tl.dot(x, y, tl.zeros([M, N], tl.float32)))
 
 
-def test_every_bfloat16_survives_being_widened() -> None:
+def test_bfloat16_round_trip_through_float32() -> None:
     every = np.arange(1 << 16, dtype=np.uint16)
     wide = to_float32(every)
     theirs = torch.from_numpy(every.view(np.int16)).view(torch.bfloat16).float().numpy()
@@ -42,7 +42,7 @@ def test_every_bfloat16_survives_being_widened() -> None:
 
 
 @pytest.mark.parametrize("low", [0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], ids=hex)
-def test_rounding_is_to_the_nearest_even(low: int) -> None:
+def test_rounding_to_nearest_even(low: int) -> None:
     """All upper halves, with lower ones at, below and above the middle between two bfloat16."""
     x = ((np.arange(1 << 16, dtype=np.uint32) << 16) | np.uint32(low)).view(np.float32)
     x = x[~np.isnan(x)]
@@ -59,7 +59,7 @@ def test_arithmetic_and_float_arguments() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_product_of_matrices(dtype: torch.dtype) -> None:
+def test_dot(dtype: torch.dtype) -> None:
     x, y = torch.randn(16, 64).to(dtype), torch.randn(64, 32).to(dtype)
     z = torch.empty(16, 32)
     _product[1,](x, y, z, 16, 64, 32)
