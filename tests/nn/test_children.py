@@ -206,3 +206,13 @@ def test_nested_input_calls_the_children() -> None:
     assert block.explain(nested) == "children: the input is nested"
     for found, part in zip(block(nested).unbind(), parts, strict=True):
         torch.testing.assert_close(found, block(part))
+
+
+def test_patch_of_nn_linear_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = FeedForward(4, 6), torch.randn(2, 4)
+    plain = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: 2 * plain(self, x))
+    assert "replaced" in block.explain(x)
+    torch.testing.assert_close(
+        block(x), 2 * plain(block.down_proj, torch.nn.functional.gelu(block.up_proj(x)))
+    )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ffn import FeedForward
 from ffn.ops import dispatch, feed_forward
 from tests.ops.samples import F64, SAVES, Arguments, draw, gradients, leaf
 
@@ -133,3 +134,10 @@ def test_meta_tensors() -> None:
             t.shape for t in arguments.given()
         ]
     assert dispatch.choose("auto", arguments.x.device, arguments.x.dtype).backend == "eager"
+
+
+def test_save_input_under_plain_autograd_raises() -> None:
+    with pytest.raises(ValueError, match=r"^save must be"):
+        FeedForward(4, activation=lambda v: v.sin(), save="input")
+    with pytest.raises(ValueError, match=r"^save must be"):
+        feed_forward(torch.ones(1, 2), torch.ones(3, 2), torch.ones(2, 3), save="input", backend="reference")

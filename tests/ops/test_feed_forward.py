@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from torch import Tensor
 from ffn.activations import TABLE
 from ffn.ops import feed_forward
 from ffn.ops.dropout_mask import draw_seed, noise
-from tests.ops import textbook
 from tests.ops.samples import F64, NAMES, SAVES, Arguments, by_reference, draw, gradients, leaf
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -44,26 +42,6 @@ def test_op_equals_reference_in_float64(name: str, save: dict) -> None:
                 gradients(y, arguments, dy), gradients(expected, arguments, dy), strict=True
             ):
                 torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
-
-
-@names
-@saves
-def test_op_is_the_textbook_in_numpy(name: str, save: dict) -> None:
-    for bias in (True, False):
-        for dropout in (0.0, 0.4):
-            arguments = draw(name, bias=bias)
-            y, factors = with_mask(arguments, dropout, activation=name, **save)
-            dy = torch.randn_like(y)
-            x, *weights = (None if t is None else t.detach().numpy() for t in arguments)
-            weights = textbook.Weights(*weights)
-            by_hand = {"activation": name, "noise": 1.0 if factors is None else factors.numpy()}
-            np.testing.assert_allclose(
-                y.detach().numpy(), textbook.forward(x, weights, **by_hand), rtol=1e-10, atol=1e-8
-            )
-            dx, dweights = textbook.backward(dy.numpy(), x, weights, **by_hand)
-            theirs = [grad for grad, t in zip((dx, *dweights), arguments, strict=True) if t is not None]
-            for ours, by_numpy in zip(gradients(y, arguments, dy), theirs, strict=True):
-                np.testing.assert_allclose(ours.numpy(), by_numpy, rtol=1e-8, atol=1e-8)
 
 
 def errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:

@@ -24,8 +24,3 @@ def test_drop_of_strided_tensors() -> None:
 @pytest.mark.parametrize("count", [0, 5])
 def test_dropout_keys(count: int) -> None:
     opcheck(torch.ops.ffn.dropout_keys.default, (SEED, 3, count, 1))
-
-
-def test_ops_are_marked_fit_for_the_compiler() -> None:
-    for name in ("drop", "dropout_keys"):
-        assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.ffn, name).default.tags

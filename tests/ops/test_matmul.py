@@ -1,5 +1,7 @@
 """Products of a Linear: the oneDNN route changes speed, not numbers, and leaves torch's setting as it was."""
 
+import threading
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -162,3 +164,25 @@ def test_weight_gradient_has_its_weights_layout(dtype):
         torch.testing.assert_close(found, dy[:, : weight.shape[0]].t() @ x)
     assert matmul.weight_gradient(dy, x, kept.t()).t().is_contiguous()
     assert matmul.weight_gradient(dy, x, kept.t().contiguous()).is_contiguous()
+
+
+@pytest.mark.skipif(not hardware.float32_faster_in_onednn(), reason="float32 products stay in MKL here")
+def test_threads_restore_the_precision_setting() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    both_within, may_leave = threading.Barrier(2), threading.Event()
+
+    def first() -> None:
+        with matmul.float32_in_onednn():
+            both_within.wait()
+            may_leave.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    with matmul.float32_in_onednn():
+        both_within.wait()
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16", "the first thread is still within"
+    may_leave.set()
+    thread.join()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -2,14 +2,18 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import peak_bytes
+from ffn import FeedForward
 from ffn.activations import TABLE
 from ffn.ops import feed_forward
 from tests.kept import kept_for_backward
@@ -235,3 +239,39 @@ def test_tied_weights_sum_their_gradients() -> None:
     expected = torch.nn.functional.silu(x @ weight.t()) @ weight.t()
     ours, theirs = (torch.autograd.grad(out.sum(), (x, weight)) for out in (y, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_vectorised_jacobian_and_hessian(activation: str, p: float) -> None:
+    block = FeedForward(4, 6, p, activation=activation, dtype=torch.float64)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return block(x)
+
+    jacobian, hessian = torch.autograd.functional.jacobian, torch.autograd.functional.hessian
+    torch.testing.assert_close(jacobian(f, x, vectorize=True), jacobian(f, x))
+    energy = lambda x: f(x).square().sum()  # noqa: E731
+    torch.testing.assert_close(hessian(energy, x, vectorize=True), hessian(energy, x))
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_saved_tensor_hooks_and_selective_checkpointing(name: str) -> None:
+    arguments = draw(name)
+    run = partial(feed_forward, activation=name)
+    want = gradients(run(*arguments), arguments, dy := torch.randn(7, 5, dtype=torch.float64))
+
+    def products_kept(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+        kept = "mm" in str(op) or "linear" in str(op)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, products_kept)
+    ys = [checkpoint(run, *arguments, use_reentrant=False, context_fn=contexts)]
+    for hooks in (torch.autograd.graph.save_on_cpu(), saved_tensors_hooks(lambda t: t, lambda t: t)):
+        with hooks:
+            ys.append(run(*arguments))
+    for y in ys:
+        for ours, theirs in zip(gradients(y, arguments, dy), want, strict=True):
+            assert torch.equal(ours, theirs)

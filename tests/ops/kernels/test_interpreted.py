@@ -1,4 +1,4 @@
-"""Run the tests of `interpreted/` in a process whose Triton interprets kernels instead of compiling."""
+"""Run the tests of `interpreted/` in a process where Triton interprets kernels instead of compiling them."""
 
 import os
 import subprocess
@@ -16,7 +16,6 @@ def test_interpreted_kernels() -> None:
     folder = "tests/ops/kernels/interpreted"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder],
-        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-        check=False,
+        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
