@@ -1,4 +1,4 @@
-"""Samples on a device, and the block beside plain torch in their type and the textbook in float64."""
+"""Samples on a device; compare the op with plain torch in their dtype and the reference in float64."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ffn.ops.kernels.tilings import Tiling
 from tests.ops.samples import F64, Arguments, by_reference, draw, gradients, leaf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FEWEST = 1 << 15  # elements of h from which on the tests fuse products in half precision
-FUSED = (300,), (256, 1024, 256)  # tokens and widths D, H, O of products that are fused in half precision
-ODD = (33,), (37, 61, 29)  # and of such as no copy engine reads
+FEWEST = 1 << 15  # fewest elements of h for which the tests fuse products in half precision
+FUSED = (300,), (256, 1024, 256)  # tokens and widths D, H, O that are fused in half precision
+ODD = (33,), (37, 61, 29)  # sizes that tensor descriptors do not support
 
 
 def sample(name: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] = FUSED[0],
            widths: tuple[int, int, int] = FUSED[1], bias: bool = True) -> Arguments:  # fmt: skip
-    """Leaves; in half precision multiples of 1/64, whose products add up exactly in float32, in any order.
+    """Return random leaves. In half precision they are multiples of 1/64, with sums exact in float32.
 
-    So a preactivation lies on one side of an activation's kink, whoever computed it.
+    So all implementations compute equal preactivations, on the same side of an activation's kink.
     """
     with device:
         drawn = draw(name, bias=bias, shape=shape, widths=widths, dtype=dtype)
@@ -34,21 +34,21 @@ def sample(name: str, device: torch.device, dtype: torch.dtype, shape: Sequence[
 
 
 def fuse_large(forward: bool, capability, dtype: str, gated: bool, D: int, H: int, N: int) -> Tiling | None:
-    """In place of `tilings.choose`: fuse what is large enough, in the first of the candidate tiles."""
+    """Replace `tilings.choose`: the first candidate tiling for large enough cases in half precision."""
     return CANDIDATES[forward, gated][0] if dtype != "float32" and N * H >= FEWEST else None
 
 
 def results(run: Callable[..., Tensor], arguments: Arguments, dy: Tensor) -> list[Tensor]:
-    """y and, where it has them, all gradients."""
+    """Return y and, if it requires gradients, all gradients."""
     y = run(*arguments)
     return [y, *gradients(y, arguments, dy.to(y.dtype))] if y.requires_grad else [y]
 
 
 def check(name: str, arguments: Arguments, p: float = 0.0, *, backend: str = "triton",
           dy: Tensor | None = None, **options) -> None:  # fmt: skip
-    """At most twice plain torch's error in the same dtype, plus one ulp of the largest value.
+    """Assert an error of at most twice plain torch's in the same dtype, plus one ulp of the largest value.
 
-    In float32 plus four: a GPU's quick exp and division, two ulps off each, count beside the products there.
+    In float32 plus four ulps, since the GPU's fast exp and division are off by two ulps each.
     """
     assert not torch.backends.cuda.matmul.allow_tf32
     x, H, ulps = arguments.x, arguments.up.shape[0], 4 if arguments.x.dtype == torch.float32 else 1
@@ -71,11 +71,11 @@ def check(name: str, arguments: Arguments, p: float = 0.0, *, backend: str = "tr
         assert got.dtype == x.dtype
         error, theirs = ((t.double() - exact).abs().max().item() for t in (got, plain))
         allowed = 2 * theirs + ulps * torch.finfo(x.dtype).eps * exact.abs().max().item()
-        assert error <= allowed, f"{tuple(got.shape)}: off by {error:.2e}, plain torch by {theirs:.2e}"
+        assert error <= allowed, f"{tuple(got.shape)}: error {error:.2e}, plain torch {theirs:.2e}"
 
 
 def assert_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    """Off by at most a fiftieth of the largest value: the same numbers, rounded in other places."""
+    """Assert differences of at most 2% of the largest value: the same numbers, rounded elsewhere."""
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.02 * b.abs().max().item())
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show; where there is none, everything here is collected and skipped."""
+"""Tests that need a GPU; without one they are collected and skipped."""
 
 import warnings
 from functools import cache
@@ -13,7 +13,7 @@ from tests.gpu.compare import fuse_large
 
 @cache
 def _warm(device: torch.device) -> None:
-    """In autograd's thread the first product makes torch warn, once, that it sets the context."""
+    """Run one backward: torch warns at the first matmul in autograd's thread that it sets the context."""
     x = torch.ones(8, 8, device=device, requires_grad=True)
     with warnings.catch_warnings(action="ignore"):
         (x @ x).sum().backward()

@@ -1,4 +1,4 @@
-"""Dropout on a GPU: the mask is Philox's, wherever a shard begins, and one seed gives one result."""
+"""Dropout on a GPU: the mask is Philox at any shard offset, and equal seeds give equal results."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.gpu.compare import DTYPES, assert_equal, results, sample
 from tests.ops.kernels.interpreted.oracle import factors
 from tests.ops.masks import PROBABILITIES, check_counts
 
-SHAPE = 70, 1100  # no multiples of a tile
+SHAPE = 70, 1100  # not multiples of a tile
 STARTS = [(0, 0), (5, 8), (2**31 - 3, 4), (2**33 + 7, 2**20)]
 
 
@@ -28,7 +28,7 @@ def test_fused_products_of_a_shard_have_their_part_of_the_mask(device: torch.dev
     for row, col in ((0, 0), (130, 64), (600, 384)):
         given, x = (seed, "identity", 0.5, row, col), eye.new_ones(256, 128)
         h, pre, _ = torch.ops.ffn.linear_act(x, eye, None, None, None, *given, True, tiling)
-        dpre = pre  # in its place
+        dpre = pre  # overwrites it
         again, *_ = torch.ops.ffn.linear_dact(x, eye, pre, None, dpre, None, *given, True, True, tiling)
         assert_equal([h, dpre, again], [whole[row : row + 256, col : col + 128]] * 3)
 

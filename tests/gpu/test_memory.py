@@ -1,4 +1,4 @@
-"""What a pass keeps, what it takes at its peak, and tensors of more elements than 31 bits count."""
+"""Saved elements, peak memory, and tensors of more than 2**31 elements."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def test_peak_memory_is_the_preactivations_and_one_more(device: torch.device) ->
     peaks = []
     for options in ({}, {"save": "input"}, {"save": "input", "chunk_tokens": 512}):
         run = partial(feed_forward, activation="swiglu", dropout=0.1, **options)
-        results(run, arguments, dy)  # what libraries keep for themselves
+        results(run, arguments, dy)  # warm up: libraries allocate workspaces once
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         results(run, arguments, dy)
@@ -45,7 +45,7 @@ def test_peak_memory_is_the_preactivations_and_one_more(device: torch.device) ->
 def test_more_than_2_to_the_31_elements(device: torch.device) -> None:
     N, H, p, name = 150_000, 16_384, 0.1, "gelu"
     if torch.cuda.mem_get_info(device)[0] < 24 * 2**30:
-        pytest.skip("wants 24 GiB of the GPU's memory")
+        pytest.skip("needs 24 GiB of GPU memory")
     pre, dh = (torch.randn(N, H, dtype=BF16, device=device) for _ in range(2))
     rows = [0, 2**31 // H - 1, 2**31 // H, N - 1]
     given, seed = dh[rows].cpu(), torch.tensor([11], device=device)

@@ -1,4 +1,4 @@
-"""The kernels compiled: forward and every gradient in three types, fused with their products and apart."""
+"""The compiled kernels: outputs and gradients in three dtypes, fused and unfused."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_activation(monkeypatch: pytest.MonkeyPatch, device: torch.device, name: str) -> None:
-    """Apart in float32 and one half precision, fused in the other; types, bias and dropout take turns."""
+    """Unfused in float32 and one half precision, fused in the other; dtypes, bias and dropout alternate."""
     turn = NAMES.index(name)
     half, other = (BF16, F16) if turn % 2 else (F16, BF16)
     (bias, p), (bias_2, p_2), (bias_3, p_3) = (CASES[(turn // 2 + k) % 4] for k in range(3))
@@ -45,7 +45,7 @@ def test_chosen_tiles(
     check(name, sample(name, device, dtype, *FUSED, bias), p)
     assert len(found) == 2
     if dtype != F32 and not all(found):
-        pytest.skip("right, but this GPU fuses no product")
+        pytest.skip("the numbers are right, but this GPU fuses no product")
 
 
 @pytest.mark.parametrize("options", KEPT, ids=["preact", "input", "chunks"])
@@ -73,7 +73,7 @@ def test_one_token_and_zero(device: torch.device, name: str) -> None:
 
 
 def spread(t: Tensor) -> Tensor:
-    """t with other numbers between its neighbours."""
+    """Return t strided by two, with other values in between."""
     return torch.stack([t, t + 1], -1)[..., 0]
 
 
@@ -98,7 +98,7 @@ def test_strides(device: torch.device, dtype: torch.dtype) -> None:
 def test_fused_products_equal_unfused(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, name: str
 ) -> None:
-    """The gradient of y is the identity, so that of down is h as backward rebuilds it."""
+    """dy is the identity, so ddown is the h that backward recomputes."""
     row, backend = TABLE[name], dispatch.module("triton")
     arguments = sample(name, device, BF16, (304,), (256, 1024, 304))
     x, (up, down, gate) = arguments.x, arguments.products()

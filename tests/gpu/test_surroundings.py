@@ -1,4 +1,4 @@
-"""The kernels within CUDA graphs, the compiler, autocast, checkpoints, other devices and fresh processes."""
+"""The kernels in CUDA graphs, torch.compile, autocast, checkpointing, other devices and fresh processes."""
 
 import copy
 import shutil
@@ -18,11 +18,11 @@ from tests.conftest import ROOT
 from tests.gpu.compare import assert_alike, assert_equal, check, results, sample
 
 BF16 = torch.bfloat16
-quiet = pytest.mark.filterwarnings("ignore")  # a compiler warns of itself, each version of something else
+quiet = pytest.mark.filterwarnings("ignore")  # each version of the compiler has other warnings
 
 
 def mirror(device: torch.device) -> FeedForward:
-    """A block that returns what it is given, half of it dropped."""
+    """Return a block that outputs its input with half of the elements dropped."""
     block = FeedForward(128, 128, 0.5, activation="identity", bias=False, dtype=BF16, device=device)
     with torch.no_grad():
         block.up_proj.weight.copy_(torch.eye(128))
@@ -31,7 +31,7 @@ def mirror(device: torch.device) -> FeedForward:
 
 
 def masks(call: Callable[[Tensor], Tensor], device: torch.device) -> list[Tensor]:
-    """Those that a mirror applied forward and backward."""
+    """Return the masks that a mirror applied forward and backward."""
     x = torch.ones(256, 128, dtype=BF16, device=device, requires_grad=True)
     y = call(x)
     return [y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]]
@@ -44,7 +44,7 @@ def assert_one_mask(y: Tensor, dx: Tensor) -> None:
 
 
 def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of run, warmed up, and where its replays leave their results."""
+    """Return a warmed-up CUDA graph of run, and the tensors that its replays write."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -52,7 +52,7 @@ def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = [t.detach() for t in run()]  # nothing of autograd's graph outlives the capturing stream
+        found = [t.detach() for t in run()]  # autograd's graph must not outlive the capturing stream
     return graph, found
 
 
@@ -144,7 +144,7 @@ def test_activation_checkpointing_repeats_the_mask(device: torch.device, reentra
     assert_equal(*runs)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_device_other_than_the_current_one() -> None:
     for dtype in (torch.float32, BF16):
         check("swiglu", sample("swiglu", torch.device("cuda", 1), dtype), 0.1)
@@ -171,7 +171,7 @@ SANITIZER = ["compute-sanitizer", "--report-api-errors", "no", "--error-exitcode
 
 @pytest.mark.parametrize("watcher", [[], SANITIZER], ids=["alone", "memory_checked"])
 def test_fresh_process(monkeypatch: pytest.MonkeyPatch, watcher: list[str]) -> None:
-    """Whose first kernel in autograd's thread is ours, and whose tensors each lie apart, to be overrun."""
+    """The first kernel in autograd's thread is ours. Tensors are allocated apart, to detect overruns."""
     if watcher and shutil.which(watcher[0]) is None:
         pytest.skip(f"{watcher[0]} is not on PATH")
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
@@ -182,5 +182,5 @@ def test_fresh_process(monkeypatch: pytest.MonkeyPatch, watcher: list[str]) -> N
     except subprocess.TimeoutExpired:
         pytest.skip("compute-sanitizer needs more than 100 s here")
     if watcher and "Device not supported" in run.stdout + run.stderr:
-        pytest.skip("compute-sanitizer does not know this device")
+        pytest.skip("compute-sanitizer does not support this device")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,4 +1,4 @@
-"""The guard in front of the fused path: whatever is done to a child Linear of the block takes effect."""
+"""Any change to a child Linear of the block takes effect, since the block then calls its children."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ F64 = torch.float64
 
 
 class LoRA(nn.Module):
-    """y = base x + B A x, with B at nothing first, the way adapters wrap a Linear."""
+    """y = base x + B A x: an adapter that wraps a Linear."""
 
     def __init__(self, base: nn.Linear, rank: int = 2):
         super().__init__()
@@ -27,7 +27,7 @@ class LoRA(nn.Module):
 
 
 class Doubled(Tensor):
-    """A weight that counts twice: what a quantized weight does to F.linear, in small."""
+    """A weight that F.linear counts twice: a minimal stand-in for a quantized weight."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""The module: its shapes and names, its two paths, what it says of itself and what must survive a copy."""
+"""The module FeedForward: shapes, names, both paths, explain, repr and copies."""
 
 import copy
 import doctest
@@ -28,7 +28,7 @@ def weights(block: FeedForward) -> list[Tensor | None]:
 
 
 def by_children(block: FeedForward) -> FeedForward:
-    """A copy whose children are called, since a hook that does nothing watches one of them."""
+    """Return a copy that calls its children, because one has a hook that does nothing."""
     other = copy.deepcopy(block)
     other.up_proj.register_forward_hook(lambda *_: None)
     assert other.explain(torch.ones(1, block.dim)).startswith("children: ")
@@ -36,7 +36,7 @@ def by_children(block: FeedForward) -> FeedForward:
 
 
 def outcome(block: FeedForward, x: Tensor) -> list[Tensor]:
-    """The output and all gradients, by one seed."""
+    """Return the output and all gradients, from a fixed seed."""
     torch.manual_seed(2)
     y = block(x)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]

@@ -1,4 +1,4 @@
-"""What FeedForward is built from and called with, and what it refuses in one line."""
+"""Arguments of FeedForward: accepted ones, and errors of one line for others."""
 
 import numpy as np
 import pytest

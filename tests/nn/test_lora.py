@@ -1,4 +1,4 @@
-"""A Linear with an adapter, alone and within the block: the formula, which path runs, what is kept."""
+"""LoRALinear alone and in the block: formula, path, saved elements, copies."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ both = pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 
 
 def with_adapters(block: FeedForward, dropout: float = 0.0, *names: str) -> FeedForward:
-    """Rank 3 over frozen weights on the named children, else on all; both factors random."""
+    """Freeze the block and add random rank-3 adapters to the named children, or to all."""
     block.requires_grad_(False)
     for name, child in list(block.named_children()):
         if not names or name in names:
@@ -47,7 +47,7 @@ def test_formula(bias: bool) -> None:
     assert adapted.weight is linear.weight
     assert adapted.scale == 3.0
     x = torch.randn(2, 4, 5, dtype=F64)
-    assert torch.equal(adapted(x), linear(x)), "a new adapter changes nothing"
+    assert torch.equal(adapted(x), linear(x)), "a new adapter changed the output"
     assert float(adapted.lora_A.detach().abs().max()) <= 5**-0.5
     nn.init.normal_(adapted.lora_B)
     dense = linear.weight + 3.0 * adapted.lora_B @ adapted.lora_A
@@ -107,7 +107,7 @@ def test_new_adapter_leaves_outputs_bitwise_equal(activation: str) -> None:
 
 @pytest.mark.parametrize("train", [False, True], ids=["frozen", "training"])
 def test_saved_elements_equal_the_plain_blocks(train: bool) -> None:
-    """Beside frozen weights, and beside weights that train."""
+    """With frozen weights, and with trainable weights."""
     block = with_adapters(FeedForward(6, 10, 0.1, activation="swiglu"), 0.1).requires_grad_(train)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(train or "lora" in name)
@@ -120,7 +120,7 @@ def test_saved_elements_equal_the_plain_blocks(train: bool) -> None:
 
 
 def test_autocast() -> None:
-    """As near to float64 as the children are, in autocast's dtype."""
+    """The error against float64 is at most twice the children's, in autocast's dtype."""
     block = with_adapters(FeedForward(64, 96, activation="swiglu"))
     x = torch.randn(32, 64, requires_grad=True)
     exact = outcome(by_children(block).double(), x.detach().double().requires_grad_())

@@ -1,7 +1,7 @@
-"""Masks of dropout, and whether counts taken from them may be those of truly random ones.
+"""Dropout masks and a statistical test of their counts.
 
-The masks are drawn from fixed seeds, so a test passes always or never. The bound is one that truly random
-masks would miss once in a million: Chernoff's, P(share of n as far off as q) <= 2 exp(-n KL(q || p)).
+The masks are drawn from fixed seeds, so a test always passes or always fails. Truly random masks would fail
+it once in a million: the Chernoff bound, P(share of n as far off as q) <= 2 exp(-n KL(q || p)).
 """
 
 import math
@@ -19,12 +19,12 @@ def dropped(rows: int, cols: int, p: float, seed: int = 0) -> Tensor:
 
 
 def applied(p: float) -> float:
-    """The probability that a 16-bit threshold can express."""
+    """Return p rounded to a 16-bit threshold: the probability that is applied."""
     return round(p * 65536) / 65536
 
 
 def check_counts(counts: Tensor, n: int, p: float) -> None:
-    """That all these counts may be those of n trials of probability p each."""
+    """Assert that each count is plausible for n trials of probability p."""
     q = counts.double() / n
     divergence = torch.xlogy(q, q / p) + torch.xlogy(1.0 - q, (1.0 - q) / (1.0 - p))
     assert n * divergence.max().item() <= math.log(2e6 * counts.numel())

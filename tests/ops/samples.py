@@ -1,4 +1,4 @@
-"""Random tensors for the op, in the order of its arguments, and the gradients of a call."""
+"""Random arguments for `feed_forward`, and the gradients of a call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAVES = [{"save": "preact"}, {"save": "input"}, {"save": "input", "chunk_tokens"
 
 
 class Arguments(NamedTuple):
-    """What `feed_forward(*arguments, activation=...)` takes; None for what a form lacks."""
+    """The tensors of `feed_forward(*arguments, activation=...)`; None for absent ones."""
 
     x: Tensor
     up: Tensor
@@ -29,7 +29,7 @@ class Arguments(NamedTuple):
     gate_bias: Tensor | None
 
     def products(self) -> tuple[Dense, Dense, Dense | None]:
-        """up, down and gate."""
+        """Return (up, down, gate); gate is None when plain."""
         gate = None if self.gate is None else Dense(self.gate, self.gate_bias)
         return Dense(self.up, self.up_bias), Dense(self.down, self.down_bias), gate
 
@@ -37,12 +37,12 @@ class Arguments(NamedTuple):
         return [t for t in self if t is not None]
 
     def to(self, dtype: torch.dtype) -> Arguments:
-        """Leaves of their own in another dtype."""
+        """Return copies in another dtype, as leaves that require gradients."""
         return Arguments(*(None if t is None else leaf(t.detach().to(dtype, copy=True)) for t in self))
 
 
 def by_reference(*arguments: Tensor | None, activation: Activation, noise: Tensor | None = None) -> Tensor:
-    """The reference of `Arguments`."""
+    """Return the reference formula's y for the fields of `Arguments`."""
     given = Arguments(*arguments)
     return reference.feed_forward(given.x, *given.products(), activation=activation, noise=noise)
 
@@ -59,7 +59,7 @@ def draw(
     widths: tuple[int, int, int] = (6, 10, 5),
     dtype: torch.dtype = F64,
 ) -> Arguments:
-    """Leaves that require gradients: x (*shape, D) and weights that keep the variance; widths D, H, O."""
+    """Return random leaves: x (*shape, D) and weights that preserve variance. widths: (D, H, O)."""
     D, H, out = widths
     gated = TABLE[activation].gated
 
@@ -77,5 +77,5 @@ def draw(
 
 
 def gradients(y: Tensor, arguments: Arguments, dy: Tensor) -> list[Tensor]:
-    """dL/dargument where dy is dL/dy."""
+    """Return the gradient for each given argument, where dy is the gradient of y."""
     return list(torch.autograd.grad(y, arguments.given(), dy))

@@ -1,4 +1,4 @@
-"""The op accepts any shape and dtype that fit, and refuses others in one line."""
+"""Arguments of the op: fitting shapes and dtypes are accepted, others raise one line."""
 
 import math
 
@@ -119,7 +119,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_wrong_option_raises_naming_it(options: dict) -> None:
-    feed_forward(*draw("gelu"), chunk_tokens=8, save="input")  # known from here on, and 8.0 == 8
+    feed_forward(*draw("gelu"), chunk_tokens=8, save="input")  # cached from here on, and 8.0 == 8
     with pytest.raises(ValueError, match=f"^{next(iter(options))}"):
         feed_forward(*draw("gelu"), **options)
 

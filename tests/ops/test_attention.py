@@ -1,4 +1,4 @@
-"""Attention over short sequences: torch's own function is the oracle, gradcheck the judge of the rule."""
+"""Attention for short sequences against torch's scaled_dot_product_attention, and gradcheck of its rule."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.kept import kept_for_backward
 
 
 def heads(B: int, Q: int, T: int, C: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k, v (B, Q, T, C) as attention makes them: views of (B, T, Q, C)."""
+    """Return q, k, v (B, Q, T, C) as attention creates them: views of (B, T, Q, C)."""
     generator = torch.Generator().manual_seed(T)
     shape = (B, T, Q, C)
     made = [torch.randn(shape, dtype=dtype, generator=generator) for _ in range(3)]
@@ -48,7 +48,7 @@ def test_only_the_attention_weights_are_saved() -> None:
 
 
 def test_other_inputs_run_torch_sdpa() -> None:
-    """Long sequences, fewer key heads, no gradient, one token: no matrix of weights is kept."""
+    """Long sequences, fewer key heads, no gradient, one token: the attention weights are not saved."""
     long = heads(1, 1, 97, 32, torch.float32)  # T > 3 C
     q, k, v = heads(1, 2, 8, 4, torch.float32)
     one = heads(1, 1, 1, 4, torch.float32)

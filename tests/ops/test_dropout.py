@@ -1,4 +1,4 @@
-"""Dropout's mask, a pure function of (seed, row, column); the function that drops; dropout in the block."""
+"""Dropout's mask, the function `dropout`, and dropout in the block."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_drop_in_place_equals_multiplying_by_noise(dtype: torch.dtype) -> None:
 
 
 def test_chunk_of_rows_has_its_part_of_the_whole_mask() -> None:
-    rows, cols = 900, 401  # more than one block of the walk
+    rows, cols = 900, 401  # more than one block
     whole = dropped(rows, cols, 0.3)
     for start, stop in ((0, 1), (5, 6), (300, 900), (326, 328), (899, 900)):
         part = noise(SEED, stop - start, cols, 0.3, torch.float32, row_start=start) == 0.0
@@ -63,7 +63,7 @@ def test_dropout_of_any_shape_has_one_mask_both_ways(shape: tuple[int, ...]) -> 
         assert y.shape == x.shape
         assert y.dtype == dtype
         (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
-        assert torch.equal(grad, y)  # of ones: the mask itself, so backward's is forward's
+        assert torch.equal(grad, y)  # dy and x are ones, so both are the mask
         assert set(y.flatten().tolist()) <= {0.0, 2.0}
 
 
@@ -91,7 +91,7 @@ def test_dropout_takes_any_strides_and_keeps_its_input() -> None:
     assert torch.equal(y, dropout(x.contiguous(), 0.5))
     assert torch.equal(x, before)
     leaf = torch.randn(5, 8, requires_grad=True)
-    dropout(leaf.t(), 0.5).sum().backward()  # whose gradient is expanded and transposed
+    dropout(leaf.t(), 0.5).sum().backward()  # its gradient is expanded and transposed
     assert set(leaf.grad.unique().tolist()) <= {0.0, 2.0}
 
 

@@ -1,4 +1,4 @@
-"""Dropout by its statistics: its rate, and that no element, row, column or seed knows of another."""
+"""Statistics of dropout: its rate, and independence of elements, rows, columns and seeds."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def test_odd_and_narrow_widths(rows: int, cols: int) -> None:
 
 
 def check_independent(a: Tensor, b: Tensor, p: float) -> None:
-    """Masks of equal shape, whose elements are to be independent: how often they agree, and both drop."""
+    """Assert that two masks agree, and both drop, as often as independent ones."""
     p = applied(p)
     check_counts((a == b).sum(), a.numel(), p**2 + (1.0 - p) ** 2)
     check_counts((a & b).sum(), a.numel(), p**2)
@@ -54,20 +54,18 @@ def check_independent(a: Tensor, b: Tensor, p: float) -> None:
 
 @probabilities
 def test_neighbours_are_uncorrelated(p: float) -> None:
-    """Elements some way apart, in disjoint pairs as the bound wants, are as pairs of independent ones."""
+    """Elements at a distance, in disjoint pairs as the bound requires, look independent."""
     mask = dropped(1024, 1024, p)
     for m in (mask, mask.t()):
         for distance in (1, 2, 3, 16, 128):
             pairs = m[: 1024 - 1024 % (2 * distance)].unflatten(0, (-1, 2, distance))
             check_independent(pairs[:, 0], pairs[:, 1], p)
-        check_independent(
-            m[1:-1:2], m[2::2], p
-        )  # the other pairing of neighbours: an odd with the next even one
+        check_independent(m[1:-1:2], m[2::2], p)  # the other pairs of neighbours: odd with the next even
     check_independent(mask[::2, :-1], mask[1::2, 1:], p)  # diagonally
 
 
 def test_four_corners_are_uncorrelated() -> None:
-    """A word is mixed from a sum of a row's and a column's key: of no consequence for rectangles either."""
+    """A word mixes the sum of a row key and a column key, yet corners of rectangles look independent."""
     mask = dropped(1024, 1024, 0.5)
     for distance in (1, 2, 8, 64):
         corners = mask.unflatten(1, (-1, 2, distance)).unflatten(0, (-1, 2, distance))
@@ -78,7 +76,7 @@ def test_four_corners_are_uncorrelated() -> None:
 
 
 def test_mixer_passes_strict_avalanche() -> None:
-    """Strict avalanche: whichever input bit flips, each output bit flips half the time."""
+    """Strict avalanche: if any input bit flips, each output bit flips half the time."""
     words = torch.randint(-(2**31), 2**31, (1 << 14,)).to(torch.int32)
     mixed, bits = _mix_(words.clone()), torch.arange(32, dtype=torch.int32)
     for bit in (1 << torch.arange(32)).to(torch.int32):

@@ -1,4 +1,4 @@
-"""The passes of the backend in torch ops, against the formula in float64."""
+"""The eager backend's passes against the formula in float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The op's numbers: against both textbooks, in low precision, under autocast, with unusual strides."""
+"""The op against the reference: in float64, in low precision, under autocast, with unusual strides."""
 
 import math
 
@@ -17,7 +17,7 @@ saves = pytest.mark.parametrize("save", SAVES, ids=["preact", "input", "chunks"]
 
 
 def with_mask(arguments: Arguments, dropout: float, **options) -> tuple[Tensor, Tensor | None]:
-    """(y of the op, the factors its dropout used, of hidden shape)."""
+    """Return (y of the op, the factors (..., H) of its dropout or None)."""
     torch.manual_seed(5)
     y = feed_forward(*arguments, dropout=dropout, **options)
     if dropout == 0.0:
@@ -49,7 +49,7 @@ def errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def check_error_of_low_precision(name: str, arguments: Arguments, dropout: float, **options) -> None:
-    """At most twice plain torch's in the same dtype, plus one ulp of the largest value; gradients too."""
+    """Assert errors at most twice plain torch's in the same dtype, plus one ulp of the largest value."""
     dtype = arguments.x.dtype
     y, factors = with_mask(arguments, dropout, activation=name, **options)
     assert y.dtype == dtype
@@ -60,7 +60,7 @@ def check_error_of_low_precision(name: str, arguments: Arguments, dropout: float
     y = by_reference(*arguments, activation=row, noise=factors)
     plain = [y, *gradients(y, arguments, dy)]
     wide = arguments.to(F64)
-    # The scale as the op rounds it is a part of the oracle, so that only the op's own rounding is judged.
+    # The oracle uses the op's rounded scale, so that only the op's other rounding counts.
     y = by_reference(*wide, activation=row, noise=None if factors is None else factors.double())
     exact = [y, *gradients(y, wide, dy.double())]
     for got, allowed, oracle in zip(errors(ours, exact), errors(plain, exact), exact, strict=True):
@@ -79,7 +79,7 @@ def test_low_precision_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype)
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_large_products_are_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> None:
-    arguments = draw(name, shape=(64,), widths=(128, 640, 96), dtype=dtype)  # large enough for every route
+    arguments = draw(name, shape=(64,), widths=(128, 640, 96), dtype=dtype)  # large enough for oneDNN
     for save in ({"save": "preact"}, {"save": "input", "chunk_tokens": 48}):
         check_error_of_low_precision(name, arguments, 0.25, **save)
 
@@ -146,7 +146,7 @@ def test_autocast_leaves_float64_alone() -> None:
 
 
 def strided(kind: str) -> Tensor:
-    """(4, 3, 6) with unusual strides."""
+    """Return a tensor (4, 3, 6) with unusual strides."""
     base = torch.randn(4, 3, 12, dtype=F64)
     return {
         "sliced": base[..., ::2],

@@ -1,4 +1,4 @@
-"""The registered ops keep torch's contract."""
+"""The registered ops pass torch's opcheck."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The rule over LoRA products against the formula in float64: outputs, every gradient, saved elements."""
+"""The rule with LoRA products against the formula in float64: outputs, gradients, saved elements."""
 
 import itertools
 import sys
@@ -29,7 +29,7 @@ def a_block(
     gated: bool, bias: bool, adapted: tuple[bool, ...], dropouts=(0.0, 0.0, 0.0), *,
     frozen: bool = True, dtype: torch.dtype = F64,
 ) -> tuple:  # fmt: skip
-    """The products up, down and gate of D 6, H 10, O 5, dense or adapted."""
+    """Return products (up, down, gate) with D=6, H=10, O=5, each Dense or LoRA."""
     products = []
     for (out, width), there, p in zip([(10, 6), (5, 10), (10, 6)], adapted, dropouts, strict=True):
         weight, offset = leaf(out, width, dtype=dtype), leaf(out, dtype=dtype) if bias else None
@@ -55,7 +55,10 @@ def leaves(x: Tensor, products: tuple) -> list[Tensor]:
 
 
 def textbook(x: Tensor, products: tuple, activation: str, noises=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
-    """Hu et al.: W x + b + scale B A (dropped x), product by product; noises of hidden, up, down, gate."""
+    """Return y by Hu et al.: W x + b + scale B A (x * noise) per product.
+
+    noises: for the hidden values and the inputs of the adapters of up, down and gate.
+    """
 
     def linear(i: int, x: Tensor) -> Tensor:
         q = products[i]
@@ -85,7 +88,7 @@ def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
     st.sampled_from([("preact", None), ("input", None), ("input", 2), ("input", 9)]),
 )
 def test_lora_equals_the_formula(activation, bias, frozen, adapted, shape, saved) -> None:
-    """Beside frozen weights, and beside weights that train."""
+    """With frozen weights, and with trainable weights."""
     products = a_block(TABLE[activation].gated, bias, adapted, frozen=frozen)
     x = leaf(*shape, 6)
     ours = call(x, products, options(activation, 0.0, *saved))
@@ -95,7 +98,7 @@ def test_lora_equals_the_formula(activation, bias, frozen, adapted, shape, saved
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_dropout_has_one_mask_both_ways(activation: str, chunk: int | None, monkeypatch) -> None:
-    """Of the hidden values and of each adapter's input: the textbook with the masks spelled out."""
+    """The formula with explicit masks for the hidden values and each adapter's input."""
     seeds = [torch.tensor([s]) for s in (3, 14, 15, 92)]
     hidden, *drawn = seeds
     products = a_block(TABLE[activation].gated, True, (True, True, True), (0.2, 0.3, 0.4))
@@ -133,7 +136,7 @@ def test_gradcheck_and_gradgradcheck(activation: str, frozen: bool) -> None:
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize(("save", "elements"), [("preact", 6 + 2 * 10), ("input", 6)])
 def test_saved_elements_equal_the_plain_blocks(save: str, elements: int, frozen: bool) -> None:
-    """Under autocast too, where it keeps no copy of a weight, as the block without adapters has to."""
+    """Also under autocast, where no copy of a weight is saved; the block without adapters saves copies."""
     adapted = True, True, True
     products = a_block(True, True, adapted, (0.1, 0.1, 0.1), frozen=frozen, dtype=torch.float32)
     x = leaf(7, 6, dtype=torch.float32)
@@ -150,7 +153,7 @@ def test_saved_elements_equal_the_plain_blocks(save: str, elements: int, frozen:
 
 
 def test_gradients_over_chunks_are_rounded_once() -> None:
-    """In bfloat16 the sum over many chunks errs no more than over one."""
+    """In bfloat16 the error of a sum over many chunks is at most that over one."""
     products = a_block(False, False, (True, True, False), dtype=torch.bfloat16)
     x, a = leaf(512, 6, dtype=torch.bfloat16), products[0].a
     wide = tuple(q and type(q)(*(t.double() if isinstance(t, Tensor) else t for t in q)) for q in products)

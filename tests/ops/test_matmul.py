@@ -1,4 +1,4 @@
-"""Products of a Linear: the oneDNN route changes speed, not numbers, and leaves torch's setting as it was."""
+"""Matmuls of a Linear: oneDNN is as exact as torch, and torch's precision setting is restored."""
 
 import threading
 
@@ -17,7 +17,7 @@ WIDE = {"shape": (128,), "widths": (128, 640, 512), "dtype": torch.float32}  # a
 
 
 def force(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
-    """Send products to oneDNN, or leave them to torch, whatever this processor gains by."""
+    """Run matmuls in oneDNN, or in torch, on any processor."""
     monkeypatch.setattr(matmul, "in_onednn", lambda x: onednn)
 
 
@@ -26,7 +26,7 @@ def force(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_in_onednn_is_as_exact_as_torch(monkeypatch, bias: bool, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and not hardware.bfloat16_in_onednn():
-        pytest.skip("this processor does not multiply bfloat16")
+        pytest.skip("this processor has no bfloat16 matmuls")
     for rows, multiplied in ((2, 0), (256, 1)):
         x, weight = torch.randn(rows, 96).to(dtype), torch.randn(400, 96).to(dtype)
         offset = torch.randn(400).to(dtype) if bias else None
@@ -55,9 +55,7 @@ def test_onednn_changes_float32_only_by_rounding(monkeypatch, name: str, save: s
         assert difference <= 1e-5  # float32 rounding over sums of 640; bfloat16's would be 1e-3
 
 
-@pytest.mark.skipif(
-    not hardware.float32_faster_in_onednn(), reason="float32 products stay where torch has them"
-)
+@pytest.mark.skipif(not hardware.float32_faster_in_onednn(), reason="float32 matmuls stay in MKL here")
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("sizes", [(512, 256, 1024), (1100, 768, 1600)], ids=str)
 def test_float32_error_is_at_most_twice_plain_torchs(name: str, sizes: tuple[int, int, int]) -> None:
@@ -115,13 +113,13 @@ def test_precision_setting_is_restored_if_backward_raises(monkeypatch, precision
     with pytest.raises(KeyError), matmul.float32_in_onednn():
         raise KeyError
     assert setting.fp32_precision == precision
-    if precision == "none":  # else torch refuses the question, having two answers
+    if precision == "none":  # torch raises for the other settings
         assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a product sets the process's precision, forward or back."""
+    """Fail if a matmul changes the process's precision setting."""
     monkeypatch.setattr(hardware, "float32_faster_in_onednn", lambda: True)
     for module in (matmul, rule):
         monkeypatch.setattr(module, "float32_in_onednn", lambda: pytest.fail("the setting was touched"))
@@ -133,7 +131,7 @@ def test_few_rows_do_not_change_the_precision_setting(monkeypatch) -> None:
     feed_forward(*draw("gelu", dtype=torch.float32)).sum().backward()
     monkeypatch.setitem(matmul._WORTH_ONEDNN, torch.float32, 0)
     feed_forward(*draw("gelu", shape=(1,), dtype=torch.float32)).sum().backward()
-    with pytest.raises(pytest.fail.Exception):  # many rows do
+    with pytest.raises(pytest.fail.Exception):  # many rows change it
         feed_forward(*draw("gelu", dtype=torch.float32)).sum().backward()
 
 
@@ -158,7 +156,7 @@ def test_strided_bias(monkeypatch, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_weight_gradient_has_its_weights_layout(dtype):
     dy, x = torch.randn(9, 5, dtype=dtype), torch.randn(9, 3, dtype=dtype)
-    kept = torch.randn(3, 5, dtype=dtype)  # (in, out), as GPT-2 keeps it
+    kept = torch.randn(3, 5, dtype=dtype)  # (in, out), as in GPT-2
     for weight in (kept.t(), kept.t().contiguous(), kept.t()[:1]):
         found = matmul.weight_gradient(dy[:, : weight.shape[0]], x, weight)
         torch.testing.assert_close(found, dy[:, : weight.shape[0]].t() @ x)
@@ -166,7 +164,7 @@ def test_weight_gradient_has_its_weights_layout(dtype):
     assert matmul.weight_gradient(dy, x, kept.t().contiguous()).is_contiguous()
 
 
-@pytest.mark.skipif(not hardware.float32_faster_in_onednn(), reason="float32 products stay in MKL here")
+@pytest.mark.skipif(not hardware.float32_faster_in_onednn(), reason="float32 matmuls stay in MKL here")
 def test_threads_restore_the_precision_setting() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     both_within, may_leave = threading.Barrier(2), threading.Event()
@@ -181,7 +179,7 @@ def test_threads_restore_the_precision_setting() -> None:
     with matmul.float32_in_onednn():
         both_within.wait()
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16", "the first thread is still within"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16", "the first thread is still inside"
     may_leave.set()
     thread.join()
     assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -1,4 +1,4 @@
-"""The textbook in torch against the textbook in NumPy, and the example worked by hand."""
+"""The reference formula against the NumPy oracle, nn.Sequential and an example worked by hand."""
 
 import numpy as np
 import pytest

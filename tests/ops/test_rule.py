@@ -1,4 +1,4 @@
-"""The autograd rule of `feed_forward`: right to second order, no dearer than it says."""
+"""The autograd rule of `feed_forward`: gradients to second order, saved elements, matmuls and memory."""
 
 import itertools
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def test_flop_counter_sees_every_matmul(name: str, options: dict) -> None:
     with FlopCounterMode(display=False) as counter:
         y = feed_forward(*arguments, activation=name, **options)
         gradients(y, arguments, torch.ones_like(y))
-    first = arguments.up.numel() * (2 if TABLE[name].gated else 1)  # save="input" repeats this product
+    first = arguments.up.numel() * (2 if TABLE[name].gated else 1)  # save="input" repeats this matmul
     again = 2 * 7 * first if options["save"] == "input" else 0
     assert counter.get_total_flops() == 6 * 7 * (first + arguments.down.numel()) + again
 
@@ -70,7 +70,7 @@ def test_gradcheck_and_gradgradcheck(name: str, bias: bool) -> None:
     for dropout, save in itertools.product((0.0, 0.4), SAVES):
 
         def run(*tensors: Tensor, p=dropout, options=save) -> Tensor:
-            torch.manual_seed(3)  # one mask throughout
+            torch.manual_seed(3)  # the same mask for every call
             found = iter(tensors)
             return feed_forward(
                 *(next(found) if has else None for has in given), activation=name, dropout=p, **options
@@ -93,7 +93,7 @@ def test_gradgradcheck_entry_by_entry(name: str) -> None:
 
 
 def test_gradient_penalty_through_non_leaf_inputs() -> None:
-    """The second derivative reaches what x and the weights came from, not only themselves."""
+    """The second derivative flows through x and the weights into the tensors they were computed from."""
     base = draw("swiglu")
     results = []
     for backend in ("eager", "reference"):
@@ -107,7 +107,7 @@ def test_gradient_penalty_through_non_leaf_inputs() -> None:
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products, whatever their form."""
+    """Counts the matmuls that run, by any op."""
 
     OPS = ("mm", "addmm", "addmm_", "bmm", "_linear_pointwise")
 
@@ -185,7 +185,7 @@ def test_backward_twice_gives_equal_gradients(name: str) -> None:
         assert torch.equal(dy, before)
         for ours, theirs in zip(first, to_second_order, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
-        last = gradients(y, arguments, dy)  # which may write over what was saved
+        last = gradients(y, arguments, dy)  # may overwrite the saved tensors
         assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
         with pytest.raises(RuntimeError, match="second time"):
             gradients(y, arguments, dy)

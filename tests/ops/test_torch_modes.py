@@ -1,4 +1,4 @@
-"""torch's modes and transforms are recognised, within the compiler and under export too."""
+"""Detection of torch's modes and transforms, also within torch.compile and torch.export."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ F64 = torch.float64
 
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
-)  # torch's own, for jvp
+)  # raised by torch for jvp
 def test_needs_textbook_under_transforms() -> None:
     seen = []
 

@@ -1,13 +1,13 @@
-"""The feed-forward block in NumPy alone, forward and backward written out by hand: an oracle without torch.
+"""The feed-forward block in NumPy, with forward and backward derived by hand: an oracle without torch.
 
-One column of the book for one token x:
+For one token x:
 
     z = W x + b                a = f(z)         the activation
     u = U x + c                h = a u          the gated form; the plain one has h = a
     k = n h                                     dropout's factors: 0 or 1 / (1 - p)
     y = V k + d
 
-and back by the chain rule, from dy = dL/dy:
+Backward by the chain rule, from dy = dL/dy:
 
     dk = V^T dy                dV = dy k^T      dd = dy
     dh = n dk
@@ -15,7 +15,7 @@ and back by the chain rule, from dy = dL/dy:
     dz = da f'(z)              dW = dz x^T      db = dz
     dx = W^T dz + U^T du
 
-Tokens are rows here, so that sums over tokens are matrix products.
+In the code tokens are rows, so sums over tokens are matmuls.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def dmish(z: ndarray) -> ndarray:
     return t + z * (1.0 - t * t) * logistic(z)
 
 
-# f and f', once each.
+# f and its derivative.
 ACTIVATIONS = {
     "identity": (lambda z: z, lambda z: np.ones_like(z)),
     "relu": (lambda z: np.maximum(z, 0.0), lambda z: (z > 0.0).astype(z.dtype)),
@@ -94,7 +94,7 @@ GATES = {
 
 
 class Weights(NamedTuple):
-    """up, gate (H, D); down (O, H); the biases (H), (O), (H); None for what a form lacks."""
+    """up, gate (H, D); down (O, H); the biases (H), (O), (H); None for absent ones."""
 
     up: ndarray
     down: ndarray
@@ -109,7 +109,7 @@ def affine(x: ndarray, weight: ndarray, bias: ndarray | None) -> ndarray:
 
 
 def forward(x: ndarray, w: Weights, activation: str, noise: ndarray | float = 1.0) -> ndarray:
-    """y (N, O) of x (N, D); noise (N, H) holds dropout's factors."""
+    """Return y (N, O) for x (N, D); noise (N, H) holds dropout's factors."""
     f, _ = ACTIVATIONS[GATES.get(activation, activation)]
     if activation in GATES:
         h = f(affine(x, w.gate, w.gate_bias)) * affine(x, w.up, w.up_bias)
@@ -121,7 +121,7 @@ def forward(x: ndarray, w: Weights, activation: str, noise: ndarray | float = 1.
 def backward(
     dy: ndarray, x: ndarray, w: Weights, activation: str, noise: ndarray | float = 1.0
 ) -> tuple[ndarray, Weights]:
-    """(dx, the gradients of the weights) of L, where dy (N, O) is dL/dy."""
+    """Return (dx, gradients of the weights), where dy (N, O) is dL/dy."""
     f, df = ACTIVATIONS[GATES.get(activation, activation)]
     dh = noise * (dy @ w.down)
     if activation in GATES:

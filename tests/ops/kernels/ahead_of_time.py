@@ -1,4 +1,4 @@
-"""Compiles what an op would launch for a GPU that need not be there, and reads what it takes of one."""
+"""Compile the kernel that an op would launch, without a GPU, and read its resource usage."""
 
 import re
 import subprocess
@@ -16,12 +16,12 @@ from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WORDS = "STL|LDL", "HGMMA", r"WARPGROUP\.ARRIVE"
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory a program can have, by architecture
+SHARED = {80: 166912, 90: 232448, 100: 232448}  # most bytes of shared memory per program, by architecture
 
 
 @dataclass(frozen=True)
 class _Absent:
-    """As much of a driver as compiling asks for; kernels are kept by device, so each architecture is one."""
+    """A driver with the methods that compiling needs. Kernels are cached per device: one per architecture."""
 
     arch: int
 
@@ -37,10 +37,11 @@ class _Absent:
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers a thread; stack and shared in bytes; spills: instructions that move registers to and fro.
+    """Resources of a compiled kernel.
 
-    serial: whether each matrix instruction of a Hopper GPU waits for the last, as the assembler has it where
-    it cannot tell that nothing touches the sums between two.
+    registers: per thread. stack, shared: bytes. spills: instructions that spill registers. serial: True if
+    each Hopper matrix instruction waits for the one before. The assembler makes them wait if it cannot prove that
+    nothing touches the accumulators in between.
     """
 
     registers: int
@@ -68,7 +69,7 @@ def _read(kernel) -> Compiled:
 
 
 def compiled(arch: int, launch: Callable, *arguments) -> Compiled:
-    """The one kernel that launch(*arguments) starts, compiled for sm_{arch}; tensors are on `meta`."""
+    """Compile the one kernel that launch(*arguments) starts for sm_{arch}; tensors are on `meta`."""
     found = []
     run = JITFunction.run
 

@@ -1,7 +1,7 @@
-"""Every kernel compiles for GPUs that need not be there, without spilling a register.
+"""Every kernel compiles for each architecture, without a GPU, and spills no register.
 
-The fused products do so at every tiling that dispatch can choose. Each architecture is tried with the
-formulas that take most and least registers; all others lie between.
+The fused products are compiled with every tiling that can be chosen. Each architecture is tested with the
+formulas that use the most and the fewest registers.
 """
 
 import os
@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("a process that interprets kernels compiles none", allow_module_level=True)
+    pytest.skip("Triton interprets kernels in this process", allow_module_level=True)
 
 from benchmarks.tiles import CANDIDATES, CAPABILITIES
 from ffn.activations import TABLE
@@ -20,7 +20,7 @@ from ffn.ops.kernels.tilings import Tiling
 from tests.ops.kernels.ahead_of_time import SHARED, Compiled, compiled, tensor
 
 N, D, H = 8192, 1024, 4096
-SHARED_ANYWHERE = 101376  # bytes that a program has on any GPU from compute capability 8.0 on
+SHARED_ANYWHERE = 101376  # bytes per program available on any GPU of compute capability 8.0 or newer
 MATRIX_INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [  # activation, dropout, dtype, bias
@@ -39,7 +39,7 @@ each_pass = pytest.mark.parametrize(("name", "p", "dtype"), [case[:3] for case i
 
 
 def choosable(arch: int, forward: bool, gated: bool) -> set[Tiling]:
-    """All tilings that can run on sm_{arch}: those of the table, and the first of the candidates."""
+    """Return the tilings that can run on sm_{arch}: those in the table and the first candidate."""
     form = tilings.key(forward, divmod(arch, 10), "bfloat16", gated, D, H, N).split(" bfloat16 ")[0]
     measured = {t for name, t in tilings._measured().items() if name.startswith(form)}
     return {t for t in (CANDIDATES[forward, gated][0], *measured) if t is not None}
@@ -144,7 +144,7 @@ def test_linear_act_without_preactivations(arch: int, name: str) -> None:
 
 
 def shared_by_two(found: Compiled, tiling: Tiling) -> bool:
-    """Whether two programs fit a processor of compute capability 9.0."""
+    """True if two programs fit one SM of compute capability 9.0."""
     return 2 * 32 * tiling.warps * found.registers <= 65536 and 2 * found.shared <= SHARED[90]
 
 

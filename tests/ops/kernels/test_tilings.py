@@ -1,4 +1,4 @@
-"""The table of tilings: its keys, its reading and writing, and no fusion off it."""
+"""The table of tilings: keys, reading and writing, and no fusion for absent cases."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ FINE = '{"rows": 64, "cols": 64, "depth": 32, "group": 4, "parts": 1, "warps": 4
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A table of its own for the test, absent until it is written."""
+    """Point TABLE at a path in tmp_path, where no file exists yet."""
     path = tmp_path / "tilings.json"
     monkeypatch.setattr(tilings, "TABLE", path)
     tilings._measured.cache_clear()
@@ -42,8 +42,8 @@ def test_candidates_are_valid_tiles(form: tuple[bool, bool]) -> None:
         for n in (t.rows, t.cols, t.depth, t.parts, t.warps):
             assert n & (n - 1) == 0
         assert min(t) > 0
-        assert t.cols // t.parts * 2 >= 16, "the copy engine moves 16 bytes of a row or more"
-        assert max(t.rows, t.cols, t.depth) <= 256, "and boxes no wider than 256"
+        assert t.cols // t.parts * 2 >= 16, "TMA copies at least 16 bytes of a row"
+        assert max(t.rows, t.cols, t.depth) <= 256, "TMA boxes are at most 256 wide"
 
 
 @pytest.mark.parametrize(("forward", "gated"), FORMS)

@@ -1,4 +1,4 @@
-"""Arguments of the elementwise kernels, each within memory that is not theirs, and what must come of them."""
+"""Arguments of the elementwise kernels, embedded in larger buffers, and their expected results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = -(2**40) - 3
 
 
 class Case(NamedTuple):
-    """What `act` and `dact_` take; None for what a form lacks."""
+    """The arguments of `act` and `dact_`; None for absent ones."""
 
     name: str
     dh: Tensor
@@ -35,7 +35,7 @@ class Case(NamedTuple):
         return act.op(*tensors, self.name, p, row_start, col_start)
 
     def dact(self, dh: Tensor, keep_h: bool = True, sums: bool = True) -> list[Tensor]:
-        """dpre, dgate and the biases' gradients, what is lacking without elements."""
+        """Return dpre, dgate and the biases' gradients; absent ones are empty."""
         _, _, pre, gate, seed, *numbers = self
         dpre, dgate = places(pre, gate)
         found = dact.op(dh, pre, gate, dpre, dgate, seed, self.name, *numbers, keep_h, sums)
@@ -45,7 +45,7 @@ class Case(NamedTuple):
         return noise(self.seed, self.p, self.pre.shape, self.row_start, self.col_start)
 
     def textbook(self, dtype: torch.dtype) -> Results:
-        """h and the gradients in dtype, from preactivations rounded to their storage type."""
+        """Return h and the gradients in dtype, from preactivations rounded to their storage type."""
         return middle(TABLE[self.name], self.dh, self.pre, self.gate, self.noise(), dtype)
 
 
@@ -58,7 +58,7 @@ def draw(
     seed: int = SEED,
     start: tuple[int, int] = (0, 0),
 ) -> Case:
-    """A case whose matrices are views of larger buffers filled with NaN."""
+    """Return a case with matrices that are views of larger buffers filled with NaN."""
     dh, pre, gate = (embedded(torch.randn(shape).to(dtype)) for _ in range(3))
     seeds = torch.tensor([seed]) if p > 0.0 else None
     return Case(name, dh, pre, gate if TABLE[name].gated else None, seeds, p, *start)

@@ -1,7 +1,7 @@
-"""The kernels' numbers on the CPU, collected only where TRITON_INTERPRET=1 was set when Python started.
+"""Tests of the kernels' numbers on the CPU, collected only if TRITON_INTERPRET=1 was set at start.
 
-Triton decides at its import whether kernels are interpreted or compiled, so that one process can do one of
-the two: `tests/ops/kernels/test_interpreted.py` runs this folder in a process of its own.
+Triton decides at import whether it interprets or compiles kernels, so a process can do only one of the two.
+`tests/ops/kernels/test_interpreted.py` runs this folder in a process of its own.
 """
 
 import os
@@ -27,6 +27,6 @@ def pytest_collect_file(file_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """A GPU overflows without a word."""
+    """Silence NumPy's overflow warnings: a GPU overflows silently."""
     with np.errstate(all="ignore"):
         yield

@@ -1,9 +1,9 @@
-"""What the kernels must give: Philox in NumPy, the textbook in torch, and the error that is allowed.
+"""Oracles for the kernels: Philox in NumPy, the formula in torch, and the allowed error.
 
-The contract rounds a preactivation to its storage type and computes what follows in float32. So the exact
-answer is the textbook's in float64 from rounded preactivations, and an error may be at most twice the
-textbook's in float32, plus a few ulps of float32 for another order of operations, plus half an ulp of the
-storage type for storing the result. For the half types that is far less than twice plain torch's.
+Kernels round preactivations to their storage type and compute the rest in float32. So the exact answer is
+the formula in float64 from rounded preactivations. The allowed error is twice that of the formula in float32,
+plus a few ulps of float32 for another order of operations, plus half an ulp of the storage type for storing
+the result. For half precision that is far less than twice plain torch's error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ F32, F64 = torch.float32, torch.float64
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox 4x32-10 (Salmon et al. 2011) of counters (..., 4): four words each, uint32."""
+    """Return Philox 4x32-10 (Salmon et al. 2011) of counters (..., 4): four uint32 words each."""
     c = [counter[..., i].astype(np.uint64) for i in range(4)]
     low, word = np.uint64(0xFFFFFFFF), np.uint64(32)
     for turn in range(10):
@@ -39,7 +39,7 @@ KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 
 
 def draws(seed: int, rows: int, cols: int, row_start: int = 0, col_start: int = 0) -> np.ndarray:
-    """The 32-bit draw of each element: (rows, cols), uint32; col_start a multiple of 4."""
+    """Return the 32-bit draw of each element: (rows, cols), uint32; col_start is a multiple of 4."""
     row = np.arange(row_start, row_start + rows, dtype=np.int64).view(np.uint64)[:, None]
     column = np.arange(col_start // 4, (col_start + cols + 3) // 4, dtype=np.uint64)[None, :]
     low = np.uint64(0xFFFFFFFF)
@@ -49,18 +49,18 @@ def draws(seed: int, rows: int, cols: int, row_start: int = 0, col_start: int = 
 
 
 def level(p: float) -> int:
-    """Of the draws' upper 31 bits, the first that is kept."""
+    """Return the smallest kept value of a draw's upper 31 bits."""
     return min(round(p * 2**31), 2**31 - 1)
 
 
 def factors(seed: int, p: float, rows: int, cols: int, row_start: int = 0, col_start: int = 0) -> Tensor:
-    """What dropout multiplies with, 0 or one over the share kept: (rows, cols), float32."""
+    """Return dropout's factors, 0 or one over the kept share: (rows, cols), float32."""
     kept = draws(seed, rows, cols, row_start, col_start) >> 1 >= level(p)
     return torch.from_numpy(kept).float() * (2**31 / (2**31 - level(p)))
 
 
 def noise(seed: Tensor | None, p: float, shape: Sequence[int], row_start: int, col_start: int) -> Tensor:
-    """`factors` of a shape; ones where there is no seed."""
+    """Return `factors` of a shape; ones if seed is None."""
     if seed is None:
         return torch.ones(*shape)
     rows, cols = shape
@@ -68,7 +68,7 @@ def noise(seed: Tensor | None, p: float, shape: Sequence[int], row_start: int, c
 
 
 class Results(NamedTuple):
-    """h and the gradients around a block's middle; None where there is no gate."""
+    """h and the gradients of the preactivations and biases; gate fields are None when plain."""
 
     h: Tensor
     dpre: Tensor
@@ -80,7 +80,7 @@ class Results(NamedTuple):
 def middle(
     row: Activation, dh: Tensor, pre: Tensor, gate: Tensor | None, noise: Tensor, dtype: torch.dtype
 ) -> Results:
-    """The table's formula in dtype, from preactivations to h, and back from dh."""
+    """Return h from the preactivations, and the gradients from dh, by the activation's formula in dtype."""
     pre, dh, noise = pre.to(dtype), dh.to(dtype) * noise.to(dtype), noise.to(dtype)
     if gate is None:
         h, slope = row.formula(pre)
@@ -92,7 +92,7 @@ def middle(
 
 
 def check(name: str, ours: Tensor, exact: Tensor, plain: Tensor, ulps: int = 4) -> None:
-    """That the error is one allowed: exact is float64's answer, plain float32's, from inputs of order one."""
+    """Assert an allowed error. exact, plain: results in float64 and float32, from inputs of order one."""
     assert ours.shape == exact.shape, name
     if exact.numel() == 0:
         return
@@ -101,21 +101,21 @@ def check(name: str, ours: Tensor, exact: Tensor, plain: Tensor, ulps: int = 4) 
     info = torch.finfo(ours.dtype)
     storing = 0.0 if ours.dtype == F32 else 0.5 * info.eps * exact.abs().clamp_min(info.tiny)
     worst = ((ours.double() - exact).abs() - storing).max().item()
-    assert worst <= allowed, f"{name}: off by {worst:.2e} beyond storing, {allowed:.2e} allowed"
+    assert worst <= allowed, f"{name}: error {worst:.2e} besides storing, allowed {allowed:.2e}"
 
 
 def places(*preactivations: Tensor | None) -> list[Tensor | None]:
-    """Where their gradients may be written."""
+    """Return empty tensors for the gradients of preactivations."""
     return [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in preactivations]
 
 
 def bits(x: Tensor) -> Tensor:
-    """x as integers: equal only where every bit is, of zeros and NaNs too."""
+    """Return x's bits as integers, so that zeros and NaNs compare bitwise."""
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
 
 
 def embedded(x: Tensor, side: int = 8, filling: float = float("nan")) -> Tensor:
-    """x (N, H) as a view of a larger buffer, whose other elements nobody may write, or use if read."""
+    """Return x (N, H) as a view of a larger buffer; kernels must not write the rest, or depend on it."""
     N, H = x.shape
     buffer = x.new_full((N + 2, H + 2 * side), filling)
     view = buffer[1 : 1 + N, side : side + H]
@@ -123,15 +123,15 @@ def embedded(x: Tensor, side: int = 8, filling: float = float("nan")) -> Tensor:
 
 
 def whole(view: Tensor) -> Tensor:
-    """The buffer that a view is embedded in, flat."""
+    """Return the flat buffer that contains a view."""
     return view.as_strided((view.untyped_storage().nbytes() // view.dtype.itemsize,), (1,), 0)
 
 
 @contextmanager
 def guarded(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever torch allocates here lies between canaries, which must live to the end.
+    """Surround each tensor that torch allocates with canaries, and assert that they are unchanged at exit.
 
-    The interpreter writes where a kernel tells it to, beyond the end of a tensor too.
+    The interpreter does not check bounds: a kernel can write beyond the end of a tensor.
     """
     made = []
 
@@ -151,7 +151,7 @@ def guarded(patch: pytest.MonkeyPatch) -> Iterator[None]:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
             inside.setattr(owner, name, within(getattr(owner, name)))
         yield
-    assert made, "nothing was allocated in the ways that are watched"
+    assert made, "no watched function allocated a tensor"
     for buffer, start, end in made:
-        assert (buffer[:start] == 77.0).all(), "something was written before a tensor"
-        assert (buffer[end:] == 77.0).all(), "something was written behind a tensor"
+        assert (buffer[:start] == 77.0).all(), "a kernel wrote before a tensor"
+        assert (buffer[end:] == 77.0).all(), "a kernel wrote after a tensor"

@@ -1,9 +1,9 @@
-"""Makes Triton's CPU interpreter (3.6 to 3.9) right where a GPU is right and the interpreter is not.
+"""Fixes for Triton's CPU interpreter (3.6 to 3.9) where its results differ from a GPU's.
 
-As shipped it truncates float32 to bfloat16 instead of rounding to the nearest even, computes with bfloat16
-(products of matrices included) on the raw 16-bit words, and leaves a kernel's float arguments Python floats.
-All of it is silent but the last. Reductions over bfloat16 stay wrong: kernels widen before they sum. Triton
-3.6 also counts with one-element arrays in a way that NumPy 2.4 refuses.
+Unpatched, it truncates float32 to bfloat16 instead of rounding to nearest even, computes bfloat16 operations
+(tl.dot included) on the raw 16-bit words, and passes a kernel's float arguments as Python floats. Only the
+last one raises. Reductions over bfloat16 stay wrong: kernels widen before they sum. Triton 3.6 also uses
+one-element arrays as integers in a way that NumPy 2.4 rejects.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def to_float32(words: np.ndarray) -> np.ndarray:
-    """bfloat16, kept as uint16, as float32."""
+    """Return bfloat16 words (uint16) as float32."""
     return (np.asarray(words).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 as bfloat16, kept as uint16: the nearest, of two equally near the even one."""
+    """Return float32 as bfloat16 words (uint16), rounded to nearest even."""
     words = np.ascontiguousarray(x, np.float32).view(np.uint32).reshape(np.shape(x))
     nearest = words + np.uint32(0x7FFF) + ((words >> np.uint32(16)) & np.uint32(1))
     return np.where(np.isnan(x), np.uint32(0x7FC0), nearest >> np.uint32(16)).astype(np.uint16)
 
 
 def _is_bfloat16(x: object) -> bool:
-    # The result of a comparison keeps its operands' type beside data of bool.
+    # A comparison's result has its operands' dtype but bool data.
     return isinstance(x, TensorHandle) and x.dtype.scalar == tl.bfloat16 and x.data.dtype == np.uint16
 
 
@@ -40,7 +40,7 @@ def _narrow(x: TensorHandle) -> TensorHandle:
 
 
 def _in_float32(operation: Callable) -> Callable:
-    """The operation on widened operands. Its result has the last one's type: of what a product adds to."""
+    """Run an operation on widened operands; the result has the last one's dtype (tl.dot's accumulator)."""
 
     def run(self, *args):
         if not any(map(_is_bfloat16, args)):
@@ -79,7 +79,7 @@ def _with_index(patch: Callable) -> Callable:
 
 
 def install() -> None:
-    """Mend the interpreter of this process; called again it does nothing."""
+    """Patch the interpreter of this process, once."""
     if hasattr(InterpreterBuilder, "mended"):
         return
     for name in ("binary_op", "unary_op", "ternary_op", "create_dot"):

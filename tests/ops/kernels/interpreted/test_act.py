@@ -1,4 +1,4 @@
-"""The elementwise forward against the textbook in float64, and what it leaves alone."""
+"""The elementwise forward against the formula in float64, with unchanged inputs."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ SHAPES = [(7, 70), (1, 1), (3, 1030), (1, 64), (0, 70), (5, 0)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_tiles():
-    """Enough of them for every edge, few enough for the interpreter."""
+    """Use small tiles: several per tensor with edges, at sizes the interpreter can run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(act, "ROWS", 8)
         patch.setattr(act, "COLS", 64)

@@ -1,4 +1,4 @@
-"""The block over the kernels: forward, every gradient, and everything that goes through the rule."""
+"""`feed_forward` with backend "triton" in the interpreter: outputs, gradients, and paths of the rule."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ FUSED = tilings.Tiling(16, 64, 16, 2, 2, 4, 2)
 
 
 def factors(arguments: Arguments, p: float) -> torch.Tensor | None:
-    """What dropout multiplies with in the next call after the same seed, and what it will draw."""
+    """Return the factors that the next call draws if it starts from the same seed."""
     if p == 0.0:
         return None
     rows, H = arguments.x.numel() // arguments.x.shape[-1], arguments.up.shape[0]
@@ -42,7 +42,7 @@ def check_on(arguments: Arguments, name: str, p: float, **options) -> None:
 
 
 def check_together(calls: list[Arguments], name: str, p: float, **options) -> None:
-    """Of all calls the largest error is at most twice plain torch's, plus one ulp of the largest value."""
+    """Assert a largest error over all calls of at most twice plain torch's, plus one ulp of the maximum."""
     dtype = calls[0].x.dtype
     for found in zip(*(compared(arguments, name, p, options) for arguments in calls), strict=True):
         errors, allowed, values = zip(*found, strict=True)
@@ -50,7 +50,7 @@ def check_together(calls: list[Arguments], name: str, p: float, **options) -> No
 
 
 def compared(arguments: Arguments, name: str, p: float, options: dict) -> list[tuple[float, float, float]]:
-    """For the output and each gradient: our largest error, plain torch's, and the largest value."""
+    """Return (our largest error, plain torch's, the largest value) for the output and each gradient."""
     dtype, frozen = arguments.x.dtype, [t is not None and not t.requires_grad for t in arguments]
     dy = torch.randn(*arguments.x.shape[:-1], arguments.down.shape[0]).to(dtype)
     torch.manual_seed(5)
@@ -75,13 +75,13 @@ def compared(arguments: Arguments, name: str, p: float, options: dict) -> list[t
 
 
 def with_tokens(arguments: Arguments, index: int) -> Arguments:
-    """The same block with one of the tokens."""
+    """Return the same weights with one of the tokens."""
     x = arguments.x
     return arguments._replace(x=x.detach()[index : index + 1].requires_grad_(x.requires_grad))
 
 
 def apart(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, a leaf whose neighbours lie apart in memory."""
+    """Return a strided leaf with the same values."""
     return torch.stack([t.detach(), t.detach()], -1)[..., 0].requires_grad_()
 
 
@@ -97,7 +97,7 @@ def test_any_block(data: st.DataObject) -> None:
     arguments = draw(
         name,
         bias=choose(st.booleans()),
-        shape=choose(st.sampled_from([(0,), (8,), (7,), (2, 18), (33,)])),  # of the 8 each is alone
+        shape=choose(st.sampled_from([(0,), (8,), (7,), (2, 18), (33,)])),  # the 8 tokens run one by one
         widths=choose(st.sampled_from([(24, 40, 16), (16, 32, 16), (7, 21, 5)])),
         dtype=dtype,
     )
@@ -111,7 +111,7 @@ def test_any_block(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if fused:
             patch.setattr(tilings, "choose", lambda *case: FUSED)
-        # one token's largest error is a matter of luck: eight of them, each in a call of its own, are judged
+        # One token's largest error is too random, so eight one-token calls are judged together.
         tokens = arguments.x.shape[0]
         calls = [with_tokens(arguments, i) for i in range(8)] if tokens == 8 else [arguments]
         check_together(calls, name, choose(st.sampled_from([0.0, 0.3])), **options)
@@ -177,7 +177,7 @@ def test_double_backward_has_the_mask_of_forward() -> None:
     once = torch.autograd.grad(y, arguments.given(), dy, retain_graph=True)
     twice = torch.autograd.grad(y, arguments.given(), dy, create_graph=True)
     torch.testing.assert_close(twice, once)
-    assert all(grad.requires_grad for grad in twice[:-1])  # down_bias has dy's sum, and dy is a constant
+    assert all(grad.requires_grad for grad in twice[:-1])  # down_bias's gradient is the sum of dy, a constant
 
 
 def test_triton_under_torch_compile_raises() -> None:
@@ -198,7 +198,7 @@ def test_explain_and_errors_of_backend_triton() -> None:
 
 
 def test_transposed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As GPT-2's are: no copy of a weight for few tokens, and gradients laid out as the weights."""
+    """Weights stored as in GPT-2: few tokens copy no weight, and gradients have the weights' layout."""
     arguments = draw("gelu", shape=(5,), widths=(24, 40, 16), dtype=torch.bfloat16)
     turned = {name: getattr(arguments, name).detach().t().contiguous().t() for name in ("up", "down")}
     arguments = arguments._replace(**{name: t.requires_grad_() for name, t in turned.items()})
@@ -225,7 +225,7 @@ def test_flop_counter_sees_every_matmul(monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.setattr(tilings, "choose", choose)
     arguments = draw(name, shape=(18,), widths=(24, 40, 16), dtype=torch.bfloat16)
     forward = 2 * 18 * sum(w.numel() for w in arguments.given()[1:] if w.ndim == 2)
-    dispatch.module("triton")  # a counter knows the ops that are loaded before it
+    dispatch.module("triton")  # the counter only knows ops registered before it
     with FlopCounterMode(display=False) as counter:
         y = feed_forward(*arguments, activation=name, backend="triton")
         gradients(y, arguments, torch.ones_like(y))

@@ -1,4 +1,4 @@
-"""The benchmarks that need kernels run in the interpreter, at toy sizes; their times mean nothing there."""
+"""Benchmarks that need kernels run in the interpreter at toy sizes; their times are meaningless there."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The elementwise backward against autograd in float64, h rebuilt bit for bit, and what it leaves alone."""
+"""The elementwise backward against the formula in float64, bitwise equal h, and unchanged inputs."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ SHAPES = [(7, 70), (1, 1), (3, 1030), (67, 8), (0, 70), (5, 0)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_tiles():
-    """Enough of them for every edge, few enough for the interpreter."""
+    """Use small tiles: several per tensor with edges, at sizes the interpreter can run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dact, "ROWS", 4)
         patch.setattr(dact, "COLS", 64)
@@ -42,7 +42,7 @@ def check_case(case: Case, ulps: int = 4) -> None:
     exact, plain, h = case.textbook(F64), case.textbook(F32), case.act()
     dpre, dgate, dbias, dgate_bias = case.dact(case.dh)
     results = Results(case.dh, dpre, dgate, dbias, dgate_bias)
-    assert torch.equal(bits(case.dh), bits(h)), "h rebuilt is not h"
+    assert torch.equal(bits(case.dh), bits(h)), "recomputed h differs from forward's"
     for field, ours, oracle, theirs in zip(Results._fields, results, exact, plain, strict=True):
         assert ours.dtype == (F32 if "bias" in field else dh.dtype)
         if oracle is None:
@@ -51,7 +51,7 @@ def check_case(case: Case, ulps: int = 4) -> None:
             check(field, ours, oracle, theirs, ulps)
     assert all(torch.equal(bits(whole(t)), b) for t, b in zip(case.saved(), before, strict=True))
     case.dh.copy_(dh)
-    assert torch.equal(bits(whole(case.dh)), around), "something was written beside dh"
+    assert torch.equal(bits(whole(case.dh)), around), "the kernel wrote outside dh"
 
 
 @names

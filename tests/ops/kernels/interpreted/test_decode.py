@@ -1,4 +1,4 @@
-"""The forward of few tokens against the textbook in float64, in every tile, and what it leaves alone."""
+"""`decode` against the formula in float64, with every tile and unchanged inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = [0, 1, 3, 16, 17, 32]
 
 
 class Arguments(NamedTuple):
-    """What the op takes, before the activation's name."""
+    """The op's tensor arguments; None for absent ones."""
 
     x: Tensor
     up: Tensor
@@ -34,7 +34,7 @@ class Arguments(NamedTuple):
 
 
 def draw(name: str, N: int, D: int, H: int, dtype: torch.dtype = F32, bias: bool = True) -> Arguments:
-    """Matrices are views of larger buffers filled with NaN."""
+    """Return random arguments; matrices are views of larger buffers filled with NaN."""
     gated = TABLE[name].gated
     x = embedded(torch.randn(N, D).to(dtype))
     up, gate_w = (embedded((torch.randn(H, D) / max(D, 1) ** 0.5).to(dtype)) for _ in range(2))
@@ -49,7 +49,7 @@ def textbook(name: str, arguments: Arguments, dtype: torch.dtype) -> Tensor:
 
 
 def check(name: str, arguments: Arguments) -> Tensor:
-    """At most twice plain torch's error in the same dtype, plus one ulp of the largest value."""
+    """Assert an error of at most twice plain torch's in the same dtype, plus one ulp of the largest value."""
     dtype, before = arguments.x.dtype, [bits(whole(t)).clone() for t in arguments.given()]
     h, exact = decode.op(*arguments, name), textbook(name, arguments, F64)
     assert h.dtype == dtype
@@ -76,7 +76,7 @@ def test_every_activation(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 @pytest.mark.parametrize("N", TOKENS)
 def test_token_counts(monkeypatch, N: int, name: str, dtype: torch.dtype) -> None:
-    for programs in (decode.PROGRAMS, 1):  # the latter gives the tile of wide weights
+    for programs in (decode.PROGRAMS, 1):  # 1 selects the tile for wide weights
         monkeypatch.setattr(decode, "PROGRAMS", programs)
         for D, H in ((513, 69), (512, 64), (528, 1)):
             check(name, draw(name, N, D, H, dtype))
@@ -141,7 +141,7 @@ def test_preactivations_are_rounded_before_the_activation(N: int, dtype: torch.d
 @pytest.mark.parametrize("N", [7, 20])
 def test_tokens_are_independent(N: int) -> None:
     arguments = Arguments(*(torch.randint(-4, 5, (rows, 70)).float() for rows in (N, 40, 40)), None, None)
-    h = decode.op(*arguments, "swiglu")  # whole numbers: sums are exact in any order
+    h = decode.op(*arguments, "swiglu")  # integers, so sums are exact in any order
     order = torch.randperm(N)
     assert torch.equal(decode.op(*arguments._replace(x=arguments.x[order]), "swiglu"), h[order])
     for n in range(3):
@@ -160,7 +160,7 @@ def test_tile_sizes(aligned: bool) -> None:
     for gated, itemsize, H, N in product((True, False), (2, 4), (768, 3072, 14336), range(1, 33)):
         t = decode.tile(N, H, itemsize, gated, aligned)
         assert t.tokens >= N
-        assert t.depth >= 16  # the least that tensor cores multiply
+        assert t.depth >= 16  # the smallest depth for tensor cores
         assert t.depth * itemsize >= (128 if aligned else 64)
         assert t.rows * t.depth * itemsize in (2048, 4096, 8192)
 

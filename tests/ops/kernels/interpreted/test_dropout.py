@@ -1,4 +1,4 @@
-"""Dropout as a function of its own, by the kernel that draws Philox's mask."""
+"""The function `dropout` on the kernel that draws Philox's mask."""
 
 import sys
 
@@ -18,7 +18,7 @@ def test_dropout_has_one_mask_both_ways(
     kernels = dispatch.module("triton")
     monkeypatch.setattr(sys.modules["ffn.ops.dropout"], "_drawing", lambda *_: kernels)
     x = torch.randn(shape, dtype=dtype)
-    x = (x.mT if x.ndim > 1 else x).requires_grad_()  # strided, too
+    x = (x.mT if x.ndim > 1 else x).requires_grad_()  # strided
     torch.manual_seed(3)
     y = dropout(x, 0.3)
     torch.manual_seed(3)

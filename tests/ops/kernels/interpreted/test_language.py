@@ -1,4 +1,4 @@
-"""What kernels share: dropout's mask is Philox's, formulas are the table's, tiles and pieces cover all."""
+"""Functions that kernels share: dropout's Philox mask, formulas, tiles and pieces."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def kept(seed: int, least: int, rows: int, cols: int, row: int = 0, col: int = 0
 
 
 def test_oracle_philox_gives_known_answers() -> None:
-    """Of Random123, kat_vectors: zeros, ones, and the digits of pi."""
+    """From Random123's kat_vectors: zeros, ones, and the digits of pi."""
     known = [
         ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
         ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),

@@ -1,4 +1,4 @@
-"""The first product with all that lies behind it: against float64, against the two passes apart."""
+"""The fused first product and pass against float64, and against the unfused ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ names = pytest.mark.parametrize("name", NAMES)
 
 
 class Case(NamedTuple):
-    """What `linear_act` takes; None for what a form lacks."""
+    """The arguments of `linear_act`; None for absent ones."""
 
     x: Tensor
     up: Tensor
@@ -52,7 +52,7 @@ class Case(NamedTuple):
         return list(torch.ops.ffn.linear_act(*self, keep_pre, tiling))
 
     def products(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """pre and, when gated, gate, computed in dtype."""
+        """Return [pre, gate] computed in dtype; gate is None when plain."""
         x = self.x.to(dtype)
 
         def product(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,7 +81,7 @@ def draw(
     seed: int = SEED,
     start: tuple[int, int] = (0, 0),
 ) -> Case:
-    """A case of N, D, H whose matrices are views of larger buffers filled with NaN."""
+    """Return a case of sizes (N, D, H) with matrices that are views of larger buffers filled with NaN."""
     (N, D, H), gated = sizes, TABLE[name].gated
     x = embedded(torch.randn(N, D).to(dtype))
     up, gate_w = (embedded((torch.randn(H, D) / D**0.5).to(dtype)) for _ in range(2))

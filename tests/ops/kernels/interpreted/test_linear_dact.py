@@ -1,4 +1,4 @@
-"""The product dh = dy down with the way back behind it: against float64, against the two passes apart."""
+"""The fused product dh = dy down and backward pass against float64, and against the unfused ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ names = pytest.mark.parametrize("name", NAMES)
 
 
 class Case(NamedTuple):
-    """What `linear_dact` takes, dy (N, O) and down (O, H); None for what a form lacks."""
+    """The arguments of `linear_dact`, dy (N, O) and down (O, H); None for absent ones."""
 
     dy: Tensor
     down: Tensor
@@ -65,7 +65,7 @@ class Case(NamedTuple):
         return middle(TABLE[self.name], dh, self.pre, self.gate, dropped, dtype)
 
     def apart(self) -> Results:
-        """The same in two passes, with dh in memory between them."""
+        """Return the same results unfused, with dh stored between product and pass."""
         h, rest = self.dy @ self.down, (self.name, self.p, self.row_start, self.col_start)
         dpre, dgate = places(self.pre, self.gate)
         found = torch.ops.ffn.dact_(h, self.pre, self.gate, dpre, dgate, self.seed, *rest, True, True)
@@ -81,7 +81,7 @@ def draw(
     seed: int = SEED,
     start: tuple[int, int] = (0, 0),
 ) -> Case:
-    """A case of N, O, H whose matrices are views of larger buffers filled with NaN."""
+    """Return a case of sizes (N, O, H) with matrices that are views of larger buffers filled with NaN."""
     N, out, H = sizes
     dy, down = embedded(torch.randn(N, out).to(dtype)), embedded((torch.randn(out, H) / out**0.5).to(dtype))
     pre, gate = (embedded(torch.randn(N, H).to(dtype)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""LoRA products over the kernels' passes."""
+"""LoRA products with the kernels' passes."""
 
 import sys
 
@@ -36,5 +36,7 @@ def test_lora_products_with_kernels(
         torch.autograd.grad(y, inputs, dy, retain_graph=True),
         torch.autograd.grad(want, inputs, dy, retain_graph=True),
     )
-    again = torch.autograd.grad(y, inputs, dy, create_graph=True)  # by the textbook, with the same mask
+    again = torch.autograd.grad(
+        y, inputs, dy, create_graph=True
+    )  # by the reference formula, with the same mask
     torch.testing.assert_close(again, torch.autograd.grad(want, inputs, dy, create_graph=True))

@@ -1,4 +1,4 @@
-"""The mended interpreter against torch: bfloat16 rounds to nearest even and multiplies; floats arrive."""
+"""The patched interpreter against torch: bfloat16 rounding, arithmetic and float arguments."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_bfloat16_round_trip_through_float32() -> None:
 
 @pytest.mark.parametrize("low", [0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], ids=hex)
 def test_rounding_to_nearest_even(low: int) -> None:
-    """All upper halves, with lower ones at, below and above the middle between two bfloat16."""
+    """All upper halves, with lower halves at, below and above the midpoint between two bfloat16 values."""
     x = ((np.arange(1 << 16, dtype=np.uint32) << 16) | np.uint32(low)).view(np.float32)
     x = x[~np.isnan(x)]
     np.testing.assert_array_equal(to_bfloat16(x), words(torch.from_numpy(x).bfloat16()))
