@@ -39,16 +39,17 @@ def feed_forward(
         x: (..., D), float64, float32, bfloat16 or float16; any strides, any leading shape, zero tokens too.
         up, gate: (H, D). down: (O, H). up_bias, gate_bias: (H). down_bias: (O). All have x's dtype and
             device; under autocast all are cast to its dtype.
-        activation: a name in `ffn.activations.TABLE`, or a callable, which runs under plain autograd. gate
-            must be given if, and only if, the activation is gated.
+        activation: a name in `ffn.activations.TABLE`, or a callable, which runs under plain autograd.
+            Default "gelu". gate must be given if, and only if, the activation is gated.
         dropout: probability to drop a hidden value, applied to within 2**-17. Default 0.
-        save: the tensors saved for backward. "preact": x and the preactivations, D + H elements per token
-            when plain, D + 2H when gated. "input": x alone, D per token; backward repeats the first product.
+        save: the tensors saved for backward. "preact" (default): x and the preactivations, D + H elements per
+            token when plain, D + 2H when gated. "input": x alone, D per token; backward repeats the first
+            product.
         chunk_tokens: with save="input", compute this many tokens at a time, so that no (N, H) tensor exists.
             Default None: all at once.
-        backend: "auto", "eager" (torch ops), "triton" (kernels for NVIDIA GPUs; raises where they cannot run)
-            or "reference" (the reference formula under plain autograd). Second derivatives run the reference
-            formula for every backend.
+        backend: "auto" (default), "eager" (torch ops), "triton" (kernels for NVIDIA GPUs; raises where they
+            cannot run) or "reference" (the reference formula under plain autograd). With every backend,
+            second derivatives run the reference formula.
 
     Returns:
         (..., O), in x's dtype, or in autocast's dtype where that is on.

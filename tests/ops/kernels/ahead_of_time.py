@@ -40,8 +40,8 @@ class Compiled:
     """Resources of a compiled kernel.
 
     registers: per thread. stack, shared: bytes. spills: instructions that spill registers. serial: True if
-    each Hopper matrix instruction waits for the one before. The assembler makes them wait if it cannot prove that
-    nothing touches the accumulators in between.
+    each Hopper matrix instruction waits for the one before. The assembler makes them wait if it cannot prove
+    that nothing touches the accumulators in between.
     """
 
     registers: int
