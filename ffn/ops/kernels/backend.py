@@ -2,7 +2,7 @@
 
 Two passes handle every case: `act` after the first product, `dact_` after the product with down. If the table
 of tilings has the case, the pass is fused into its product (`linear_act`, `linear_dact`). A few tokens
-without gradients run `decode`, which reads the weights once.
+without dropout run `decode`, which reads the weights once, if no preactivations are kept.
 """
 
 from functools import cache
