@@ -273,7 +273,8 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _sizes(shards: Shards) -> str:
     specs = shards.specs.values()
-    files, dtypes = len({spec.file for spec in specs}), sorted({str(spec.dtype).removeprefix("torch.") for spec in specs})
+    files = len({spec.file for spec in specs})
+    dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in specs})
     size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
     return f"{', '.join(dtypes)}, {size / 2**20:,.1f} MiB in {files} file{'s' * (files > 1)}"
 

@@ -110,9 +110,7 @@ class FeedForward(nn.Module):
         self.dropout, self.out_dropout = dropout, out_dropout
         self.save, self.chunk_tokens, self.backend, self.init = save, chunk_tokens, backend, init
         self.activation = row.name
-        self.act = (
-            None if row.formula else row.forward
-        )  # the user's callable; a module is registered as a child
+        self.act = None if row.formula else row.forward  # the user's callable; a module becomes a child
         if isinstance(self.act, nn.Module):
             self.act.to(device=device, dtype=dtype)
         linear = {"bias": bias, "device": device, "dtype": dtype}
@@ -133,11 +131,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         products = self.products(x)
-        if products is None:
-            self._check_backend(x)
-            y = self._through_children(x)
-        else:
+        if type(products) is tuple:
             y = call(x, products, self._options())
+        else:
+            self._check_backend(products)  # pyright: ignore[reportArgumentType]
+            y = self._through_children(x)
         return ops.dropout(y, self.out_dropout) if self.training and self.out_dropout else y
 
     def _options(self) -> Options:
@@ -145,44 +143,23 @@ class FeedForward(nn.Module):
         return Options(self.activation, p, self.save, self.chunk_tokens, self.backend)
 
     def _through_children(self, x: Tensor) -> Tensor:
-        act = activations.TABLE[self.activation] if self.act is None else self.act
-        pre = self.up_proj(x)
         if self.gate_proj is None and "gate_proj" in self._modules:
             raise TypeError(
                 f"gate_proj must be a module for the gated activation {self.activation}, got None"
             )
+        act = activations.TABLE[self.activation] if self.act is None else self.act
+        pre = self.up_proj(x)
         h = act(pre) if self.gate_proj is None else act(self.gate_proj(x)) * pre
         return self.down_proj(ops.dropout(h, self.dropout, self.training))
 
     def _linears(self) -> list[nn.Linear]:
         return [linear for name in PROJECTIONS if (linear := getattr(self, name)) is not None]
 
-    def products(self, x: Tensor) -> tuple | None:
-        """Return the products (up, down, gate) for the op, or None if forward must call the children.
+    def products(self, x: Tensor) -> tuple | str:
+        """Return the products (up, down, gate) for the op, or the reason why forward must call the children.
 
-        `_why` gives the reason. This runs at each call, so that an adapter, hook or quantized weight added
-        later takes effect.
+        This runs at each call, so that an adapter, hook or quantized weight added later takes effect.
         """
-        if self.act is not None or (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_nested:
-            return None
-        if has_global_hooks():
-            return None
-        children = self._modules  # faster than attribute access
-        up, down = _product(children["up_proj"]), _product(children["down_proj"])
-        if up is None or down is None:
-            return None
-        if "gate_proj" not in children:
-            return up, down, None
-        gate = _product(children["gate_proj"])
-        return None if gate is None else (up, down, gate)
-
-    def _check_backend(self, x: Tensor) -> None:
-        """Raise ValueError if backend is "triton" although the children must be called."""
-        if self.backend == "triton":
-            raise ValueError(f"backend must be 'auto', got 'triton': {self._why(x)}")
-
-    def _why(self, x: Tensor) -> str:
-        """Return the reason why forward must call the children."""
         if self.act is not None:
             return f"{self.activation} is not in the table of activations"
         if type(x) is not Tensor and type(x) is not nn.Parameter:
@@ -191,10 +168,20 @@ class FeedForward(nn.Module):
             return "the input is nested"
         if has_global_hooks():
             return "a hook is registered for all modules"
-        children = {name: self._modules[name] for name in PROJECTIONS if name in self._modules}
-        name, child = next(pair for pair in children.items() if _product(pair[1]) is None)
-        what = f"{name} (a {type(child).__name__})"
-        return f"{what} is replaced, hooked or parametrized, or its weight is not a plain parameter"
+        children = self._modules  # faster than attribute access
+        up, down, gate = _product(children["up_proj"]), _product(children["down_proj"]), None
+        if up is None or down is None:
+            return _not_plain("down_proj" if up else "up_proj", children)
+        if "gate_proj" in children:
+            gate = _product(children["gate_proj"])
+            if gate is None:
+                return _not_plain("gate_proj", children)
+        return up, down, gate
+
+    def _check_backend(self, reason: str) -> None:
+        """Raise ValueError if backend is "triton" although the children must be called."""
+        if self.backend == "triton":
+            raise ValueError(f"backend must be 'auto', got 'triton': {reason}")
 
     def explain(self, x: Tensor) -> str:
         """Return one line: the path and backend for x, the reason, and the elements saved per token.
@@ -202,17 +189,15 @@ class FeedForward(nn.Module):
         Raises:
             ValueError, TypeError: those that forward would raise before it computes.
         """
-        owner = getattr(
-            self.forward, "__self__", self
-        )  # another object after `ffn.pack` has replaced forward
+        owner = getattr(self.forward, "__self__", self)  # another object after `ffn.pack`
         line = owner.explain(x) if owner is not self and hasattr(owner, "explain") else None
         if line is not None:
             return line
         products = self.products(x)
-        if products is None:
-            self._check_backend(x)
+        if isinstance(products, str):
+            self._check_backend(products)
             unheld = "" if self.save == "preact" else f"; save={self.save!r} has no effect here"
-            return f"children: {self._why(x)}{unheld}"
+            return f"children: {products}{unheld}"
         choice = explain(x, products, self._options())
         if choice.backend == "reference":
             return f"reference: {choice.reason}"
@@ -232,6 +217,11 @@ class FeedForward(nn.Module):
         }
         given = {key: getattr(self, key) for key in usual}
         return ", ".join(parts + [f"{key}={value}" for key, value in given.items() if value != usual[key]])
+
+
+def _not_plain(name: str, children: dict) -> str:
+    kind = type(children[name]).__name__
+    return f"{name} (a {kind}) is replaced, hooked or parametrized, or its weight is not a plain parameter"
 
 
 def _product(child: nn.Module | None) -> Dense | LoRA | None:

@@ -60,7 +60,7 @@ def linear_cross_entropy(
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     logits = LOGITS_PER_CHUNK_ON_GPU if hidden.is_cuda else LOGITS_PER_CHUNK
     tokens, most = hidden.shape[0], chunk_tokens or max(1, logits // weight.shape[0])
-    whole = tokens <= most or torch_modes.needs_textbook()
+    whole = tokens <= most or torch_modes.needs_reference()
     step = tokens if whole else -(-tokens // -(-tokens // most))
     options = ChunkOptions(ignore_index, label_smoothing, step, dtype, softcap)
     try:

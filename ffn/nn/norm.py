@@ -64,7 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None = 1e-5) -> Tensor:
         and x.dtype in (torch.float32, torch.float64)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch_modes.needs_textbook()
+        and not torch_modes.needs_reference()
     ):
         return RMSNormRule.apply(x, weight, torch.finfo(x.dtype).eps if eps is None else eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)

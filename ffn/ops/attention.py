@@ -50,7 +50,7 @@ def _short(q: Tensor, k: Tensor) -> bool:
         and q.shape == k.shape
         and torch.is_grad_enabled()
         and type(q) is Tensor
-        and not torch_modes.needs_textbook()
+        and not torch_modes.needs_reference()
     )
 
 
@@ -58,7 +58,7 @@ def _products():
     return float32_in_onednn() if hardware.float32_faster_in_onednn() else nullcontext()
 
 
-def _textbook(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+def _reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Return (y, p) for q, k, v (n, T, C)."""
     scores = torch.bmm(q, k.transpose(1, 2)) * (1.0 / math.sqrt(q.shape[-1]))
     if causal:
@@ -79,7 +79,7 @@ class ShortAttentionRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal: bool):
         with _products():
-            y, weights = _textbook(*_heads(q, k, v), causal=causal)
+            y, weights = _reference(*_heads(q, k, v), causal=causal)
         ctx.save_for_backward(q, k, v, weights)
         ctx.causal = causal
         return y.view(q.shape)
@@ -97,7 +97,7 @@ def _backward(ctx, dy: Tensor) -> list[Tensor]:
     if torch_modes.wants_autograd(dy):
 
         def formula(*inputs: Tensor) -> Tensor:
-            return _textbook(*_heads(*inputs), causal=ctx.causal)[0].view(shape)
+            return _reference(*_heads(*inputs), causal=ctx.causal)[0].view(shape)
 
         return torch_modes.autograd_gradients(formula, (q, k, v), ctx.needs_input_grad[:3], dy)
     dy, q, k, v = _heads(dy, q, k, v)

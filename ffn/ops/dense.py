@@ -34,6 +34,10 @@ class Dense(NamedTuple):
         """Return dx (N, in) for dz (N, out): written to `out` if given, or added to it if `add`."""
         return matmul.product(dz, self.weight, out=out, add=add)
 
+    def needs_input(self, needs: Sequence[bool]) -> bool:
+        """True if `gradients` reads x for what is needed: the weight's gradient does, the bias's does not."""
+        return needs[0]
+
     def gradients(
         self, dz: Tensor, x: Tensor | None, needs: Sequence[bool], dbias: Tensor | None = None
     ) -> list[Tensor | None]:

@@ -95,6 +95,6 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     check_probability("p", p)
     if not training or p == 0.0 or x.numel() == 0:
         return x
-    if torch_modes.needs_textbook() or type(x) not in (Tensor, nn.Parameter):
+    if torch_modes.needs_reference() or type(x) not in (Tensor, nn.Parameter):
         return nn.functional.dropout(x, p)
     return _Dropout.apply(x, draw_seed(x.device), p)

@@ -13,7 +13,7 @@ from ffn.ops.arguments import check_options, explain_misfit, fits, named
 from ffn.ops.dense import Dense
 from ffn.ops.dropout_mask import draw_seed
 from ffn.ops.options import Options
-from ffn.ops.torch_modes import autocasts, needs_textbook
+from ffn.ops.torch_modes import autocasts, needs_reference
 
 TRANSFORMS = "torch.func, forward-mode differentiation, torch.jit.trace or torch.export"
 
@@ -67,49 +67,48 @@ def feed_forward(
 
 def call(x: Tensor, products: tuple, options: Options) -> Tensor:
     """Run `feed_forward` over products (up, down, gate); gate is None when plain."""
-    x, products, row, chosen, _ = _prepare(x, products, options)
-    if chosen.backend == "reference" or row.formula is None or needs_textbook():
-        if options.backend == "triton":
-            raise ValueError(f"backend must be 'auto' under {TRANSFORMS}, got 'triton'")
+    x, products, row, resolved, _ = _prepare(x, products, options)
+    if resolved.backend == "reference":
         hidden = *x.shape[:-1], products[0].weight.shape[0]
         factors = F.dropout(x.new_ones(hidden), options.p) if options.p > 0.0 else None
         return reference.feed_forward(x, *products, activation=row, noise=factors)
     flat = x.ndim == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
     seed = draw_seed(x.device) if options.p > 0.0 else None
-    run = compiled.feed_forward if chosen.backend == "compiled" else rule.feed_forward
-    y = run(rows, products, seed, chosen)
+    run = compiled.feed_forward if resolved.backend == "compiled" else rule.feed_forward
+    y = run(rows, products, seed, resolved)
     return y if flat else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def explain(x: Tensor, products: tuple, options: Options) -> dispatch.Choice:
     """Return the backend that `call` would choose; raise what `call` would raise before it computes."""
-    *_, choice = _prepare(x, products, options)
-    if needs_textbook():
-        if options.backend == "triton":
-            raise ValueError(f"backend must be 'auto' under {TRANSFORMS}, got 'triton'")
-        return dispatch.Choice("reference", f"{TRANSFORMS} is on")
-    return choice
+    return _prepare(x, products, options)[-1]
 
 
 def _prepare(x: Tensor, products: tuple, options: Options) -> tuple:
-    """Check all arguments; return (x, products, row, options, choice).
+    """Check all arguments; return (x, products, row, resolved options, choice).
 
-    x and products are cast if autocast is on. The options name the activation's row and the chosen backend.
+    x and products are cast if autocast is on. Resolved options name the activation's row and the backend that
+    runs.
     """
     try:
         cast = autocasts(x)
         if cast:  # also casts weights when x already has autocast's dtype, from another layer
             dtype = torch.get_autocast_dtype(x.device.type)
             x, products = x.to(dtype), tuple(None if q is None else q.autocast(dtype) for q in products)
-        row, chosen, choice = _check(options, x)
+        row, resolved, choice = _check(options, x)
         fit = fits(row, x, products, cast)
     except AttributeError:
         named(x, products)  # raises if one is not a tensor
         raise
     if not fit:
         explain_misfit(row, x, products)
-    return x, products, row, chosen, choice
+    if needs_reference():
+        if options.backend == "triton":
+            raise ValueError(f"backend must be 'auto' under {TRANSFORMS}, got 'triton'")
+        choice = dispatch.Choice("reference", f"{TRANSFORMS} is on")
+        resolved = resolved._replace(backend="reference")
+    return x, products, row, resolved, choice
 
 
 def _check(options: Options, x: Tensor) -> tuple[Activation, Options, dispatch.Choice]:
@@ -122,10 +121,13 @@ def _check(options: Options, x: Tensor) -> tuple[Activation, Options, dispatch.C
 
 
 def _checked(activation, p, save, chunk_tokens, backend, device, dtype):
-    """Check the options; return (row, options with the row's name and the chosen backend, choice)."""
+    """Check the options; return (row, resolved options, choice)."""
     row = activations.resolve(activation)
     check_options(row, p, save, chunk_tokens, backend)
-    choice = dispatch.choose(backend, device, dtype)
+    if row.formula is None:
+        choice = dispatch.Choice("reference", f"{row.name} is not in the table of activations")
+    else:
+        choice = dispatch.choose(backend, device, dtype)
     return row, Options(row.name, p, save, chunk_tokens, choice.backend), choice
 
 

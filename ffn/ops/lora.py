@@ -61,6 +61,10 @@ class LoRA(NamedTuple):
             return dx.addmm_(dz @ self.b, self.a, alpha=self.scale)
         return dx.add_(self._dropped(dz @ self.b @ self.a), alpha=self.scale)
 
+    def needs_input(self, needs: Sequence[bool]) -> bool:
+        """True if `gradients` reads x for what is needed: for the weight's gradient and the factors'."""
+        return needs[0] or needs[2] or needs[3]
+
     def gradients(
         self, dz: Tensor, x: Tensor | None, needs: Sequence[bool], dbias: Tensor | None = None
     ) -> list[Tensor | None]:

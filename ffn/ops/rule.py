@@ -41,12 +41,14 @@ def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options: Optio
     dense = type(up) is type(down) is Dense and (gate is None or type(gate) is Dense)
     if not dense:
         up, down, gate = (None if q is None else q.with_seed() for q in products)
-    cast = None if dense and not autocasts(x) else x.dtype
+    cast = None if dense and not autocasts(x) else x.dtype  # LoRA's factors may have a dtype of their own
     if cast is None and not torch.is_grad_enabled():
         return _forward(options, x, seed, products, False)[0]
     given: list[Any] = [up, down] if gate is None else [up, down, gate]
     kinds = [(type(q), q[q.TENSORS :]) for q in given]
     tensors = [t for q in given for t in q[: q.TENSORS]]
+    if not torch.is_grad_enabled():
+        return _forward(options, x, seed, _products(kinds, cast, tensors), False)[0]
     return Rule.apply(x, seed, options, kinds, cast, *tensors)
 
 
@@ -81,7 +83,7 @@ def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the results of backward, by the rule or, if `wants_autograd`, by the reference formula."""
     x, seed, *tensors, pre, pre_gate = ctx.saved_tensors
     if wants_autograd(dy):
-        return _textbook_backward(ctx, dy, x, seed, tensors)
+        return _reference_backward(ctx, dy, x, seed, tensors)
     products = _products(ctx.kinds, ctx.cast, tensors)
     arguments = ctx.options, ctx.needs_input_grad, dy, x, seed, products, pre, pre_gate
     if repays_onednn(x, products[0].weight):
@@ -125,7 +127,7 @@ def _forward(options: Options, x: Tensor, seed: Tensor | None, products, keep: b
     ys = []
     for rows in _chunks(x.shape[0], options.chunk_tokens):
         chunk = [None if q is None else q.at(rows.start) for q in products]
-        y, _, _ = _forward_chunk(options, x[rows], chunk, _between(options, seed, rows.start), keep)
+        y, _, _ = _forward_chunk(options, x[rows], chunk, _between(options, seed, rows.start), False)
         ys.append(y)
     return torch.cat(ys), None, None
 
@@ -197,7 +199,7 @@ def _backward_chunk(options: Options, asked: _Asked, dy: Tensor, saved: tuple, p
     backend = dispatch.module(options.backend)
     nothing = [None] * len(asked.gate)
     into_hidden = asked.x or any(asked.up) or any(asked.gate)
-    needs_h = asked.down[0] or any(asked.down[BIAS + 1 :])
+    needs_h = down.needs_input(asked.down)
     if options.save == "input" and (into_hidden or needs_h):
         pre, pre_gate = up.forward(x), None if gate is None else gate.forward(x)
     if not into_hidden:
@@ -229,7 +231,7 @@ def back_to_preactivations(backend: ModuleType, dy: Tensor, down, asked, saved, 
     return dpre, dpre_gate, down.gradients(dy, h, asked), *sums
 
 
-def _textbook_backward(ctx, dy, x, seed, tensors):
+def _reference_backward(ctx, dy, x, seed, tensors):
     """Return the results of `_gradients`, computed by autograd from the reference formula."""
     options = ctx.options
     factors = None

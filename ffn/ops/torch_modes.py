@@ -17,7 +17,7 @@ def constant_in_graphs(function: Callable) -> Callable:
 
 
 @constant_in_graphs  # safe, since torch guards each compiled graph by the active transforms
-def needs_textbook() -> bool:
+def needs_reference() -> bool:
     """True under torch.func, forward-mode differentiation, torch.jit.trace or torch.export."""
     if _functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0:
         return True

@@ -16,7 +16,7 @@ from ffn.nn.head import Head
 from ffn.nn.loss import cap
 from ffn.nn.plain import LINEAR_FORWARD, plain_parameters
 from ffn.ops.arguments import fits
-from ffn.ops.torch_modes import needs_textbook
+from ffn.ops.torch_modes import needs_reference
 from ffn.packing.float_copies import Packed, Tensors
 
 
@@ -27,7 +27,7 @@ def must_run_as_written() -> bool:
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or bool(has_global_hooks())
-        or needs_textbook()
+        or needs_reference()
     )
 
 

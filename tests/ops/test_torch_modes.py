@@ -12,11 +12,11 @@ F64 = torch.float64
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
 )  # raised by torch for jvp
-def test_needs_textbook_under_transforms() -> None:
+def test_needs_reference_under_transforms() -> None:
     seen = []
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        seen.append(torch_modes.needs_textbook())
+        seen.append(torch_modes.needs_reference())
         return x.sum()
 
     x = torch.ones(3)
@@ -32,25 +32,25 @@ def test_needs_textbook_under_transforms() -> None:
     with forward_ad.dual_level():
         ask(x)
     assert seen == [True] * 4
-    assert not torch_modes.needs_textbook()
+    assert not torch_modes.needs_reference()
 
 
 @pytest.mark.parametrize(
     "wrap", [lambda f: f, torch.func.vmap, torch.func.grad], ids=["plain", "vmap", "grad"]
 )
-def test_needs_textbook_within_torch_compile(wrap) -> None:
+def test_needs_reference_within_torch_compile(wrap) -> None:
     def ask(x: torch.Tensor) -> torch.Tensor:
-        return (x * (2.0 if torch_modes.needs_textbook() else 1.0)).sum()
+        return (x * (2.0 if torch_modes.needs_reference() else 1.0)).sum()
 
     x = torch.ones(3)
     assert torch.equal(torch.compile(wrap(ask), backend="eager", fullgraph=True)(x), wrap(ask)(x))
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_needs_textbook_under_export(strict: bool) -> None:
+def test_needs_reference_under_export(strict: bool) -> None:
     class Ask(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * (2.0 if torch_modes.needs_textbook() else 1.0)
+            return x * (2.0 if torch_modes.needs_reference() else 1.0)
 
     program = torch.export.export(Ask(), (torch.ones(3),), strict=strict)
     assert torch.equal(program.module()(torch.ones(3)), torch.full((3,), 2.0))
