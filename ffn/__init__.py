@@ -27,7 +27,7 @@ from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.swap.from_module import from_module
 from ffn.interop.swap.in_place import swap, unswap
 from ffn.nn import FeedForward, gated_hidden_dim
-from ffn.ops import feed_forward
+from ffn.ops.feed_forward import feed_forward
 from ffn.packing.pack import pack, packing_error, unpack
 from ffn.version import __version__ as __version__
 

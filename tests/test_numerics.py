@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ffn.activations import GATES, PLAIN, TABLE
-from ffn.ops import feed_forward
+from ffn.ops.feed_forward import feed_forward
 from tests.ops.samples import F64, SAVES, Arguments, draw, gradients, leaf
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -8,9 +8,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn import ops
 from ffn.ops.arguments import check_size
 from ffn.ops.attention import attend
+from ffn.ops.dropout import dropout
 from ffn.ops.torch_modes import autocasts
 
 QK_NORM_SCOPES = ("head", "all")
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             y_BQTC = self._attend(q, k, v, mask)
         y = self.o_proj(y_BQTC.transpose(1, 2).flatten(2).to(dtype))
-        return ops.dropout(y, self.out_dropout, self.training)
+        return dropout(y, self.out_dropout, self.training)
 
     def _heads(self, x: Tensor) -> Tensor:
         half = x.dtype in (torch.bfloat16, torch.float16)
@@ -264,7 +264,7 @@ def attend_in_full(
     else:
         scores = torch.bmm(q, k.mT).mul(factor / softcap).tanh().mul(softcap) + shift
     weights = scores.softmax(-1)
-    return rearrange(torch.bmm(ops.dropout(weights, p), v), "(b q) t c -> b q t c", q=Q)
+    return rearrange(torch.bmm(dropout(weights, p), v), "(b q) t c -> b q t c", q=Q)
 
 
 def check_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:

@@ -6,9 +6,9 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from ffn import activations, ops
+from ffn import activations
 from ffn.ops.arguments import check_size
-from ffn.ops.dropout import check_probability
+from ffn.ops.dropout import check_probability, dropout
 
 Pooling = Literal["first", "mean", "last"]
 Transform = Literal["tanh", "relu"]
@@ -81,7 +81,7 @@ class ClassifierHead(nn.Module):
         x = pooled
         if self.dense is not None and self.transform is not None:
             x = activations.TABLE[self.transform](self.dense(x))
-        return self.out_proj(ops.dropout(x, self.dropout, self.training))
+        return self.out_proj(dropout(x, self.dropout, self.training))
 
     def extra_repr(self) -> str:
         return f"transform={self.transform}, dropout={self.dropout}"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ffn import ops
+from ffn.ops.dropout import dropout
 
 
 class Embedding(nn.Module):
@@ -86,7 +86,7 @@ class Embedding(nn.Module):
             x = x + _look_up(self.position, positions, "positions")
         if self.norm is not None:
             x = self.norm(x)
-        return ops.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}" if self.dropout else ""

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from ffn import activations, ops
+from ffn import activations
 from ffn.nn.init import check_init, init_linear
 from ffn.nn.lora import adapted_product
 from ffn.nn.plain import plain_parameters
 from ffn.ops.arguments import check_options, check_size
 from ffn.ops.dense import Dense
-from ffn.ops.dropout import check_probability
+from ffn.ops.dropout import check_probability, dropout
 from ffn.ops.feed_forward import call, explain
 from ffn.ops.lora import LoRA
 from ffn.ops.options import Options
@@ -136,7 +136,7 @@ class FeedForward(nn.Module):
         else:
             self._check_backend(products)  # pyright: ignore[reportArgumentType]
             y = self._through_children(x)
-        return ops.dropout(y, self.out_dropout) if self.training and self.out_dropout else y
+        return dropout(y, self.out_dropout) if self.training and self.out_dropout else y
 
     def _options(self) -> Options:
         p = self.dropout if self.training else 0.0
@@ -150,7 +150,7 @@ class FeedForward(nn.Module):
         act = activations.TABLE[self.activation] if self.act is None else self.act
         pre = self.up_proj(x)
         h = act(pre) if self.gate_proj is None else act(self.gate_proj(x)) * pre
-        return self.down_proj(ops.dropout(h, self.dropout, self.training))
+        return self.down_proj(dropout(h, self.dropout, self.training))
 
     def _linears(self) -> list[nn.Linear]:
         return [linear for name in PROJECTIONS if (linear := getattr(self, name)) is not None]

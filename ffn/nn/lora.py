@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffn import ops
 from ffn.nn.plain import is_hooked
+from ffn.ops.dropout import dropout
 from ffn.ops.lora import LoRA
 
 
@@ -41,7 +41,7 @@ class LoRALinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = ops.dropout(x, self.dropout, self.training)
+        dropped = dropout(x, self.dropout, self.training)
         return F.linear(x, self.weight, self.bias) + self.scale * F.linear(
             F.linear(dropped, self.lora_A), self.lora_B
         )

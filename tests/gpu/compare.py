@@ -9,8 +9,9 @@ from torch import Tensor
 
 from benchmarks.tiles import CANDIDATES
 from ffn.activations import TABLE
-from ffn.ops import dispatch, feed_forward
+from ffn.ops import dispatch
 from ffn.ops.dropout_mask import draw_seed
+from ffn.ops.feed_forward import feed_forward
 from ffn.ops.kernels.tilings import Tiling
 from tests.ops.samples import F64, Arguments, by_reference, draw, gradients, leaf
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from ffn.ops import dispatch, dropout, feed_forward
+from ffn.ops import dispatch
+from ffn.ops.dropout import dropout
+from ffn.ops.feed_forward import feed_forward
 from tests.gpu.compare import DTYPES, assert_equal, results, sample
 from tests.ops.kernels.interpreted.oracle import factors
 from tests.ops.masks import PROBABILITIES, check_counts

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffn.activations import TABLE
-from ffn.ops import feed_forward
+from ffn.ops.feed_forward import feed_forward
 from tests.gpu.compare import DTYPES, FUSED, ODD, results, sample
 from tests.kept import kept_for_backward
 from tests.ops.kernels.interpreted.oracle import F64, factors, middle

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffn.activations import TABLE
-from ffn.ops import dispatch, feed_forward, rule
+from ffn.ops import dispatch, rule
 from ffn.ops.between import Between, Needs
+from ffn.ops.feed_forward import feed_forward
 from ffn.ops.kernels import tilings
 from tests.gpu.compare import DTYPES, FUSED, ODD, assert_equal, check, sample
 from tests.ops.samples import NAMES, gradients, leaf

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ffn import FeedForward
-from ffn.ops import feed_forward
+from ffn.ops.feed_forward import feed_forward
 from tests.conftest import ROOT
 from tests.gpu.compare import assert_alike, assert_equal, check, results, sample
 
@@ -152,7 +152,7 @@ def test_device_other_than_the_current_one() -> None:
 
 PASSES = """
 import torch
-from ffn.ops import feed_forward
+from ffn.ops.feed_forward import feed_forward
 from ffn.ops.kernels import tilings
 from tests.gpu.compare import FUSED, ODD, fuse_large, results, sample
 tilings.choose = fuse_large

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import ffn.nn.feed_forward as page
 from ffn.activations import TABLE
 from ffn.nn import FeedForward, gated_hidden_dim
-from ffn.ops import dispatch, feed_forward
+from ffn.ops import dispatch
+from ffn.ops.feed_forward import feed_forward
 
 F64 = torch.float64
 NAMES = list(TABLE)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
-from ffn import ops
 from ffn.activations import TABLE
 from ffn.nn import FeedForward
+from ffn.ops.dropout import dropout
 from tests.kept import kept_for_backward
 from tests.ops.samples import F64, NAMES, SAVES
 
@@ -270,5 +270,5 @@ def test_torch_func_within_the_compiler() -> None:
     torch.testing.assert_close(compiled(jacrev(block))(x[0]), jacrev(block)(x[0]))
     value, tangent = compiled(lambda x: jvp(block, (x,), (x,)))(x)
     torch.testing.assert_close((value, tangent), jvp(block, (x,), (x,)))
-    y = compiled(vmap(lambda row: ops.dropout(row, 0.5), randomness="different"))(torch.ones(8, 6))
+    y = compiled(vmap(lambda row: dropout(row, 0.5), randomness="different"))(torch.ones(8, 6))
     assert set(y.unique().tolist()) <= {0.0, 2.0}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ffn import FeedForward
-from ffn.ops import dispatch, feed_forward
+from ffn.ops import dispatch
+from ffn.ops.feed_forward import feed_forward
 from tests.ops.samples import F64, SAVES, Arguments, draw, gradients, leaf
 
 

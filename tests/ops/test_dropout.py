@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ffn.nn import FeedForward
-from ffn.ops import dropout, feed_forward
+from ffn.ops.dropout import dropout
 from ffn.ops.dropout_mask import drop_, noise, scale
+from ffn.ops.feed_forward import feed_forward
 from tests.kept import kept_for_backward
 from tests.ops.masks import PROBABILITIES, applied, check_counts, dropped
 from tests.ops.samples import F64, draw, gradients

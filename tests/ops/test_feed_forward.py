@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ffn.activations import TABLE
-from ffn.ops import feed_forward
 from ffn.ops.dropout_mask import draw_seed, noise
+from ffn.ops.feed_forward import feed_forward
 from tests.ops.samples import F64, NAMES, SAVES, Arguments, by_reference, draw, gradients, leaf
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]

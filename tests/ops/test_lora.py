@@ -1,7 +1,6 @@
 """The rule with LoRA products against the formula in float64: outputs, gradients, saved elements."""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -104,7 +103,7 @@ def test_dropout_has_one_mask_both_ways(activation: str, chunk: int | None, monk
     products = a_block(TABLE[activation].gated, True, (True, True, True), (0.2, 0.3, 0.4))
     of_adapters = iter(drawn)
     monkeypatch.setattr("ffn.ops.lora.draw_seed", lambda device: next(of_adapters))
-    monkeypatch.setattr(sys.modules[call.__module__], "draw_seed", lambda device: hidden)
+    monkeypatch.setattr("ffn.ops.feed_forward.draw_seed", lambda device: hidden)
     x = leaf(8, 6)
     ours = call(x, products, options(activation, 0.25, "input" if chunk else "preact", chunk))
     widths, ps = (10, 6, 10, 6), (0.25, 0.2, 0.3, 0.4)

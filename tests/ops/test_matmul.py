@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ffn.ops import eager, feed_forward, hardware, matmul, rule
+from ffn.ops import eager, hardware, matmul, rule
+from ffn.ops.feed_forward import feed_forward
 from tests.ops.samples import F64, Arguments, draw, gradients, leaf
 
 needs_onednn = pytest.mark.skipif(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ffn.activations import TABLE
-from ffn.ops import feed_forward, reference
+from ffn.ops import reference
 from ffn.ops.dense import Dense
+from ffn.ops.feed_forward import feed_forward
 from tests.ops import textbook
 from tests.ops.samples import F64, NAMES, Arguments, by_reference, draw, gradients
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.timing import peak_bytes
 from ffn import FeedForward
 from ffn.activations import TABLE
-from ffn.ops import feed_forward
+from ffn.ops.feed_forward import feed_forward
 from tests.kept import kept_for_backward
 from tests.ops.samples import NAMES, Arguments, draw, gradients, leaf
 

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffn import FeedForward
 from ffn.activations import TABLE
-from ffn.ops import dispatch, feed_forward
+from ffn.ops import dispatch
 from ffn.ops.dropout_mask import draw_seed
+from ffn.ops.feed_forward import feed_forward
 from ffn.ops.kernels import decode, tilings
 from tests.ops.samples import F64, NAMES, Arguments, by_reference, draw, gradients
 

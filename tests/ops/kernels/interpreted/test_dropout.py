@@ -1,11 +1,10 @@
 """The function `dropout` on the kernel that draws Philox's mask."""
 
-import sys
-
 import pytest
 import torch
 
-from ffn.ops import dispatch, dropout
+from ffn.ops import dispatch
+from ffn.ops.dropout import dropout
 from ffn.ops.dropout_mask import draw_seed
 
 
@@ -16,7 +15,7 @@ def test_dropout_has_one_mask_both_ways(
 ) -> None:
     assert dispatch.why_not_triton(torch.device("cpu"), dtype) is None
     kernels = dispatch.module("triton")
-    monkeypatch.setattr(sys.modules["ffn.ops.dropout"], "_drawing", lambda *_: kernels)
+    monkeypatch.setattr("ffn.ops.dropout._drawing", lambda *_: kernels)
     x = torch.randn(shape, dtype=dtype)
     x = (x.mT if x.ndim > 1 else x).requires_grad_()  # strided
     torch.manual_seed(3)

@@ -1,7 +1,5 @@
 """LoRA products with the kernels' passes."""
 
-import sys
-
 import pytest
 import torch
 
@@ -23,7 +21,7 @@ def test_lora_products_with_kernels(
     seeds = [torch.tensor([s]) for s in (3, 14, 15, 92)]
     of_adapters = iter(seeds[1:])
     monkeypatch.setattr("ffn.ops.lora.draw_seed", lambda device: next(of_adapters))
-    monkeypatch.setattr(sys.modules[call.__module__], "draw_seed", lambda device: seeds[0])
+    monkeypatch.setattr("ffn.ops.feed_forward.draw_seed", lambda device: seeds[0])
     products = a_block(TABLE[activation].gated, True, (True, True, True), (0.2, 0.3, 0.4), dtype=F32)
     x, dy = leaf(8, 6, dtype=F32), torch.randn(8, 5)
     y = call(x, products, Options(activation, 0.25, "input" if chunk else "preact", chunk, "triton"))
