@@ -46,7 +46,7 @@ def test_position_beyond_the_table_raises() -> None:
 
 def test_tokens_must_be_integers() -> None:
     assert Embedding(11, 6)(torch.zeros(1, 2, dtype=torch.int32)).shape == (1, 2, 6)
-    with pytest.raises(TypeError, match=r"^tokens .*got float32"):
+    with pytest.raises(TypeError, match=r"^tokens must be "):
         Embedding(11, 6)(torch.zeros(1, 2))
 
 
