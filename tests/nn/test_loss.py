@@ -173,18 +173,18 @@ def test_shapes_that_do_not_fit_raise() -> None:
 def test_dtype_rules_are_the_same_with_and_without_chunks(chunk: int | None) -> None:
     hidden, weight, targets = case(6, 4, 5, torch.float32)
     half, wide = hidden.bfloat16(), weight.double()
-    for other, names in (((half, weight), "bfloat16 and float32"), ((hidden, wide), "float32 and float64")):
-        with pytest.raises(TypeError, match=f"^hidden and weight .*got {names}"):
+    for other in ((half, weight), (hidden, wide)):
+        with pytest.raises(TypeError, match=r"^hidden and weight must have the same dtype"):
             linear_cross_entropy(*other, targets, chunk_tokens=chunk)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = linear_cross_entropy(half, weight, targets, chunk_tokens=chunk)
-        with pytest.raises(TypeError, match="got float32 and float64"):
+        with pytest.raises(TypeError, match=r"^hidden and weight must have the same dtype"):
             linear_cross_entropy(hidden, wide, targets, chunk_tokens=chunk)
     torch.testing.assert_close(mixed, plain(hidden, weight, targets), atol=0.05, rtol=0.05)
     for dtype in (torch.int32, torch.uint8):
         short = linear_cross_entropy(hidden, weight, targets.to(dtype), chunk_tokens=chunk)
         torch.testing.assert_close(short, plain(hidden, weight, targets))
-    with pytest.raises(TypeError, match=r"^targets .*got float32"):
+    with pytest.raises(TypeError, match=r"^targets must be "):
         linear_cross_entropy(hidden, weight, targets.float(), chunk_tokens=chunk)
 
 
