@@ -45,12 +45,17 @@ def save(path: str | Path, model: Transformer, format: Literal["ffn", "hf"] = "f
             folder, which transformers' from_pretrained reads too.
 
     Raises:
-        ValueError: no such format, or an option of the model that a Hugging Face config cannot express.
+        ValueError: no such format; a Hugging Face model or a training checkpoint in the folder, which "ffn"
+            would spoil; or an option of the model that a Hugging Face config cannot express.
         OSError: the disk is full or fails; the files that were there stay.
     """
     writers = {"ffn": save_model, "hf": hf.save_folder}
     if format not in writers:
         raise ValueError(f"format must be one of {', '.join(writers)}, got {format!r}")
+    if format == "ffn":
+        for name, kind in ((hf.CONFIG, "a Hugging Face model"), (STATE, "the checkpoint of a run")):
+            if (Path(path) / name).exists():
+                raise ValueError(f"path must be a folder of its own, got {path}, which holds {kind}")
     writers[format](path, model)
 
 

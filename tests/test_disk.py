@@ -77,3 +77,12 @@ def test_a_path_that_cannot_be_written_raises_oserror(tmp_path: Path) -> None:
     blocked.write_text("")
     with pytest.raises(OSError, match="file"):
         save(blocked / "model", Transformer(CONFIG))
+
+
+@pytest.mark.parametrize("name", ["config.json", "state.json"])
+def test_save_spoils_no_folder_of_another_kind(name: str, tmp_path: Path) -> None:
+    model = Transformer(TransformerConfig(vocab_size=50, dim=32, num_layers=1, num_heads=2, max_seq_len=16))
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"^path must be a folder of its own"):
+        save(tmp_path, model)
+    assert [file.name for file in tmp_path.iterdir()] == [name]

@@ -31,6 +31,7 @@ from ffn.gpt.freeze import transformer_in
 from ffn.gpt.transformer import Transformer
 from ffn.nn.lora import LoRALinear
 from ffn.nn.plain import plain_parameters
+from ffn.packing.pack import is_packed
 
 FILE = "adapter.safetensors"
 TARGETS = {
@@ -81,7 +82,8 @@ def add_adapters(model: nn.Module, config: AdapterConfig | None = None) -> list[
     linears = dict(_chosen(transformer, config))
     for name, linear in linears.items():
         if plain_parameters(linear) is None:
-            raise ValueError(f"{name} must be a plain nn.Linear without hooks, got {type(linear).__name__}")
+            kind = "a packed one; call ffn.unpack first" if is_packed(linear) else type(linear).__name__
+            raise ValueError(f"{name} must be a plain nn.Linear without hooks, got {kind}")
     for name, linear in linears.items():
         _put(transformer, name, LoRALinear(linear, config.rank, config.alpha, config.dropout))
     return list(linears)

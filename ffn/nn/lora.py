@@ -42,9 +42,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = dropout(x, self.dropout, self.training)
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(
-            F.linear(dropped, self.lora_A), self.lora_B
-        )
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(dropped, a), b)
 
     def plain(self) -> nn.Linear:
         """Return a plain Linear that shares this one's weight and bias, without the adapter."""

@@ -57,7 +57,9 @@ def fits(row: Activation, x: Tensor, products: tuple, autocast: bool = False) ->
             continue
         if t.shape != size or t.device != device or not (autocast or t.dtype == dtype):
             return False
-    return gate is not None or gate_bias is None
+    if gate is None and gate_bias is not None:
+        return False
+    return not any(q is not None and len(q) > 2 and q.misfit() for q in products)
 
 
 def explain_misfit(row: Activation, x: Tensor, products: tuple):
@@ -95,6 +97,9 @@ def explain_misfit(row: Activation, x: Tensor, products: tuple):
             )
         if t.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {t.device}: move it with .to(device)")
+    for product in products:
+        if product is not None and len(product) > 2 and (line := product.misfit()):
+            raise ValueError(line)
 
 
 def named(x, products) -> dict:

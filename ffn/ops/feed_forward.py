@@ -46,6 +46,7 @@ def feed_forward(
             token when plain, D + 2H when gated. "input": x alone, D per token; backward repeats the first
             product.
         chunk_tokens: with save="input", compute this many tokens at a time, so that no (N, H) tensor exists.
+            Under torch.compile each count of tokens then has a graph of its own.
             Default None: all at once.
         backend: "auto" (default), "eager" (torch ops), "triton" (kernels for NVIDIA GPUs; raises where they
             cannot run) or "reference" (the reference formula under plain autograd). With every backend,

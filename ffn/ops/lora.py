@@ -79,6 +79,17 @@ class LoRA(NamedTuple):
             db = torch.mm(dz.t(), x @ self.a.t()).mul_(self.scale) if need_b else None
         return [*base, da, db, None]
 
+    def misfit(self) -> str | None:
+        """Return what is wrong with the factors, or None."""
+        out, width = self.weight.shape
+        rank = self.a.shape[0] if isinstance(self.a, Tensor) and self.a.ndim == 2 else "rank"
+        for name, t, shape in (("lora_A", self.a, (rank, width)), ("lora_B", self.b, (out, rank))):
+            if not isinstance(t, Tensor) or t.shape != shape or t.device != self.weight.device:
+                given = f"{tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+                wanted = f"({', '.join(map(str, shape))}) on {self.weight.device}"
+                return f"{name} must be {wanted}, got {given}"
+        return None
+
     def autocast(self, dtype: torch.dtype) -> "LoRA":
         """Return the product unchanged: the rule casts all its tensors, and saves no copies."""
         return self

@@ -1,5 +1,6 @@
 """The matmuls of a Linear: in torch, or in oneDNN where that is faster on this CPU."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -79,7 +80,7 @@ def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return product(dz.t(), x)
 
 
-_lock, _within, _before = Lock(), 0, "none"
+_lock, _within, _before = Lock(), 0, "none"  # of the process: the setting has no thread
 
 
 @contextmanager
@@ -104,6 +105,19 @@ def float32_in_onednn() -> Iterator[None]:
             _within -= 1
             if _within == 0:
                 matmul.fp32_precision = _before
+
+
+def _leave_in_child() -> None:
+    """Undo what other threads held when this process was forked: they do not exist here."""
+    global _lock, _within
+    _lock = Lock()
+    if _within:
+        _within = 0
+        torch.backends.mkldnn.matmul.fp32_precision = _before  # pyright: ignore[reportAttributeAccessIssue]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_in_child)
 
 
 def repays_onednn(x: Tensor, weight: Tensor) -> bool:

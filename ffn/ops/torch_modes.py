@@ -45,7 +45,10 @@ def wants_autograd(dy: Tensor) -> bool:
 
 
 def is_last_reader() -> bool:
-    """True if backward runs without retain_graph, so that it may overwrite the saved tensors."""
+    """True if backward runs without retain_graph, so that it may overwrite the saved tensors.
+
+    A saved-tensor hook that keeps the tensor itself, and no copy, sees it overwritten too.
+    """
     if torch.compiler.is_compiling():
         return False
     return not _autograd._get_current_graph_task_keep_graph()

@@ -19,7 +19,14 @@ from ffn.nn.feed_forward import FeedForward
 from ffn.nn.head import Head
 from ffn.nn.plain import LINEAR_FORWARD
 from ffn.packing.float_copies import Packed, Tensors
-from ffn.packing.forwards import PackedAttention, PackedBlock, PackedForward, PackedHead, PackedLinear
+from ffn.packing.forwards import (
+    PackedAttention,
+    PackedBlock,
+    PackedForward,
+    PackedHead,
+    PackedLinear,
+    must_run_as_written,
+)
 from ffn.packing.int8_copies import Quantized
 
 WORTH_PACKING = 1 << 18  # elements of a weight; below, a call costs more than reading the weight
@@ -135,12 +142,15 @@ def packing_error(model: nn.Module, *inputs: Any) -> dict[str, float]:
         in the plain model; inf where only the plain output is 0.
 
     Raises:
-        ValueError: nothing in the model is packed. TypeError: the output is not a tensor.
+        ValueError: nothing in the model is packed, or autocast, a global hook or a transform is on.
+        TypeError: the output is not a tensor.
 
     >>> block = pack(FeedForward(768, 3072), "int8")
     >>> error = packing_error(block, torch.randn(16, 768))[""]  # about 0.015
     """
     packed, errors = _packed(model), {}
+    if must_run_as_written():
+        raise ValueError("model must run without autocast, global hooks and transforms, which bypass packing")
     if not packed:
         raise ValueError(f"model must be packed, got a {type(model).__name__} that is not; call pack first")
     names = {module: name for name, module in model.named_modules()}
@@ -208,9 +218,11 @@ def _packable(model: nn.Module, kind: type[Packed]) -> Iterator[tuple[PackedForw
         forward = packed_forward(module, kind)
         tied = isinstance(module, Head) and module.weight is None
         tensors = forward.tensors(table if tied else None)
-        if tensors is None or not forward.fit_together(tensors):
+        fit = tensors is not None and forward.fit_together(tensors)
+        if fit or isinstance(module, FeedForward):  # packed apart, they would take a block off the op
+            with_parent.update(forward.linears())
+        if not fit or tensors is None:
             continue
-        with_parent.update(forward.linears())
         sizes = [t.numel() for t in tensors if t is not None]
         if (sum(sizes) if forward.joined else max(sizes)) >= WORTH_PACKING:
             yield forward, tensors

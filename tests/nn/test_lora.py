@@ -197,3 +197,14 @@ def test_compiled_autograd() -> None:
         y.backward()
     for parameter, grad in zip(wanted, theirs, strict=True):
         torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_float32_factors_beside_a_bfloat16_weight() -> None:
+    linear = nn.Linear(6, 10, dtype=torch.bfloat16)
+    adapted = LoRALinear(linear, 2, 4.0).requires_grad_(False)
+    adapted.lora_A.data, adapted.lora_B.data = adapted.lora_A.float(), torch.randn(10, 2)
+    block = FeedForward(6, 10, dtype=torch.bfloat16)
+    block.up_proj = adapted
+    x = torch.randn(4, 6, dtype=torch.bfloat16)
+    assert adapted(x).dtype == torch.bfloat16
+    torch.testing.assert_close(block(x), by_children(block)(x), rtol=0.02, atol=0.02)

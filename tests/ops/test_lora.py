@@ -163,3 +163,11 @@ def test_gradients_over_chunks_are_rounded_once() -> None:
         y = call(x, products, options("gelu", 0.0, "input", chunk))
         errors.append(float((torch.autograd.grad(y.sum(), a)[0] - target).norm() / target.norm()))
     assert errors[1] <= 2 * errors[0] + 2**-8
+
+
+@pytest.mark.parametrize(("name", "shape"), [("a", (3, 9)), ("b", (1, 3)), ("a", (18,)), ("b", None)])
+def test_factors_that_do_not_fit_are_refused_by_name(name: str, shape: tuple | None) -> None:
+    up, down, _ = a_block(False, True, (True, True, False))
+    up = up._replace(**{name: None if shape is None else leaf(*shape)})
+    with pytest.raises(ValueError, match=f"^lora_{name.upper()} must be "):
+        call(leaf(4, 6), (up, down, None), options("gelu"))

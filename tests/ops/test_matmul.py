@@ -1,5 +1,6 @@
 """Matmuls of a Linear: oneDNN is as exact as torch, and torch's precision setting is restored."""
 
+import os
 import threading
 
 import pytest
@@ -185,3 +186,17 @@ def test_threads_restore_the_precision_setting() -> None:
     thread.join()
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.skipif(not hardware.float32_faster_in_onednn(), reason="float32 matmuls stay in MKL here")
+def test_a_forked_child_inherits_neither_the_setting_nor_the_lock() -> None:
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    with matmul.float32_in_onednn(), matmul._lock:  # as another thread may hold both
+        pid = os.fork()
+        if pid == 0:
+            fine = setting.fp32_precision == before and not matmul._lock.locked() and matmul._within == 0
+            os._exit(0 if fine else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert setting.fp32_precision == before

@@ -11,8 +11,10 @@ from torch import nn
 
 import ffn
 from ffn import FeedForward, Transformer, TransformerConfig, pack, packing_error, unpack
+from ffn.gpt.adapters import AdapterConfig, add_adapters
 from ffn.nn.attention import Attention
 from ffn.nn.head import Head
+from ffn.nn.lora import LoRALinear
 from ffn.ops import hardware
 from ffn.packing import pack as packing
 from ffn.packing.forwards import PackedForward
@@ -250,7 +252,7 @@ def test_a_refused_pack_changes_nothing(copied: list[nn.Module]) -> None:
         pack(block, "int4")
     assert_same(block, plain, x)
     block.up_proj.half()
-    with pytest.raises(ValueError, match=r"up_proj\.weight is torch\.float16"):
+    with pytest.raises(ValueError, match=r"^model"):
         pack(block)
     block.up_proj.float()
     copied.clear()
@@ -278,3 +280,26 @@ def test_models_that_cannot_be_packed_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(packing, "WORTH_PACKING", 1 << 18)
     with pytest.raises(ValueError, match="262144"):
         pack(FeedForward(8))
+
+
+def test_a_block_with_an_adapter_stays_on_the_op() -> None:
+    """pack leaves its other Linears alone: packed apart, they would take the block off the op."""
+    block, x = FeedForward(32, 64), torch.randn(4, 32)
+    block.up_proj = LoRALinear(block.up_proj, 2, 4.0)
+    before = block.explain(x)
+    model = nn.Sequential(block, nn.Linear(32, 32)).eval()
+    pack(model)
+    assert packed_names(model) == ["1"]
+    assert block.explain(x) == before
+
+
+def test_packing_error_refuses_to_measure_what_bypasses_packing() -> None:
+    model = pack(FeedForward(32, 64).eval())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"^model must run without"):
+        packing_error(model, torch.randn(4, 32))
+
+
+def test_adapters_name_unpack_on_a_packed_model() -> None:
+    model = pack(small_model())
+    with pytest.raises(ValueError, match=r"ffn\.unpack"):
+        add_adapters(model, AdapterConfig(targets=("attention",)))

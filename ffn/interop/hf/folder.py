@@ -211,7 +211,9 @@ def _by_theirs(rows: Mapping[str, Weight]) -> Parts:
 def _check_model(model: Transformer, parts: Parts) -> None:
     names = {ours for rows in parts.values() for ours, _ in rows}
     if other := sorted(names ^ model.state_dict().keys()):
-        raise ValueError(f"model must have the weights of its config; these differ: {', '.join(other[:8])}")
+        remedy = "; call merge_adapters first" if any("lora_" in name for name in other) else ""
+        few = ", ".join(other[:4])
+        raise ValueError(f"model must have the weights of its config, these differ: {few}{remedy}")
 
 
 @torch.no_grad()
