@@ -93,14 +93,16 @@ def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, gradients = _backward(*arguments)
     if ctx.cast is not None:
         pairs = zip(gradients, tensors, strict=True)
-        gradients = [None if gradient is None else gradient.to(t.dtype) for gradient, t in pairs]
+        gradients = [g if g is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in pairs]
     return dx, *NOTHING, *gradients
 
 
 def _products(kinds: list, cast: torch.dtype | None, tensors) -> tuple[Any, Any, Any]:
     """Return (up, down, gate) rebuilt from their tensors; gate is None when plain."""
     if cast is not None:
-        tensors = [t.to(cast) if t is not None and t.is_floating_point() else t for t in tensors]
+        tensors = [
+            t if t is None or t.dtype == cast or not t.is_floating_point() else t.to(cast) for t in tensors
+        ]
     products: list[Any] = [None, None, None]
     start = 0
     for i, (make, constants) in enumerate(kinds):
