@@ -41,25 +41,26 @@ def fits(row: Activation, x: Tensor, products: tuple, autocast: bool = False) ->
 
     products: up, down and gate. autocast: skip the dtypes, since autocast casts them.
     """
-    (up, up_bias), (down, down_bias) = products[0][:2], products[1][:2]
-    gate, gate_bias = products[2][:2] if products[2] is not None else (None, None)
-    if up.ndim != 2 or down.ndim != 2 or not x.ndim or row.gated != (gate is not None):
+    up, down, gate = products
+    shape, out_shape, in_shape = up[0].shape, down[0].shape, x.shape
+    if len(shape) != 2 or len(out_shape) != 2 or not in_shape or row.gated != (gate is not None):
         return False
-    shape = H, D = up.shape
-    out, width = down.shape
-    if x.shape[-1] != D or width != H or not x.is_floating_point():
+    if in_shape[-1] != shape[1] or out_shape[1] != shape[0] or not x.is_floating_point():
         return False
     dtype, device = x.dtype, x.device
-    weights = (up, shape), (down, (out, H)), (gate, shape)
-    biases = (up_bias, (H,)), (down_bias, (out,)), (gate_bias, (H,))
-    for t, size in weights + biases:
-        if t is None:
+    for product, size in ((up, shape), (down, out_shape), (gate, shape)):
+        if product is None:
             continue
-        if t.shape != size or t.device != device or not (autocast or t.dtype == dtype):
+        weight, bias = product[0], product[1]
+        if weight is None or weight.shape != size or weight.device != device:
             return False
-    if gate is None and gate_bias is not None:
-        return False
-    return not any(q is not None and len(q) > 2 and q.misfit() for q in products)
+        if bias is not None and (bias.shape != (size[0],) or bias.device != device):
+            return False
+        if not autocast and (weight.dtype != dtype or (bias is not None and bias.dtype != dtype)):
+            return False
+        if len(product) > 2 and product.misfit():
+            return False
+    return True
 
 
 def explain_misfit(row: Activation, x: Tensor, products: tuple):

@@ -56,7 +56,8 @@ class Dense(NamedTuple):
 
     def autocast(self, dtype: torch.dtype) -> "Dense":
         """Cast the tensors that need gradients. The rule casts frozen ones, and saves no copy of them."""
-        weight, bias = (t if t is None or not t.requires_grad else t.to(dtype) for t in self)
+        frozen = torch.is_grad_enabled()  # else nothing is kept, and all are cast here
+        weight, bias = (t if t is None or (frozen and not t.requires_grad) else t.to(dtype) for t in self)
         return Dense(weight, bias)  # pyright: ignore[reportArgumentType]
 
     def with_seed(self) -> "Dense":

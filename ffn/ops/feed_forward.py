@@ -97,7 +97,7 @@ def _prepare(x: Tensor, products: tuple, options: Options) -> tuple:
         if cast:  # also casts weights when x already has autocast's dtype, from another layer
             dtype = torch.get_autocast_dtype(x.device.type)
             x, products = x.to(dtype), tuple(None if q is None else q.autocast(dtype) for q in products)
-        row, resolved, choice = _check(options, x)
+        row, resolved, choice = _check(*options, x.device, x.dtype)
         fit = fits(row, x, products, cast)
     except AttributeError:
         named(x, products)  # raises if one is not a tensor
@@ -112,13 +112,13 @@ def _prepare(x: Tensor, products: tuple, options: Options) -> tuple:
     return x, products, row, resolved, choice
 
 
-def _check(options: Options, x: Tensor) -> tuple[Activation, Options, dispatch.Choice]:
-    if type(options.activation) is str and not torch.compiler.is_compiling():
+def _check(activation, *others) -> tuple[Activation, Options, dispatch.Choice]:
+    if type(activation) is str and not torch.compiler.is_compiling():
         try:
-            return _known(*options, x.device, x.dtype)
+            return _known(activation, *others)
         except TypeError:  # an option that cannot be hashed
             pass
-    return _checked(*options, x.device, x.dtype)
+    return _checked(activation, *others)
 
 
 def _checked(activation, p, save, chunk_tokens, backend, device, dtype):

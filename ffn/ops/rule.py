@@ -41,9 +41,9 @@ def feed_forward(x: Tensor, products: tuple, seed: Tensor | None, options: Optio
     dense = type(up) is type(down) is Dense and (gate is None or type(gate) is Dense)
     if not dense:
         up, down, gate = (None if q is None else q.with_seed() for q in products)
-    cast = None if dense and not autocasts(x) else x.dtype  # LoRA's factors may have a dtype of their own
-    if cast is None and not torch.is_grad_enabled():
+    if dense and not torch.is_grad_enabled():
         return _forward(options, x, seed, products, False)[0]
+    cast = None if dense and not autocasts(x) else x.dtype  # LoRA's factors may have a dtype of their own
     given: list[Any] = [up, down] if gate is None else [up, down, gate]
     kinds = [(type(q), q[q.TENSORS :]) for q in given]
     tensors = [t for q in given for t in q[: q.TENSORS]]
@@ -124,21 +124,17 @@ def _chunks(tokens: int, step: int | None) -> list[slice]:
 
 def _forward(options: Options, x: Tensor, seed: Tensor | None, products, keep: bool):
     """Return (y, pre, pre_gate) for tokens x (N, D); the preactivations are None unless `keep`."""
+    backend = dispatch.module(options.backend)
     if options.chunk_tokens is None:
-        return _forward_chunk(options, x, products, _between(options, seed), keep)
+        up, down, gate = products
+        h, pre, pre_gate = forward_to_hidden(backend, x, up, gate, _between(options, seed), keep)
+        return down.forward(h), pre, pre_gate
     ys = []
     for rows in _chunks(x.shape[0], options.chunk_tokens):
-        chunk = [None if q is None else q.at(rows.start) for q in products]
-        y, _, _ = _forward_chunk(options, x[rows], chunk, _between(options, seed, rows.start), False)
-        ys.append(y)
+        up, down, gate = (None if q is None else q.at(rows.start) for q in products)
+        between = _between(options, seed, rows.start)
+        ys.append(down.forward(forward_to_hidden(backend, x[rows], up, gate, between, False)[0]))
     return torch.cat(ys), None, None
-
-
-def _forward_chunk(options: Options, x: Tensor, products, between: Between, keep: bool):
-    """Return (y, pre, pre_gate) of `_forward` for one chunk."""
-    up, down, gate = products
-    h, pre, pre_gate = forward_to_hidden(dispatch.module(options.backend), x, up, gate, between, keep)
-    return down.forward(h), pre, pre_gate
 
 
 def forward_to_hidden(backend: ModuleType, x: Tensor, up, gate, between: Between, keep: bool):
