@@ -4,14 +4,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ffn.interop.swap import source
 from ffn.interop.swap.probe import identify, sizes
 from ffn.interop.swap.proof import prove
-from ffn.interop.swap.reroute import Plan, reason_not_to, reason_not_to_subclass
+from ffn.interop.swap.reroute import Plan, reason_not_plain, reason_not_to, reason_not_to_subclass
 from ffn.interop.swap.source import Chain
 
 NOT_FOUND = "its source is not available, or does not call the Linears of a block one after the other"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def plans(
@@ -33,6 +35,18 @@ def plans(
                 yield _plan(module, chain, first, last, save, chunk_tokens, backend)
             else:  # the code after the product in that forward would be lost
                 yield f"the forward of {chain.last} does not begin with its product"
+
+
+def reason_not_found(module: nn.Module) -> str:
+    """Return the reason why `plans` yields nothing for the module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return NOT_FOUND
+    tree = source.tree_of(source.written(type(module), "forward"))
+    if tree is not None and [a.arg for a in (*tree.args.posonlyargs, *tree.args.args)][:1] != ["self"]:
+        return "the first argument of its forward must be named self"
+    if len(_products("", module)) < 2:
+        return "it does not call two Linears of fitting shapes one after the other"
+    return NOT_FOUND
 
 
 def has_block_shape(module: nn.Module) -> bool:
@@ -76,12 +90,12 @@ def _opening(path: str, module: nn.Module) -> str | None:
 
 
 def _is_product(module: nn.Module) -> bool:
+    if not (hasattr(module, "in_features") or type(module).__name__ == "Conv1D"):
+        return False
+    if is_parametrized(module, "weight"):  # to read the weight would run the parametrization
+        return hasattr(module, "out_features")
     weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, Tensor)
-        and weight.ndim == 2
-        and (hasattr(module, "in_features") or type(module).__name__ == "Conv1D")
-    )
+    return isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def _fits(module: nn.Module, first: tuple[str, ...], last: str) -> bool:
@@ -95,7 +109,9 @@ def _fits(module: nn.Module, first: tuple[str, ...], last: str) -> bool:
 
 def _plan(module, chain: Chain, first, last, save, chunk_tokens, backend) -> Plan | str:
     """Return the plan, proved in float64 on thin products, or the reason for none."""
-    if reason := reason_not_to_subclass(type(module)):
+    paths = (*first, last)
+    reason = reason_not_to_subclass(type(module)) or reason_not_plain(module, paths)
+    if reason := reason or _reason_of_weights(module, paths):
         return reason
     with torch.device("cpu"):  # whatever the default device is
         inner = identify(module, source.inner(type(module), chain), first, last)
@@ -103,3 +119,15 @@ def _plan(module, chain: Chain, first, last, save, chunk_tokens, backend) -> Pla
             return inner
         plan = Plan(chain, first, last, inner, save, chunk_tokens, backend)
         return reason_not_to(module, plan) or prove(module, plan) or plan
+
+
+def _reason_of_weights(module: nn.Module, paths: tuple[str, ...]) -> str | None:
+    """Return the reason if the weights are empty, of different dtypes, or of a dtype that the op lacks."""
+    weights = [module.get_submodule(path).weight for path in paths]
+    dtypes = {weight.dtype for weight in weights if isinstance(weight, Tensor)}
+    if any(0 in weight.shape for weight in weights if isinstance(weight, Tensor)):
+        return "one of its Linears has a width of 0"
+    if len(dtypes) != 1:
+        return f"its Linears have different dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    (dtype,) = dtypes
+    return None if dtype in DTYPES else f"its weights are {dtype}"

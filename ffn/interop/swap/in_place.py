@@ -9,7 +9,7 @@ import re
 
 from torch import nn
 
-from ffn.interop.swap.discover import NOT_FOUND, has_block_shape, plans
+from ffn.interop.swap.discover import has_block_shape, plans, reason_not_found
 from ffn.interop.swap.proof import compare
 from ffn.interop.swap.report import BlockReport, Report, describe
 from ffn.interop.swap.reroute import PLAN, Plan, Rerouted, origin, reroute, restore
@@ -96,4 +96,4 @@ def _examine(path, module, save, chunk_tokens, backend) -> tuple[Plan | None, Bl
         reason = reason or str(kept)
     if not has_block_shape(module):
         return None
-    return None, BlockReport(path, name, "left", reason or NOT_FOUND)
+    return None, BlockReport(path, name, "left", reason or reason_not_found(module))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ffn import activations
 from ffn.interop.swap.plain_modules import PACKINGS, split_packed
@@ -75,8 +76,8 @@ def identify(module: nn.Module, chain: Callable, first: tuple[str, ...], last: s
         products = {path: lambda x, grid=grid: grid.clone() for path, grid in zip(first, grids, strict=True)}
         return run(module, chain, grids[0].new_zeros(*grids[0].shape[:-1], D), products, last, seen)
 
-    grids = preactivations([sizes(module.get_submodule(path))[1] for path in first])
     try:
+        grids = preactivations([sizes(module.get_submodule(path))[1] for path in first])
         with mode(module, training=False):
             h = h_of(grids)
             found = _row(h, grids, H)
@@ -86,7 +87,7 @@ def identify(module: nn.Module, chain: Callable, first: tuple[str, ...], last: s
             dropped = h_of(grids)
             dropout = None if fault else dropout_of(h, dropped, grids, seen)
     except Exception as error:  # noqa: BLE001 (other people's code may raise anything)
-        return unsteady(seen) or f"its code cannot be probed ({type(error).__name__}: {str(error)[:80]!r})"
+        return unsteady(seen) or f"its code cannot be probed ({in_short(error)})"
     if fault := fault or unsteady(seen):
         return fault
     if isinstance(dropout, str):
@@ -99,8 +100,16 @@ def identify(module: nn.Module, chain: Callable, first: tuple[str, ...], last: s
     return Inner(*found, dropout, watched, passed)
 
 
+def in_short(error: Exception) -> str:
+    """Return the type of an error and the first line of its message, at most 80 characters of it."""
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line[:80]!r}"
+
+
 def sizes(product: nn.Module) -> tuple[int, int]:
     """Return (in, out) of a product. The weight of a Linear is (out, in), of a Conv1D (in, out)."""
+    if is_parametrized(product, "weight"):  # to read the weight would run the parametrization
+        return product.in_features, product.out_features  # type: ignore[return-value]
     weight = product.weight
     assert isinstance(weight, Tensor)
     out, into = weight.shape

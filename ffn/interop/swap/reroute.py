@@ -108,15 +108,22 @@ def origin(module: nn.Module) -> type:
     return found[0]
 
 
-def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
-    """Return the reason why the old method must run now, or None."""
-    if plan.chain.sequence and tuple(module._modules) != plan.chain.sequence:
-        return "steps were added or taken away"
-    for path in (*plan.first, plan.last):
+def reason_not_plain(module: nn.Module, paths: tuple[str, ...]) -> str | None:
+    """Return the reason if one of the products at `paths` is not plain, or None."""
+    for path in paths:
         product = _at(module, path)
         if plain_projection(product) is None:
             kind = type(product).__name__
             return f"{path} (a {kind}) is replaced, hooked, or its weight is no plain parameter"
+    return None
+
+
+def reason_not_to(module: nn.Module, plan: Plan) -> str | None:
+    """Return the reason why the old method must run now, or None."""
+    if plan.chain.sequence and tuple(module._modules) != plan.chain.sequence:
+        return "steps were added or taken away"
+    if reason := reason_not_plain(module, (*plan.first, plan.last)):
+        return reason
     if plan.chain.holds and tail_of(module, plan) is None:
         return f"the forward of {plan.chain.last} was replaced"
     for path, kind in plan.inner.passed:

@@ -1,6 +1,7 @@
 """Hand-written feed-forward blocks, and their swapped copies."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -79,3 +80,17 @@ def runs_old(model: nn.Module) -> bool:
     """Return whether the swapped block runs its old code."""
     (block,) = (m for m in model.modules() if isinstance(m, Rerouted))
     return reason_not_to(block, block._ffn_plan) is not None
+
+
+def odd_weights(hidden: int = 10, first=torch.float32, last=torch.float32) -> nn.Module:
+    with warnings.catch_warnings(action="ignore"):  # torch warns about empty and complex weights
+        return nn.Sequential(nn.Linear(6, hidden).to(first), nn.GELU(), nn.Linear(hidden, 6).to(last))
+
+
+# name: (build, the reason to refuse it)
+ODD_WEIGHTS = {
+    "no hidden channels": (lambda: odd_weights(0), "a width of 0"),
+    "two dtypes": (lambda: odd_weights(last=torch.bfloat16), "different dtypes"),
+    "complex": (lambda: odd_weights(10, torch.complex64, torch.complex64), "torch.complex64"),
+    "float8": (lambda: odd_weights(10, torch.float8_e4m3fn, torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import ffn
 from ffn.interop.swap.from_module import from_module
-from tests.interop.swap.blocks import Gated, Plain, rows, swapped
+from tests.interop.swap.blocks import ODD_WEIGHTS, Gated, Plain, rows, swapped
 from tests.interop.swap.same import assert_same, outcome
 
 
@@ -317,7 +317,60 @@ def followed(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6), *layers)
 
 
-MORE = "its forward does more than one feed-forward block"
+class This(NanoGPT):
+    def forward(this, x):
+        return this.c_proj(this.gelu(this.c_fc(x)))
+
+
+def input_clamped(self, x):
+    return self.c_proj(self.gelu(self.c_fc(x.clamp(-1e5, 1e5))))
+
+
+def output_clamped(self, x):
+    return self.c_proj(self.gelu(self.c_fc(x))).clamp(-1e5, 1e5)
+
+
+def nan_replaced(self, x):
+    return torch.nan_to_num(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+def clamped_in_half(self, x):
+    y = self.c_proj(self.gelu(self.c_fc(x)))
+    return y.clamp(-1, 1) if y.dtype == torch.float16 else y
+
+
+def doubled_without_gradients(self, x):
+    y = self.c_proj(self.gelu(self.c_fc(x)))
+    return y if torch.is_grad_enabled() else 2 * y
+
+
+def input_multiplied_in_place(self, x):
+    x.mul_(2)
+    return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+def input_rectified_in_place(self, x):
+    return self.c_proj(self.gelu(self.c_fc(F.relu(x, inplace=True))))
+
+
+def input_zeroed(self, x):
+    y = self.c_proj(self.gelu(self.c_fc(x)))
+    x.zero_()
+    return y
+
+
+FORWARDS = (
+    input_clamped, output_clamped, nan_replaced, clamped_in_half, doubled_without_gradients,
+    input_multiplied_in_place, input_rectified_in_place, input_zeroed,
+)  # fmt: skip
+AROUND = {forward.__name__: forward for forward in FORWARDS}
+
+
+def around(forward: Callable) -> nn.Module:
+    return type("Around", (NanoGPT,), {"forward": forward})(0.0)
+
+
+MORE = "its forward does more than compute one feed-forward block"
 REFUSED = {
     "residual": (lambda: Residual(0.0), MORE),
     "multiplied": (Multiplied, MORE),
@@ -337,7 +390,11 @@ REFUSED = {
     "modes": (partly_in_eval_mode, "some in eval mode"),
     "swapped": (lambda: swapped(Plain()), "ffn.unswap"),
     "meta": (lambda: sequential(0.0).to("meta"), "meta device"),
-    "no block": (lambda: nn.Linear(6, 6), "its source is not available"),
+    "no block": (lambda: nn.Linear(6, 6), "it does not call two Linears"),
+    "empty": (nn.Sequential, "it does not call two Linears"),
+    "this": (lambda: This(0.0), "must be named self"),
+    **{name: (lambda forward=forward: around(forward), MORE) for name, forward in AROUND.items()},
+    **ODD_WEIGHTS,
 }
 
 
@@ -351,6 +408,14 @@ def test_a_module_that_is_not_one_block_raises_with_the_reason(name: str) -> Non
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
     assert flags == [m.training for m in module.modules()]
+
+
+def test_a_refused_module_keeps_the_state_of_its_parametrizations() -> None:
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 10))
+    state = copy.deepcopy(linear.state_dict())
+    with pytest.raises(ValueError, match="module"):
+        from_module(nn.Sequential(linear, nn.GELU(), nn.Linear(10, 6)))
+    assert all(torch.equal(value, state[key]) for key, value in linear.state_dict().items())
 
 
 def test_a_function_raises() -> None:

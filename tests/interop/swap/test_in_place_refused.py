@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ffn
-from tests.interop.swap.blocks import TORCHS_OWN
+from tests.interop.swap.blocks import ODD_WEIGHTS, TORCHS_OWN, sequential
 from tests.interop.swap.same import F64
 from tests.interop.swap.test_probe_refused import Straight, clamped_in_half
 
@@ -139,3 +139,19 @@ def test_a_child_that_computes_after_the_last_product_is_left_alone(after: nn.Mo
     model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Sequential(nn.Linear(10, 6), after)).double()
     (block,) = ffn.swap(model)
     assert (block.action, block.reason) == ("left", "the forward of 2 does not begin with its product")
+
+
+@pytest.mark.parametrize("name", ODD_WEIGHTS)
+def test_a_block_with_odd_weights_is_left_and_the_others_are_swapped(name: str) -> None:
+    make, reason = ODD_WEIGHTS[name]
+    odd, other = ffn.swap(nn.ModuleList([make(), sequential()]))
+    assert (odd.action, other.action) == ("left", "swapped")
+    assert reason in odd.reason
+
+
+def test_a_parametrized_block_is_left_with_its_state() -> None:
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 10))
+    state = {key: value.clone() for key, value in linear.state_dict().items()}
+    (block,) = ffn.swap(nn.Sequential(linear, nn.GELU(), nn.Linear(10, 6)))
+    assert block.action == "left"
+    assert all(torch.equal(value, state[key]) for key, value in linear.state_dict().items())
