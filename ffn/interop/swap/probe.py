@@ -201,7 +201,7 @@ def _in_short(h_of: Callable[[list[Tensor]], Tensor], grids: list[Tensor], found
         near = ((h - value).abs() <= room) | (h == value.to(dtype))
         right = torch.where(value.isnan(), h.isnan(), near | ~sure)
         if h.dtype != dtype or not bool(right.all()):
-            return f"in {dtype}{', for one token,' if tokens else ''} it computes other values"
+            return f"in {str(dtype)[6:]}{', for one token,' if tokens else ''} it computes other values"
     return None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ffn.interop.swap.discover import plans
-from ffn.interop.swap.proof import compare, prove
+from ffn.interop.swap.proof import compare, difference, prove
 from ffn.interop.swap.reroute import Plan
 from tests.interop.swap.blocks import KINDS, LINEARS, kinds
 from tests.interop.swap.same import F64
@@ -84,3 +84,18 @@ def test_nan_and_meta_weights_are_refused(kind: str) -> None:
         model.get_submodule(LINEARS[kind][0]).weight[0, 0] = float("nan")
     assert isinstance(compare(model, plan), str)
     assert compare(model.to("meta"), plan) == "its weights are on the meta device: load them first"
+
+
+def raises(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("first line\nsecond line")
+
+
+@pytest.mark.parametrize("old", [raises, torch.relu_, lambda x: x.add_(1)])
+def test_code_that_raises_or_changes_its_input_is_refused(old) -> None:
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    before = x.detach().clone()
+    reason = difference(nn.Identity(), x, old, lambda x: x + 1)
+    assert reason is not None
+    assert ("first line" if old is raises else "in place") in reason
+    assert "second line" not in reason
+    assert torch.equal(x, before)
