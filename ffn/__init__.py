@@ -9,7 +9,7 @@ The package, in the order data flows through it:
     ops             functions on tensors without weights: feed_forward, its autograd rule, dropout, attention
     nn              modules that hold weights: Embedding, norms, Attention, FeedForward, Block, Head
     packing         pack: faster inference on the CPU from copies of the weights
-    gpt             TransformerConfig and Transformer; generation, cost, freezing, adapters
+    gpt             TransformerConfig, RotaryConfig and Transformer; generation, cost, freezing, adapters
     text            tokenizers, tokens on disk, batches (B, T)
     interop         swap, from_module: the block in other libraries' models; their checkpoints
     disk            load, save and inspect a model
@@ -22,6 +22,7 @@ width, Q query heads, G key/value heads, C head channels, V vocabulary.
 """
 
 from ffn.disk import load, load_tokenizer, save
+from ffn.gpt.config import RotaryConfig
 from ffn.gpt.generate import generate
 from ffn.gpt.transformer import Transformer, TransformerConfig
 from ffn.interop.swap.from_module import from_module
@@ -33,6 +34,7 @@ from ffn.version import __version__ as __version__
 
 __all__ = [
     "FeedForward",
+    "RotaryConfig",
     "Transformer",
     "TransformerConfig",
     "feed_forward",

@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,10 @@ from pathlib import Path
 import torch
 
 from ffn import disk
-from ffn.classify.commands import DEVICE, add_commands
+from ffn.classify import config as classify_config
+from ffn.classify.commands import DEVICE, Once, add_commands
+from ffn.classify.result import FACTS
+from ffn.files.checkpoints import MODEL
 from ffn.files.shards import PICKLES, Shards
 from ffn.gpt.cost import flops_per_token, render_kept, render_table
 from ffn.gpt.generate import stream
@@ -100,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     words = "a TOML file and keys such as train.steps=100"
     add("words", nargs="*", metavar="CONFIG key=value", help=words)
     base = "start from this run, checkpoint or Hugging Face folder; the same as base=PATH"
-    add("--from", dest="base", metavar="PATH", help=base)
+    add("--from", dest="base", action=Once, metavar="PATH", help=base)
 
     add = command("generate", _generate, "continue a prompt with a trained model")
     add("run", help="the folder of a run")
@@ -122,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(partial(_add_command, classify.add_subparsers(required=True, metavar="COMMAND")))
 
     summary = "print parameters, FLOPs and saved memory of a model, part by part"
-    add = command("info", _info, summary, key="model.dim=64")
+    add = command("info", _info, summary, key="model.dim=96")
     what = (
         "a config as for train, or the folder of a run or of a model (Hugging Face's too), or its config.json"
     )
@@ -179,6 +183,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    if arguments.prompt == "":
+        raise ValueError("--prompt must not be empty")
     device, _ = choose_device(arguments.device)
     model = disk.read_model(disk.find_model(arguments.run, _complain).file, device)
     tokenizer = disk.load_tokenizer(arguments.run)
@@ -224,6 +230,8 @@ def _print_stream(tokens, tokenizer: Tokenizer) -> None:
 
 def _eval(arguments: argparse.Namespace) -> int:
     run = Path(arguments.run)
+    if (run / FACTS).is_file():
+        raise ValueError(f"{run} holds a classifier; to evaluate it run: ffn classify eval {run} DATA")
     device, _ = choose_device(arguments.device)
     file, state = disk.find_model(run, _complain)
     if not (run / "config.toml").is_file():
@@ -249,13 +257,15 @@ def _info(arguments: argparse.Namespace) -> int:
     model_file = path.suffix in MODEL_FILES and (
         "=" not in str(path) or path.exists()
     )  # else it is the value of a key
-    stored = model_file or (path.is_dir() and not (path / "config.toml").is_file())
+    whole = (path / MODEL).is_file() or not (path / "config.toml").is_file()
+    stored = model_file or (path.is_dir() and whole)  # else a config or a run
     if arguments.words and stored:
         if rest := arguments.words[1:]:
             raise ValueError(f"{' '.join(rest)}: keys cannot change the model in {path}; leave them out")
         model, architecture, shards = disk.inspect(path)
     else:
-        config = read_config(*_file_and_keys(arguments.words))
+        file, keys = _file_and_keys(arguments.words)
+        config = (classify_config.read_config if _is_of_classifier(file) else read_config)(file, keys)
         model, architecture, shards = config.model, "ffn", None
         if config.data.tokenizer != "byte" and not path.is_dir():
             size = model.vocab_size
@@ -269,6 +279,17 @@ def _info(arguments: argparse.Namespace) -> int:
     print(f"training costs {flops_per_token(model, training=True):,} FLOPs per token\n")
     print(render_kept(model))
     return 0
+
+
+def _is_of_classifier(file: Path | None) -> bool:
+    """Return True for a config of `ffn classify train` that `ffn train` does not read."""
+    try:
+        read_config(file)
+    except ValueError:
+        with suppress(ValueError):
+            classify_config.read_config(file)
+            return True
+    return False
 
 
 def _sizes(shards: Shards) -> str:

@@ -45,18 +45,28 @@ def save(path: str | Path, model: Transformer, format: Literal["ffn", "hf"] = "f
             folder, which transformers' from_pretrained reads too.
 
     Raises:
-        ValueError: no such format; a Hugging Face model or a training checkpoint in the folder, which "ffn"
-            would spoil; or an option of the model that a Hugging Face config cannot express.
-        OSError: the disk is full or fails; the files that were there stay.
+        ValueError: no such format; path is a file; a Hugging Face model or a training checkpoint in the
+            folder, which "ffn" would spoil; or an option of the model that a Hugging Face config cannot
+            express.
+        OSError: the disk is full or fails; the files that were there stay, and a new folder is removed.
     """
     writers = {"ffn": save_model, "hf": hf.save_folder}
     if format not in writers:
         raise ValueError(f"format must be one of {', '.join(writers)}, got {format!r}")
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"path must be a folder, got the file {path}")
     if format == "ffn":
         for name, kind in ((hf.CONFIG, "a Hugging Face model"), (STATE, "the checkpoint of a run")):
-            if (Path(path) / name).exists():
+            if (folder / name).exists():
                 raise ValueError(f"path must be a folder of its own, got {path}, which holds {kind}")
-    writers[format](path, model)
+    made = not folder.exists()
+    try:
+        writers[format](folder, model)
+    except BaseException:
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def save_model(path: str | Path, model: Transformer) -> None:

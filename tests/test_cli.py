@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ffn
+from ffn import classify
 from ffn.cli import main
 from ffn.disk import load, load_tokenizer, save
 from ffn.files.dataclass_toml import flatten
@@ -20,6 +21,7 @@ from ffn.packing.pack import is_packed
 from ffn.text.corpus import prepare
 from ffn.train.loop import train
 from tests import tiny
+from tests.classify import samples
 from tests.conftest import ROOT
 from tests.tiny import outcome, quiet
 
@@ -36,6 +38,13 @@ def words(folder: Path, *more: str) -> list[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny.config(tmp_path_factory.mktemp("cli"), "train.sample_prompt=1 ")
     train(config, quiet)
+    return Path(config.out)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = samples.config(tmp_path_factory.mktemp("classifier"), "train.epochs=1")
+    classify.train(config, quiet)
     return Path(config.out)
 
 
@@ -174,6 +183,27 @@ def test_info_counts_parameters(form: str, run: Path, capsys: pytest.CaptureFixt
     assert f'save="preact" float32 {4 * (16 + 2 * 128):,} bytes' in " ".join(out.split())
 
 
+@pytest.mark.parametrize("form", ["folder", "config", "shipped"])
+def test_info_describes_classifiers(form: str, classifier: Path, capsys) -> None:
+    path = {
+        "folder": classifier,
+        "config": classifier / "config.toml",
+        "shipped": ROOT / "configs/classify.toml",
+    }
+    assert main(["info", str(path[form])]) == 0
+    out = capsys.readouterr().out
+    layers = "2 layers of 128, gelu" if form == "shipped" else "2 layers of 16, gelu"
+    assert f"architecture ffn: encoder, {layers}\n" in out
+    assert ("weights      float32" in out) == (form == "folder")
+
+
+def test_info_takes_the_key_of_its_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["info", "--wrong"])
+    key = capsys.readouterr().err.split()[-1]
+    assert main(["info", key]) == 0
+
+
 def test_a_model_of_hugging_face(run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """info reads only its config and headers; generate reads its tokenizer.json."""
     folder = tmp_path / "hf"
@@ -247,6 +277,9 @@ def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "absent.toml"], "absent.toml"),
         (["train", "data.path=absent", "out=run"], "data.path"),
         (["train", "device=tpu"], "device"),
+        (["train", "train.only=head"], "train.only=head"),
+        (["train", "adapter.rank=4"], "adapter is not a key; did you mean train.adapter.rank?"),
+        (["generate", "absent", "--prompt", ""], "--prompt must not be empty"),
         (["generate", "absent"], "absent"),
         (["eval", "absent"], "absent"),
     ],
@@ -262,6 +295,19 @@ def test_mistakes_are_one_line_and_exit_2(
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"."):
         main(["--debug", *arguments])
+
+
+def test_eval_names_the_command_for_classifiers(classifier: Path, capsys) -> None:
+    assert main(["eval", str(classifier)]) == 2
+    assert capsys.readouterr().err.endswith(f": ffn classify eval {classifier} DATA\n")
+
+
+@pytest.mark.parametrize("command", ["train", "classify train"])
+def test_a_second_base_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--from", "a", "--from", "b"])
+    assert stopped.value.code == 2
+    assert "--from: must be given once, got a and b\n" in capsys.readouterr().err
 
 
 def test_interrupt_outside_the_loop_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -1,5 +1,6 @@
 """Models on disk: a saved model loads as it was; a damaged or foreign one is refused."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +78,24 @@ def test_a_path_that_cannot_be_written_raises_oserror(tmp_path: Path) -> None:
     blocked.write_text("")
     with pytest.raises(OSError, match="file"):
         save(blocked / "model", Transformer(CONFIG))
+    with pytest.raises(ValueError, match=r"^path must be a folder, .*file$"):
+        save(blocked, Transformer(CONFIG))
+
+
+@pytest.mark.parametrize("form", ["ffn", "hf"])
+def test_a_full_disk_leaves_no_new_folder(
+    form: Literal["ffn", "hf"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(os, "fsync", full)
+    for name in ("there", "new"):
+        with pytest.raises(OSError, match="No space left on device"):
+            save(tmp_path / name, Transformer(CONFIG), format=form)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert not list((tmp_path / "there").iterdir())
 
 
 @pytest.mark.parametrize("name", ["config.json", "state.json"])

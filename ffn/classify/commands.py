@@ -31,6 +31,15 @@ DEVICE = "auto, cpu, cuda, cuda:1 or mps (default: auto)"
 DATA = "a table, JSON lines, text<TAB>label lines, a folder or 'pattern.*' of one file per class"
 
 
+class Once(argparse.Action):
+    """An option that may be given once."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if (before := getattr(namespace, self.dest)) is not None:
+            raise argparse.ArgumentError(self, f"must be given once, got {before} and {values}")
+        setattr(namespace, self.dest, values)
+
+
 def add_commands(command: Callable[..., Callable[..., object]]) -> None:
     """Add the commands of `ffn classify`.
 
@@ -43,7 +52,7 @@ def add_commands(command: Callable[..., Callable[..., object]]) -> None:
     words = f"{DATA}; a TOML file; keys such as train.epochs=3 and out=FOLDER"
     add("words", nargs="*", metavar="DATA CONFIG key=value", help=words)
     base = "start from this pretrained model: a run, a model's folder, or a folder of Hugging Face"
-    add("--from", dest="base", metavar="PATH", help=base)
+    add("--from", dest="base", action=Once, metavar="PATH", help=base)
 
     summary = "evaluate a trained classifier on labelled text"
     add = command("eval", _eval, summary, key="data.label=stars")

@@ -207,7 +207,9 @@ def load_backbone(base: Base, config: ClassifyConfig, device: torch.device) -> t
 def _from_scratch(config: ClassifyConfig, texts: Sequence[str]) -> tuple[ClassifyConfig, Tokenizer]:
     """Train a tokenizer; return the config with its vocabulary size, and the tokenizer."""
     if config.train.only != "all":
-        raise ValueError(f"train.only={config.train.only} needs a pretrained model: give base=PATH")
+        raise ValueError(
+            f"train.only={config.train.only} needs a pretrained model: give --from MODEL or base=MODEL"
+        )
     start = config.head.chosen(config.model.causal) == "first"
     tokenizer = train_tokenizer(config.data.tokenizer, texts, config.model.vocab_size, start=start)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size, head="none")

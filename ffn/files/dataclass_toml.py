@@ -42,9 +42,11 @@ def from_dict(
     for name, value in mapping.items():
         key = _join(prefix, name)
         if name not in fields:
-            raise ValueError(f"{key} is not a key; {_suggestion(name, cls, prefix)}")
+            raise ValueError(f"{key} is not a key; {_suggestion(name, value, cls, prefix)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
+            if isinstance(value, _Word):
+                value = _parse_word(value, hint)
             if not isinstance(value, Mapping):
                 raise ValueError(
                     f"{key} must be a table of keys such as {key}.{next(_leaves(hint))}, got {value!r}"
@@ -184,11 +186,19 @@ def _parse_word(text: str, hint: Any) -> Any:
         return str(text)
 
 
-def _suggestion(name: str, cls: type, prefix: str) -> str:
-    """Suggest the key that was meant, with or without its table; else list all keys of this level."""
+def _suggestion(name: str, value: Any, cls: type, prefix: str) -> str:
+    """Suggest the key that was meant, with or without its table; else list all keys of this level.
+
+    Args:
+        value: of the key `name`; a mapping holds the rest of a dotted key.
+    """
+    dotted = name
+    while isinstance(value, Mapping) and value:
+        inner, value = next(iter(value.items()))
+        dotted = _join(dotted, inner)
     here = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     keys = {key: key.rpartition(".")[2] for key in (*_leaves(cls), *here)}
-    same = [key for key, last in keys.items() if last == name]
+    same = [key for end in (dotted, name) for key in keys if f".{key}".endswith(f".{end}")]
     longer = [key for key, last in keys.items() if last.startswith(name) or name.startswith(last + "_")]
     close = difflib.get_close_matches(name, keys.values(), 1, 0.5)
     for key in (*same, *longer, *(key for key, last in keys.items() if last in close)):

@@ -144,6 +144,7 @@ def load_adapters(path: str | Path, model: nn.Module, *, check_base: bool = True
     Raises:
         ValueError: the file holds no adapters, the base is another one, or the model has adapters already.
             The model then stays as it was.
+        TypeError: model is no module.
     """
     transformer, file = transformer_in(model), _file(path)
     shards = open_shards(file)

@@ -45,7 +45,7 @@ def train_only(model: nn.Module, choice: str, *, frozen_dropout: bool = False) -
             no head with weights of its own, or it does not hold exactly one Transformer.
     """
     transformer = transformer_in(model)
-    last = check_choice(choice)
+    last = check_choice(choice, "choice")
     if last > len(transformer.blocks):
         raise ValueError(f"last:K must be at most last:{len(transformer.blocks)} in this model, got {choice}")
     inside = {id(p) for p in transformer.parameters()}
@@ -65,18 +65,25 @@ def train_only(model: nn.Module, choice: str, *, frozen_dropout: bool = False) -
     model.train(training)
 
 
-def check_choice(choice: str) -> int:
-    """Return K for "last:K" and 0 for the other choices of `train_only`; ValueError for anything else."""
+def check_choice(choice: str, name: str) -> int:
+    """Return K for "last:K" and 0 for the other choices of `train_only`; ValueError for anything else.
+
+    Args:
+        name: of the argument or key, for the message.
+    """
     kind, colon, number = choice.partition(":")
     if not colon and kind in ("head", "ffn", "lora", "all"):
         return 0
     if kind == "last" and number.isascii() and number.isdecimal() and int(number) > 0:
         return int(number)
-    raise ValueError(f"{choice!r} must be {CHOICES}, with K of 1 or more")
+    why = "; K must be 1 or more" if kind == "last" else ""
+    raise ValueError(f"{name} must be {CHOICES}, got {choice}{why}")
 
 
 def transformer_in(model: nn.Module) -> Transformer:
     """Return the one Transformer that a model is or holds; ValueError if there is not exactly one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = [module for module in model.modules() if isinstance(module, Transformer)]
     if len(found) != 1:
         raise ValueError(

@@ -89,7 +89,8 @@ class CharTokenizer:
             character = error.args[0]
             raise ValueError(
                 f"character {character!r} (U+{ord(character):04X}) at {text.index(character)} is not one of "
-                f"the {self.vocab_size} of this tokenizer; data.tokenizer=byte encodes any text"
+                f"the {self.vocab_size} of this tokenizer; "
+                "data.tokenizer=byte encodes any text; with --from, give a base that was trained with it"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -38,7 +38,7 @@ from ffn.train.device import Precision, autocast, choose_device, choose_precisio
 from ffn.train.interrupts import interrupts
 from ffn.train.progress import Progress
 from ffn.train.report import BASE_METRICS, METRICS, Log, Screen, closing_lines
-from ffn.train.run_folder import open_run
+from ffn.train.run_folder import check_options, open_run
 from ffn.train.steps import accumulate_gradients, evaluate, evaluating
 
 Say = Callable[[str], None]
@@ -64,6 +64,7 @@ def train(config: TrainConfig, say: Say = print, base: Base | None = None) -> di
     run = Path(config.out)
     device, why = choose_device(config.device)
     precision, why_precision = choose_precision(config.train.precision, device)
+    check_options(config)
     if run.exists() and not run.is_dir():
         raise ValueError(f"out must be a folder, got the file {run}")
     if not run.exists():

@@ -46,10 +46,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         settle(self)
-        try:
-            check_choice(self.only)
-        except ValueError as error:
-            raise ValueError(f"only: {error}") from None
+        check_choice(self.only, "only")
         require(self, ["batch_size"], "1 or more", lambda x: x >= 1)
         rates = ["lr", "muon_lr", "weight_decay", "l1", "clip", "patience"]
         require(self, rates, "0 or more", lambda x: x is None or 0 <= x < inf)

@@ -10,6 +10,7 @@ from ffn.files import dataclass_toml
 from ffn.files.atomic import write_file
 from ffn.files.checkpoints import list_checkpoints, newest_checkpoint
 from ffn.files.dataclass_toml import flatten, from_toml, to_toml
+from ffn.gpt.freeze import check_choice
 from ffn.text.corpus import Corpus, DataConfig, open_corpus, prepare
 from ffn.text.tokenizer import Tokenizer
 from ffn.train.base import Base, check_base, named_base, open_base
@@ -37,6 +38,26 @@ def read_config(file: str | Path | None, words: Iterable[str] = (), base: Base |
     return dataclass_toml.read_config(config, file, words)
 
 
+def check_options(config: TrainConfig) -> None:
+    """Raise ValueError if options of `train` do not fit the model; nothing is read or written."""
+    loop, model = config.train, config.model
+    if loop.sample_tokens and not model.causal:
+        raise ValueError(
+            "train.sample_tokens must be 0 with model.causal=false, which generates nothing; "
+            f"got {loop.sample_tokens}"
+        )
+    if loop.window > model.max_seq_len:
+        raise ValueError(
+            f"train.window must be at most model.max_seq_len={model.max_seq_len}, got {loop.window}"
+        )
+    if check_choice(loop.only, "train.only") > model.num_layers:
+        raise ValueError(f"train.only must be at most last:{model.num_layers} in this model, got {loop.only}")
+    if loop.only == "head" and model.head == "logits" and model.tie_embeddings:
+        raise ValueError(
+            "train.only=head needs an untied head; this model ties it to the embedding; try train.only=last:1"
+        )
+
+
 def open_run(
     config: TrainConfig, base: Base | None, say: Callable[[str], None]
 ) -> tuple[TrainConfig, Corpus]:
@@ -48,19 +69,9 @@ def open_run(
         base: config.base, opened; None without one.
 
     Raises:
-        ValueError: options contradict each other, the folder holds something else or a run of another
-            configuration, no checkpoint is good, or the text is absent or has changed. Nothing was written.
+        ValueError: the base does not fit, the folder holds something else or a run of another configuration,
+            no checkpoint is good, or the text is absent or has changed. Nothing was written.
     """
-    if config.train.sample_tokens and not config.model.causal:
-        raise ValueError(
-            "train.sample_tokens must be 0 with model.causal=false, which generates nothing; "
-            f"got {config.train.sample_tokens}"
-        )
-    if config.train.window > config.model.max_seq_len:
-        raise ValueError(
-            f"train.window must be at most model.max_seq_len={config.model.max_seq_len}, "
-            f"got {config.train.window}"
-        )
     if base is not None:
         check_base(base, config.model, config.data.tokenizer)
     run = Path(config.out)

@@ -43,11 +43,12 @@ def test_the_shipped_configs_are_read() -> None:
         ("train.seeds=[9223372036854775808]", "^train.seeds must be"),
         ("train.metric=f1", "^train.metric must be one of auto, loss, accuracy, precision_macro, "),
         ("train.loss=hinge", "^train.loss.*cross_entropy, binary_cross_entropy, mse"),
-        ("train.only=some", "^train.only: 'some'"),
+        ("train.only=some", "^train.only must be head, ffn, last:K, lora or all, got some$"),
         ("train=head", "^train"),
         ("data.val_fraction=1.0", "^data.val_fraction must be"),
         ("head.pool=mean", r"^head.pool.*head.pooling"),
         ("epochs=3", r"^epochs.*train.epochs"),
+        ("adapter.rank=4", r"^adapter is not a key; did you mean train.adapter.rank\?$"),
     ],
 )
 def test_wrong_values_raise(word: str, message: str) -> None:

@@ -232,7 +232,7 @@ def test_ctrl_c_keeps_finished_members(done: int, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.only=head"], "^train.only=head needs a pretrained model"),
+        (["train.only=head"], "^train.only=head needs a pretrained model: .*--from MODEL"),
         (["base=/nowhere"], r"/nowhere"),
         (["data.tokenizer=/nowhere"], r"^data.tokenizer must be"),
         (["head.pooling=first", "model.causal=true"], r"^pooling must be"),

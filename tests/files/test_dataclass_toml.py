@@ -80,6 +80,7 @@ def test_absent_keys_keep_their_defaults_inside_a_table_too() -> None:
         ("out=12", "out", "12"),
         ("out=", "out", ""),
         ("model.act=swiglu", "model.act", "swiglu"),
+        ("model={num_layers = 4}", "model.num_layers", 4),
     ],
 )
 def test_a_word_sets_one_key(word: str, key: str, value: object) -> None:
@@ -108,7 +109,9 @@ def test_a_word_sets_one_key(word: str, key: str, value: object) -> None:
         ("model.num_layers=1.5", r"^model.num_layers must be an integer, got 1.5$"),
         ("model.num_layers=0", "^model.num_layers must be 1 or more, got 0$"),
         ("model.act=swiglo", r"^model.act must be one of relu, swiglu, got 'swiglo'; .* swiglu\?$"),
-        ("model=2", r"^model must be a table .* model.vocab_size, got '2'$"),
+        ("model=2", r"^model must be a table .* model.vocab_size, got 2$"),
+        ("model=two", r"^model must be a table .* got 'two'$"),
+        ("num_layers.x=2", r"^num_layers is not a key; .* model.num_layers\?$"),
         ("train", r"^train must be key=value"),
     ],
 )
@@ -141,3 +144,14 @@ def test_a_word_sets_a_list_of_strings() -> None:
     assert from_toml(Named, to_toml(Named(("x",)))) == Named(("x",))
     with pytest.raises(ValueError, match=r"^names must be a list"):
         apply_overrides(Named(), ["names=a"])
+
+
+@dataclass(frozen=True)
+class Nest:
+    module: str = "x"
+    whole: Whole = field(default_factory=Whole)
+
+
+def test_a_dotted_key_without_its_table_is_suggested_whole() -> None:
+    with pytest.raises(ValueError, match=r"^model is not a key; did you mean whole.model.act\?$"):
+        apply_overrides(Nest(), ["model.act=relu"])

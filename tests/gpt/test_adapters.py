@@ -205,6 +205,8 @@ def test_another_base_is_refused_and_unchanged(tmp_path) -> None:
     load_adapters(file, other, check_base=False)
     with pytest.raises(ValueError, match=r"^model .*merge_adapters"):
         load_adapters(file, other, check_base=False)
+    with pytest.raises(TypeError, match=r"^model must be .* got \w+Path$"):
+        load_adapters(other, file)  # type: ignore[arg-type]
 
 
 def test_files_without_adapters_are_refused(tmp_path) -> None:

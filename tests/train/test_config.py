@@ -13,7 +13,7 @@ from ffn.text.corpus import DataConfig
 from ffn.train.config import LoopConfig, TrainConfig, fingerprint
 from ffn.train.loop import train
 from ffn.train.optim import ScheduledOptimizer
-from ffn.train.run_folder import open_run, read_config
+from ffn.train.run_folder import check_options, open_run, read_config
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -167,16 +167,32 @@ def test_a_run_without_checkpoints_starts_anew(tmp_path: Path) -> None:
         assert read_config(Path(resolved.out) / "config.toml").train.lr == float(lr)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["data.path=absent.txt"], "^data.path must be .* absent.txt$"),
-        (["model.causal=false"], "^train.sample_tokens must be 0 .* got 5$"),
-    ],
-)
-def test_a_refused_run_leaves_no_files(words: list[str], message: str, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path, *words)
+def test_an_absent_text_leaves_no_files(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, "data.path=absent.txt")
     Path(config.out).mkdir()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"^data.path must be .* absent.txt$"):
         open_run(config, None, tiny.quiet)
     assert not list(Path(config.out).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.causal=false", r"^train\.sample_tokens must be 0 .* got 5$"),
+        ("train.window=17", r"^train\.window must be .*16, got 17$"),
+        ("train.only=last:2", r"^train\.only must be .*last:1 .* got last:2$"),
+        ("train.only=head", r"^train\.only=head needs an untied head; .* train\.only=last:1$"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused_before_any_work(
+    word: str, message: str, tmp_path: Path
+) -> None:
+    config = tiny.config(tmp_path, word)
+    with pytest.raises(ValueError, match=message):
+        train(config, tiny.quiet)
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize("word", ["model.tie_embeddings=false", "model.head=mlm"])
+def test_a_head_with_weights_of_its_own_trains_alone(word: str, tmp_path: Path) -> None:
+    check_options(tiny.config(tmp_path, "train.only=head", word))
