@@ -131,7 +131,8 @@ def _forward(options: Options, x: Tensor, seed: Tensor | None, products, keep: b
         return down.forward(h), pre, pre_gate
     ys = []
     for rows in _chunks(x.shape[0], options.chunk_tokens):
-        up, down, gate = (None if q is None else q.at(rows.start) for q in products)
+        chunk: list[Any] = [None if q is None else q.at(rows.start) for q in products]
+        up, down, gate = chunk
         between = _between(options, seed, rows.start)
         ys.append(down.forward(forward_to_hidden(backend, x[rows], up, gate, between, False)[0]))
     return torch.cat(ys), None, None
