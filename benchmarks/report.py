@@ -108,7 +108,7 @@ def lines_of(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def table(rows: list[dict], columns: list[str]) -> str:
-    """Return a Markdown table of those named columns that any row fills."""
+    """Return a Markdown table of the named columns, without those that no row fills."""
     columns = [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
     return "\n".join(lines_of(columns, [[cell(row.get(column)) for column in columns] for row in rows]))
 

@@ -20,7 +20,10 @@ from ffn.train.options import TrainingOptions, require
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the texts are and how to read them; splits that are not given are split off, class by class."""
+    """Paths of the labelled texts and how to read them.
+
+    A split without a path of its own is drawn from `path`, class by class.
+    """
 
     path: str = ""
     val: str = ""

@@ -21,7 +21,7 @@ class Between(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which results the backward pass must return besides the gradients of the preactivations.
+    """Flags for the results that the pass back returns besides the gradients of the preactivations.
 
     h: the hidden values. up_bias, gate_bias: the column sums of dpre and dpre_gate.
     """

@@ -186,7 +186,7 @@ def _check_known(given: Keys, family: Family) -> None:
 
 
 def _check_type(key: str, value: Any, default: Any, family: Family) -> None:
-    """Raise unless a value has the type of the architecture's default, or is null where that is allowed."""
+    """Raise unless a value has the type of the architecture's default, or is null and may be."""
     if value is None and (default is None or key in family.nullable):
         return
     kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(default))

@@ -27,7 +27,7 @@ Pair = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """How to reroute one module: where its chain is, what it computes, the options of the op.
+    """The rerouting of one module: the place of its chain, the function it computes, the options of the op.
 
     first, last: paths of the products. save, chunk_tokens, backend: options of `ffn.feed_forward`.
     """
